@@ -1,0 +1,366 @@
+"""The run configuration: one TOML file describes a run, for every role.
+
+Precedence: TOML file < environment (`DESKRL_LEARNER__SEED=1`) < command line (`--learner.seed 1`). Unknown keys are
+refused with their dotted path. Knows no role: a role reads its own section and those of the services it calls.
+Imports no engine, so that `deskrl --help` and a refused key answer at once.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from deskrl.core.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A table of the TOML file: frozen, strict about names, its attribute docstrings are the help texts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which policy is trained."""
+
+    path: Path | None = None
+    """Folder of a model with its processor (Hugging Face layout). Unset: `build` makes one in the run folder."""
+    build: Literal["tiny"] | None = None
+    """Build a tiny Qwen2.5-VL with random weights instead of loading one."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.path is None) == (self.build is None):
+            raise ValueError("set exactly one of model.path and model.build")
+        return self
+
+
+class TasksConfig(Section):
+    """What is learnt."""
+
+    suite: Path | None = None
+    """Root of a task suite (`examples/<domain>/<id>.json` below it). Unset: deskrl's own suite."""
+    tasks: tuple[str, ...] = ()
+    """Task ids to train on; empty: all tasks of the suite."""
+    rollouts: Annotated[int, Field(ge=2)] = 8
+    """Rollouts in a group. One rollout has no advantage, so two is the least."""
+    max_steps: PositiveInt = 15
+    """Turns of the policy before an episode ends with the termination step_limit."""
+
+
+class DesktopConfig(Section):
+    """The desktops."""
+
+    provider: Literal["embedded"] = "embedded"
+    """`embedded`: Xvfb and applications in an unprivileged sandbox on this machine."""
+    num_envs: PositiveInt = 4
+    """Desktops in the whole run: the knob from which the number of actor processes follows."""
+    width: PositiveInt = 1280
+    """Screen width in pixels."""
+    height: PositiveInt = 720
+    """Screen height in pixels."""
+    memory_bytes: PositiveInt = 2 * 1024**3
+    """Memory limit of one desktop, where the machine allows one."""
+    max_processes: PositiveInt = 256
+    """Process limit of one desktop, where the machine allows one."""
+    start_timeout_s: PositiveSeconds = 60.0
+    """From nothing to the first screenshot."""
+    setup_timeout_s: PositiveSeconds = 60.0
+    """A task's setup; longer is a fault."""
+    step_timeout_s: PositiveSeconds = 30.0
+    """An action with its settled screenshot; longer and the desktop is taken for hung, and replaced."""
+    evaluate_timeout_s: PositiveSeconds = 60.0
+    """An evaluator; longer is a fault."""
+    settle_quiet_s: Annotated[float, Field(ge=0)] = 0.08
+    """The screen is settled when it has not changed for this long."""
+    settle_limit_s: Annotated[float, Field(ge=0)] = 1.0
+    """The longest that an action waits for a settled screen."""
+
+
+class AgentConfig(Section):
+    """How the policy is prompted."""
+
+    family: Literal["ui_tars_1_5"] = "ui_tars_1_5"
+    """Prompt, action grammar and coordinates."""
+    context: Literal["window", "episode"] = "window"
+    """`window`: the last `window_images` screenshots; `episode`: all of them."""
+    window_images: PositiveInt = 5
+    """Screenshots kept in the context `window`."""
+    image_width: PositiveInt | None = None
+    """Width to which screenshots are scaled before the policy sees them; unset: as they are."""
+    image_height: PositiveInt | None = None
+    """Height to which screenshots are scaled before the policy sees them; unset: as they are."""
+    language: str = "English"
+    """Language of the thoughts, as the prompt asks for it."""
+
+
+class ActorConfig(Section):
+    """Actor processes."""
+
+    desktops_per_actor: PositiveInt = 4
+    """Desktops of one process; `num_envs` divided by this, rounded up, is the number of processes."""
+    act_timeout_s: PositiveSeconds = 60.0
+    """Deadline of one `Act`; a policy that cannot be reached for this long is a fault of the infrastructure."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Prometheus port of the first actor, counting up; 0: none."""
+
+
+class ReplayConfig(Section):
+    """The replay service."""
+
+    address: str = "127.0.0.1:7411"
+    """Where it listens and where others find it."""
+    lease_ttl_s: PositiveSeconds = 30.0
+    """A lease that is not extended for this long is granted again."""
+    max_faults: Annotated[int, Field(ge=0)] = 3
+    """How often a rollout that faulted is granted again."""
+    max_bytes: PositiveInt = 20 * 1024**3
+    """Size of the store above which consumed episodes are removed, oldest first."""
+    successes_per_task: Annotated[int, Field(ge=0)] = 8
+    """Successes kept for each task, first in first out; 0 switches replay of successes off."""
+    success_above: float = 0.1
+    """A reward above this is a success worth storing."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Prometheus port; 0: none."""
+
+
+class InferenceConfig(Section):
+    """The inference server."""
+
+    address: str = "127.0.0.1:7421"
+    """Where the gRPC service listens; replicas count the port up."""
+    num_replicas: PositiveInt = 1
+    """Data-parallel replicas."""
+    openai_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the OpenAI-compatible endpoint of the first replica, counting up; 0: none."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Numeric type of weights and activations."""
+    max_model_len: PositiveInt = 32768
+    """Longest prompt and action together, in tokens."""
+    max_images: PositiveInt = 15
+    """Most screenshots in one prompt."""
+    max_concurrent: PositiveInt = 256
+    """Actions sampled at once."""
+    gpu_memory_fraction: Fraction = 0.85
+    """Share of GPU memory for the engine."""
+    kv_cache_bytes: PositiveInt | None = None
+    """Size of the KV cache; unset: what `gpu_memory_fraction` leaves (on a CPU, set it)."""
+    max_action_tokens: PositiveInt = 512
+    """Longest action in tokens."""
+    image_cache_bytes: PositiveInt = 1024**3
+    """Screenshots kept by hash."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further vLLM engine arguments, as vLLM names them."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Prometheus port of the first replica, counting up; 0: none."""
+
+
+class WarmStartConfig(Section):
+    """Imitation of scripted solutions before GRPO."""
+
+    demos_per_task: PositiveInt = 16
+    """Demonstrations recorded for each task."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """AdamW learning rate of the imitation phase."""
+    batch_episodes: PositiveInt = 8
+    """Demonstrations in one optimizer step."""
+    max_updates: PositiveInt = 400
+    """Optimizer steps at most."""
+    stop_likelihood: Fraction = 0.3
+    """Imitation stops once the policy repeats a demonstrated episode with this probability (mean over tasks)."""
+
+
+class GrpoConfig(Section):
+    """The reinforcement-learning phase; the defaults are the preset `deskrl`, corrected and asynchronous ARPO."""
+
+    num_updates: Annotated[int, Field(ge=0)] = 100
+    """Optimizer updates in all."""
+    groups_per_batch: PositiveInt = 4
+    """Groups with spread that make a batch."""
+    max_staleness: Annotated[int, Field(ge=0)] = 4
+    """Versions between the oldest token's policy and the one that learns from it."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """AdamW learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    clip_low: Fraction = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: Annotated[float, Field(ge=0)] = 0.3
+    """The ratio is clipped above 1 + clip_high."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Truncation of the weight pi_prox / pi_behaviour."""
+    negative_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Multiplies negative advantages; below 1 it keeps a small policy from collapsing."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps in which a batch is learnt."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of rollouts, applied by the learner too."""
+    loss_scale_tokens: PositiveInt = 64
+    """The constant denominator of the loss: tokens of a typical episode."""
+    replay_successes: bool = True
+    """When all members of a group fail, one stored success of the task takes the place of one of them."""
+    success_ratio: Literal["one", "truncated"] = "one"
+    """How a stored success is weighted: from ratio 1, or by its truncated importance weight."""
+
+
+class EvalConfig(Section):
+    """Evaluation before and after."""
+
+    episodes: Annotated[int, Field(ge=0)] = 0
+    """Fresh sampled episodes before and after the GRPO phase; 0: none."""
+
+
+class LearnerConfig(Section):
+    """The learner."""
+
+    num_processes: PositiveInt = 1
+    """Ranks of the torchrun world."""
+    master_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Rendezvous port of the ranks; 0: a free one."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Numeric type of forward and backward."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Tokens of one forward pass, screenshots counted."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is."""
+    checkpoint_every: PositiveInt = 1
+    """Updates between checkpoints; a batch is consumed when the checkpoint that learnt from it is committed."""
+    keep_checkpoints: PositiveInt = 3
+    """Checkpoints kept, newest first."""
+    warm_start: WarmStartConfig | None = None
+    """Imitation phase; unset: none."""
+    grpo: GrpoConfig = GrpoConfig()
+    """The reinforcement-learning phase."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation before and after."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Prometheus port; 0: none."""
+
+
+class RunConfig(BaseSettings):
+    """A whole run."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        env_prefix="DESKRL_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run: its folder is `<runs>/<name>`."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Everything random starts from here."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also write wandb logs (needs the extra `wandb`)."""
+    model: ModelConfig = ModelConfig(build="tiny")
+    tasks: TasksConfig = TasksConfig()
+    desktop: DesktopConfig = DesktopConfig()
+    agent: AgentConfig = AgentConfig()
+    actor: ActorConfig = ActorConfig()
+    replay: ReplayConfig = ReplayConfig()
+    inference: InferenceConfig = InferenceConfig()
+    learner: LearnerConfig = LearnerConfig()
+
+    @field_validator("runs")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.runs / self.name
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the initial model lies."""
+        return self.model.path if self.model.path is not None else self.folder / "model"
+
+
+def load_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
+    """Read a run configuration.
+
+    Args:
+        path: TOML file.
+        arguments: overrides as they stand on the command line: `["--learner.grpo.num_updates", "3"]`.
+
+    Raises:
+        UserError: the file cannot be read, is no TOML, or holds unknown or contradictory keys.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", "name a run configuration, such as deploy/runs/smoke.toml")
+
+    class FileRunConfig(RunConfig):
+        """The same schema, bound to its file."""
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+
+    try:
+        command_line = CliSettingsSource[Any](FileRunConfig, cli_prog_name="deskrl", cli_parse_args=list(arguments))
+        return FileRunConfig(_cli_settings_source=command_line)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: not readable as TOML: {error}", "mend the file") from error
+    except (ValidationError, SettingsError) as error:
+        raise UserError(f"{path}: {_describe(error)}", "mend the key, or remove it") from error
+
+
+def dump_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as JSON; `read_resolved` reads it back."""
+    path.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_resolved(path: Path) -> RunConfig:
+    """Read what `dump_config` wrote: exactly that, whatever the environment says."""
+    try:
+        return RunConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file", "name the folder of a run that was started") from error
+    except (OSError, ValidationError) as error:
+        raise UserError(f"{path}: {_describe(error)}", "start the run anew: its configuration is damaged") from error
+
+
+def _describe(error: Exception) -> str:
+    """All of a refusal in one line: dotted key and reason, several parted by semicolons."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    parts = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown key {key}")
+        else:
+            parts.append(f"{key}: {item['msg']}" if key else item["msg"])
+    return "; ".join(parts)

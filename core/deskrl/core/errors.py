@@ -1,0 +1,15 @@
+"""The one exception a person is meant to read. Knows nothing of where it is shown: `deskrl.core.cli` does that."""
+
+
+class UserError(Exception):
+    """Bad input or a missing thing: one line that names it, and the mend. Ends the command with exit status 2.
+
+    Args:
+        message: what is wrong, naming the file, key, port or package.
+        mend: what the reader can do about it, as an imperative.
+    """
+
+    def __init__(self, message: str, mend: str) -> None:
+        super().__init__(f"{message}; {mend}")
+        self.message = message
+        self.mend = mend

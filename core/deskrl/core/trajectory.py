@@ -1,0 +1,98 @@
+"""One step of an episode as it is stored and sent: msgpack inside the protobuf envelope.
+
+Knows the format and its limits, nothing of who writes it. Token ids and logprobs travel as little-endian 32-bit arrays.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgpack
+
+MAX_STEP_BYTES = 16 * 1024**2
+_SCHEMA = 1
+
+
+class CodecError(ValueError):
+    """Bytes that are no step of this format."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) of an action were sampled under version (lineage, step)."""
+
+    lineage: str
+    step: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One turn of the policy: what it saw, what it sampled, what was done with it.
+
+    Sampled steps carry ids, logprobs and versions exactly as the engine gave them; scripted ones (demonstrations)
+    carry the conversation instead, in `messages`, with the action's text as its last one.
+    """
+
+    index: int
+    screenshot: str
+    """Hash of the screenshot that the step was decided on, as the policy saw it (already scaled)."""
+    images: tuple[str, ...]
+    """Hashes of all screenshots in the prompt, in prompt order."""
+    text: str
+    """The action as sampled, decoded: thought and action."""
+    prompt_ids: tuple[int, ...] = ()
+    action_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    spans: tuple[Span, ...] = ()
+    processor_hash: str = ""
+    temperature: float = 1.0
+    messages: tuple[bytes, ...] = ()
+    """Serialised deskrl.proto.v1.ChatMessage, one each."""
+    action: dict[str, Any] = field(default_factory=dict)
+    """The parsed action in screen pixels, for a viewer: {"kind": "click", "x": …, "y": …}."""
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+def encode_step(step: Step) -> bytes:
+    """Msgpack of a step; raises CodecError if it is larger than MAX_STEP_BYTES."""
+    record = asdict(step)
+    record["schema"] = _SCHEMA
+    record["prompt_ids"] = struct.pack(f"<{len(step.prompt_ids)}I", *step.prompt_ids)
+    record["action_ids"] = struct.pack(f"<{len(step.action_ids)}I", *step.action_ids)
+    record["logprobs"] = struct.pack(f"<{len(step.logprobs)}f", *step.logprobs)
+    data: bytes = msgpack.packb(record)
+    if len(data) > MAX_STEP_BYTES:
+        raise CodecError(f"a step of {len(data)} bytes is over the limit of {MAX_STEP_BYTES}")
+    return data
+
+
+def decode_step(data: bytes) -> Step:
+    """The step in `data`; raises CodecError for anything that `encode_step` would not write."""
+    if len(data) > MAX_STEP_BYTES:
+        raise CodecError(f"a step of {len(data)} bytes is over the limit of {MAX_STEP_BYTES}")
+    try:
+        record = msgpack.unpackb(data, strict_map_key=True, max_ext_len=0)
+        if record.pop("schema") != _SCHEMA:
+            raise CodecError("a step of another schema version")
+        record["prompt_ids"] = _unpack("I", record["prompt_ids"])
+        record["action_ids"] = _unpack("I", record["action_ids"])
+        record["logprobs"] = _unpack("f", record["logprobs"])
+        record["images"] = tuple(record["images"])
+        record["spans"] = tuple(Span(**span) for span in record["spans"])
+        record["messages"] = tuple(record["messages"])
+        step = Step(**record)
+    except CodecError:
+        raise
+    except Exception as error:  # msgpack and malformed records fail in many ways; all mean one thing here
+        raise CodecError(f"not a step: {error}") from error
+    if len(step.logprobs) != len(step.action_ids):
+        raise CodecError(f"{len(step.action_ids)} action ids with {len(step.logprobs)} logprobs")
+    return step
+
+
+def _unpack(kind: str, data: bytes) -> tuple[Any, ...]:
+    return struct.unpack(f"<{len(data) // 4}{kind}", data)

@@ -1,0 +1,1 @@
+"""The learner: advantages, losses, the DeepSpeed engine, checkpoints and weight publishing. Knows no desktop."""
