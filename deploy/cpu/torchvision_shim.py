@@ -1,8 +1,8 @@
 """Lets a CUDA build of torchvision be imported beside a CPU build of torch. Part of the environment, never of deskrl.
 
 Such a torchvision cannot load its compiled operators, and then fails while it is imported, because it describes two of
-them to torch ("operator torchvision::nms does not exist"). Image transforms, which is all that a processor of Qwen2.5-VL
-wants, need none of them. So the two are declared, without a body, just before torchvision runs.
+them to torch ("operator torchvision::nms does not exist"). Image transforms, all that a Qwen2.5-VL processor wants,
+need none of them. So the two are declared, without a body, just before torchvision runs.
 
 `install_shim.py` copies this module into site-packages with a .pth file that calls `install` in every interpreter of
 the environment, spawned workers included. It costs nothing until somebody imports torchvision.
