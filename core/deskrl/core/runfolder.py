@@ -29,7 +29,14 @@ class RunFolder:
 
     def create(self) -> None:
         """Make what is missing."""
-        for folder in (self.root, self.checkpoints, self.results, self.results / "task_results", self.logs, self.replay):
+        for folder in (
+            self.root,
+            self.checkpoints,
+            self.results,
+            self.results / "task_results",
+            self.logs,
+            self.replay,
+        ):
             folder.mkdir(parents=True, exist_ok=True)
 
     def append_metrics(self, kind: str, **values: Any) -> None:

@@ -1,0 +1,141 @@
+"""The command line: parses, then imports the one role that was asked for.
+
+Knows the roles by module name only, so that `deskrl --help` and a refused configuration answer at once and a machine
+needs the packages of the roles it runs, no others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deskrl.core import logs
+from deskrl.core.config import RunConfig, load_config, read_resolved
+from deskrl.core.errors import UserError
+
+_EXTRAS = {"deskrl.actor": "actor", "deskrl.inference": "inference", "deskrl.learner": "learner"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. Bad input is one line on standard error and status 2."""
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
+    except UserError as error:
+        print(f"deskrl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deskrl",
+        description="Train computer-use agents by reinforcement learning on real desktops.",
+        epilog="Any key of the configuration is an option too: deskrl up CONFIG --learner.grpo.num_updates 20",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        command.set_defaults(takes_overrides=True)
+        return command
+
+    up = add("up", "start every role of a run on this machine, watch it, and judge it at its end")
+    up.add_argument("config", type=Path, help="run configuration (TOML)")
+    for role, help_text in (
+        ("replay", "the replay service: leases, durable episodes, groups"),
+        ("learner", "the learner: imitation, GRPO, checkpoints, weight updates"),
+    ):
+        add(role, help_text).add_argument("config", type=Path, help="run configuration")
+    for role, help_text in (
+        ("inference", "an inference replica: batched vLLM behind gRPC"),
+        ("actor", "an actor: owns desktops and plays episodes on them"),
+    ):
+        command = add(role, help_text)
+        command.add_argument("config", type=Path, help="run configuration")
+        command.add_argument("--index", type=int, default=0, help="which replica or actor of the run this is, from 0")
+
+    model = add("model", "build the tiny model that a configuration asks for")
+    model.add_argument("config", type=Path, help="run configuration")
+    report = add("report", "write report.html of a run, finished or cut short")
+    report.add_argument("run", type=Path, help="the run's folder")
+    report.set_defaults(takes_overrides=False)
+
+    tasks = commands.add_parser("tasks", help="look at tasks and prove them").add_subparsers(
+        dest="tasks_command", required=True, metavar="COMMAND"
+    )
+    prove = tasks.add_parser(
+        "prove", help="show on real desktops that each task can be solved, and is not solved as it starts"
+    )
+    prove.add_argument("ids", nargs="*", help="task ids; none: the whole suite")
+    prove.add_argument("--suite", type=Path, default=None, help="root of a suite; unset: deskrl's own")
+    prove.add_argument("--repeats", type=int, default=1, help="how often each task is proven, with other seeds")
+    prove.set_defaults(takes_overrides=False)
+    return parser
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_overrides:
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    if options.command == "up":
+        from deskrl.core.up import up
+
+        return up(load_config(options.config, rest))
+    if options.command == "report":
+        from deskrl.core.up import report
+
+        return report(options.run)
+    if options.command == "tasks":
+        return int(_role("deskrl.actor.prove").main(options.suite, tuple(options.ids), options.repeats))
+    config = _read(options.config, rest)
+    if options.command == "model":
+        return int(_role("deskrl.learner.tiny_model").main(config))
+    return _run_role(options.command, config, getattr(options, "index", None), options.config, rest)
+
+
+def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """A TOML configuration with overrides, or the resolved JSON of a run, which takes none."""
+    if path.suffix != ".json":
+        return load_config(path, overrides)
+    if overrides:
+        raise UserError(f"{path} is a resolved configuration", "override its TOML file instead")
+    return read_resolved(path)
+
+
+def _run_role(role: str, config: RunConfig, index: int | None, path: Path, overrides: Sequence[str]) -> int:
+    logs.setup(role if index is None else f"{role}-{index}")
+    if role == "learner" and config.learner.num_processes > 1 and "RANK" not in os.environ:
+        _become_torchrun(config, path, overrides)
+    run = _role(f"deskrl.{role}.main").run
+    return int(run(config) if index is None else run(config, index))
+
+
+def _become_torchrun(config: RunConfig, path: Path, overrides: Sequence[str]) -> None:
+    """Replace this process by torchrun, which starts the ranks as `deskrl learner` again."""
+    port = config.learner.master_port
+    rendezvous = [f"--master-port={port}"] if port else ["--standalone"]
+    world = [f"--nproc-per-node={config.learner.num_processes}", *rendezvous]
+    command = ["-m", "deskrl.core.cli", "learner", str(path), *overrides]
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *world, *command])
+
+
+def _role(module: str) -> Any:
+    """Import a role's module; a package that it lacks is named with the extra that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        extra = next((extra for prefix, extra in _EXTRAS.items() if module.startswith(prefix)), None)
+        if extra is None or (error.name or "").startswith("deskrl"):
+            raise
+        raise UserError(f"the package {error.name} is not installed", f"pip install 'deskrl[{extra}]'") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Builds a tiny Qwen2.5-VL: the real architecture and the real processor at a few million random parameters.
+
+For smoke runs, tests and ablations on a CPU. Screenshots cost few tokens (patches of 28 pixels merged 2 x 2) and every
+coordinate on such a screenshot is one token, so that a click is two decisions rather than six. Knows nothing of tasks:
+the words that deserve tokens of their own come in as a corpus.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deskrl.core.config import RunConfig
+from deskrl.core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PATCH_PIXELS = 28
+MERGE = 2
+VOCAB_SIZE = 3072
+MAX_LENGTH = 8192
+
+# The names and roles are those of the published Qwen2.5-VL tokenizers, so that its processor and chat format work.
+_SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def main(config: RunConfig) -> int:
+    """Build the model of a run into its folder, from the corpus that lies there."""
+    corpus = (config.folder / "corpus.txt").read_text(encoding="utf-8").split("\f")
+    size = (config.agent.image_width or config.desktop.width, config.agent.image_height or config.desktop.height)
+    if any(side % (PATCH_PIXELS * MERGE) for side in size):
+        raise UserError(
+            f"the tiny model cannot see screenshots of {size[0]} x {size[1]}",
+            f"set agent.image_width and agent.image_height to multiples of {PATCH_PIXELS * MERGE}",
+        )
+    build_tiny_model(config.model_folder, config.seed, size, corpus)
+    return 0
+
+
+def build_tiny_model(folder: Path, seed: int, image_size: tuple[int, int], corpus: Iterable[str]) -> None:
+    """Write a model folder that transformers and vLLM load as any other Qwen2.5-VL.
+
+    Args:
+        folder: made if absent; files of the same names are replaced.
+        seed: of the random weights.
+        image_size: (width, height) of screenshots as the policy sees them; multiples of 56.
+        corpus: texts of the kind that the policy reads and writes; their words become tokens.
+    """
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    width, height = image_size
+    unit = PATCH_PIXELS * MERGE
+    if width % unit or height % unit:
+        raise ValueError(f"image_size {image_size} is not a multiple of {unit}")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _build_tokenizer(corpus, largest_number=max(image_size))
+    tokenizer.save_pretrained(folder)
+    _write_processor(folder, width * height)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(_model_config(tokenizer))
+    model.to(torch.float32).save_pretrained(folder)
+
+
+def _build_tokenizer(corpus: Iterable[str], largest_number: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the corpus, with every number up to `largest_number` a token of its own."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    # A call's opening and its close are pieces, so is a number: a click is its name and two coordinates.
+    pieces = Regex(r" ?[a-z_]+\([a-z_]+='\(?|\)?'\)| ?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # The trainer merges by frequency: the numbers come often enough to be merged before the rarest words.
+    numbers = " ".join(str(number) for number in range(largest_number + 1))
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(_SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*corpus, *[numbers] * 8], trainer)
+    # Not Qwen2Tokenizer: that class brings its own pre-tokenizer back, which parts numbers into digits.
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(_SPECIAL_TOKENS),
+        model_max_length=MAX_LENGTH,
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    return fast
+
+
+def _write_processor(folder: Path, num_pixels: int) -> None:
+    """The image and chat halves of the processor; a screenshot of the expected size passes through unresized."""
+    image = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "patch_size": PATCH_PIXELS,
+        "temporal_patch_size": 1,
+        "merge_size": MERGE,
+        "min_pixels": num_pixels,
+        "max_pixels": num_pixels,
+        "size": {"shortest_edge": num_pixels, "longest_edge": num_pixels},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
+
+
+def _model_config(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """About four million parameters: 4 language layers of width 256, 2 vision layers of width 128."""
+    from transformers import Qwen2_5_VLConfig
+
+    token = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL_TOKENS}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 640,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_LENGTH,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+        "tie_word_embeddings": True,
+        "bos_token_id": token["<|endoftext|>"],
+        "eos_token_id": token["<|im_end|>"],
+        "pad_token_id": token["<|endoftext|>"],
+        "dtype": "float32",
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 2,
+        "out_hidden_size": text["hidden_size"],
+        "patch_size": PATCH_PIXELS,
+        "temporal_patch_size": 1,
+        "spatial_merge_size": MERGE,
+        "window_size": 4 * PATCH_PIXELS * MERGE,
+        "fullatt_block_indexes": [0, 1],
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        dtype="float32",
+        vision_start_token_id=token["<|vision_start|>"],
+        vision_end_token_id=token["<|vision_end|>"],
+        image_token_id=token["<|image_pad|>"],
+        video_token_id=token["<|video_pad|>"],
+        bos_token_id=text["bos_token_id"],
+        eos_token_id=text["eos_token_id"],
+        pad_token_id=text["pad_token_id"],
+    )
