@@ -1,0 +1,117 @@
+"""A role drains on a signal, and does not outlive its supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from deskrl.core.lifetime import SUPERVISOR_VARIABLE, StopEvent, supervised_environment
+
+_ROLE = """
+import sys
+from deskrl.core.lifetime import die_with_parent, stop_event
+stop = stop_event()
+die_with_parent(grace_s=0.5)
+print("ready", flush=True)
+stop.wait(30)
+print("drained", flush=True)
+if "hangs" in sys.argv:
+    import time
+    time.sleep(30)
+"""
+
+
+def _start_role(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    role = subprocess.Popen(
+        [sys.executable, "-c", _ROLE, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert role.stdout is not None
+    return role
+
+
+def _supervisor() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", "60"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_sets_the_event_and_a_second_one_changes_nothing(number: signal.Signals) -> None:
+    with _start_role() as role:
+        assert role.stdout is not None and role.stdout.readline() == "ready\n"
+        role.send_signal(number)
+        role.send_signal(number)
+        assert role.stdout.read() == "drained\n"
+    assert role.returncode == 0
+
+
+def test_a_role_drains_when_its_supervisor_is_killed() -> None:
+    supervisor = _supervisor()
+    with _start_role(**{SUPERVISOR_VARIABLE: str(supervisor.pid)}) as role:
+        assert role.stdout is not None and role.stdout.readline() == "ready\n"
+        supervisor.kill()
+        supervisor.wait()
+        assert role.stdout.read() == "drained\n"
+    assert role.returncode == 0
+
+
+def test_a_role_that_hangs_is_killed_after_its_supervisor() -> None:
+    supervisor = _supervisor()
+    with _start_role("hangs", **{SUPERVISOR_VARIABLE: str(supervisor.pid)}) as role:
+        assert role.stdout is not None and role.stdout.readline() == "ready\n"
+        supervisor.kill()
+        supervisor.wait()
+        assert role.stdout.read() == "drained\n"
+    assert role.returncode == -signal.SIGKILL
+
+
+def test_a_supervisor_that_is_gone_already_ends_the_role() -> None:
+    supervisor = _supervisor()
+    supervisor.kill()
+    supervisor.wait()
+    with _start_role(**{SUPERVISOR_VARIABLE: str(supervisor.pid)}) as role:
+        assert role.stdout is not None
+        assert "drained\n" in role.stdout.read()
+    assert role.returncode == 0
+
+
+def test_a_supervisor_reaches_what_is_not_its_own_child(tmp_path: Path) -> None:
+    """As torchrun's ranks are: children of a launcher, watched all the same."""
+    launcher = textwrap.dedent(
+        """
+        import os, subprocess, sys
+        from deskrl.core.lifetime import supervised_environment
+        shell = ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, os.environ["ROLE"]]
+        subprocess.run(shell, env={**os.environ, **supervised_environment()})
+        """
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True, env={**os.environ, "ROLE": _ROLE}
+    ) as supervisor:
+        assert supervisor.stdout is not None and supervisor.stdout.readline() == "ready\n"
+        supervisor.kill()
+        assert supervisor.stdout.read() == "drained\n"
+
+
+def test_the_environment_names_this_process() -> None:
+    assert supervised_environment() == {SUPERVISOR_VARIABLE: str(os.getpid())}
+
+
+def test_a_coroutine_waits_for_the_event() -> None:
+    async def scenario() -> None:
+        event = StopEvent()
+        waiting = asyncio.create_task(event.wait_async())
+        asyncio.get_running_loop().call_soon(event.set)
+        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(event.wait_async(), 5)
+        assert event.is_set() and event.wait(0)
+
+    asyncio.run(scenario())
