@@ -62,6 +62,9 @@ _CHANNEL_OPTIONS: list[tuple[str, object]] = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A role that was restarted is back within seconds: look often (the default grows to two minutes between looks).
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_retries", 1),
     ("grpc.service_config", _SERVICE_CONFIG),
 ]
