@@ -1,0 +1,64 @@
+"""How sure a success rate is: intervals for proportions, as pure functions.
+
+Knows counts only. Wilson's score interval and Newcombe's hybrid of two of them (his method 10), because both keep
+near their nominal coverage for the small counts and the rates near 0 and 1 of an evaluation, where the usual
+rate ± 1.96 standard errors does not.
+"""
+
+from __future__ import annotations
+
+import math
+
+Z_95 = 1.959963984540054
+"""Standard normal quantile that leaves 2.5 % above it."""
+
+
+def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson's score interval for a proportion.
+
+    Args:
+        successes: trials that succeeded.
+        n: trials in all; 0 says nothing, so the interval is (0, 1).
+        z: normal quantile of the confidence level, two-sided; the default means 95 %.
+
+    Raises:
+        ValueError: the counts are no counts of trials.
+    """
+    _check(successes, n)
+    if n == 0:
+        return 0.0, 1.0
+    rate = successes / n
+    denominator = 1 + z * z / n
+    centre = (rate + z * z / (2 * n)) / denominator
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / denominator
+    # At 0 and n successes one end is the rate itself; rounding must not put it a hair beyond.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return low, high
+
+
+def newcombe_difference(
+    successes_a: int, n_a: int, successes_b: int, n_b: int, z: float = Z_95
+) -> tuple[float, float, float]:
+    """The difference of two independent proportions, b minus a, with Newcombe's hybrid score interval.
+
+    Returns:
+        (difference, low, high). A side without trials says nothing: its rate counts as ½ and the interval is as wide as
+        the other side leaves it.
+
+    Raises:
+        ValueError: the counts are no counts of trials.
+    """
+    low_a, high_a = wilson_interval(successes_a, n_a, z)
+    low_b, high_b = wilson_interval(successes_b, n_b, z)
+    rate_a = successes_a / n_a if n_a else 0.5
+    rate_b = successes_b / n_b if n_b else 0.5
+    difference = rate_b - rate_a
+    low = difference - math.hypot(rate_b - low_b, high_a - rate_a)
+    high = difference + math.hypot(high_b - rate_b, rate_a - low_a)
+    return difference, max(-1.0, low), min(1.0, high)
+
+
+def _check(successes: int, n: int) -> None:
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials")

@@ -1,0 +1,49 @@
+"""Intervals against the numbers of Newcombe's two papers (Statistics in Medicine 17, 1998)."""
+
+import pytest
+
+from deskrl.core.stats import newcombe_difference, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_interval_is_the_published_one(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "low", "high"),
+    [
+        ((48, 80), (56, 70), 0.0524, 0.3339),
+        ((3, 10), (9, 10), 0.1705, 0.8090),
+        ((2, 7), (6, 7), 0.0582, 0.8062),
+        ((0, 29), (5, 56), -0.0381, 0.1926),
+        ((0, 20), (0, 10), -0.1611, 0.2775),
+        ((0, 10), (10, 10), 0.6075, 1.0),
+    ],
+)
+def test_newcombe_interval_is_the_published_one(
+    a: tuple[int, int], b: tuple[int, int], low: float, high: float
+) -> None:
+    difference, got_low, got_high = newcombe_difference(*a, *b)
+    assert difference == pytest.approx(b[0] / b[1] - a[0] / a[1])
+    assert (got_low, got_high) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_extremes_end_exactly_at_the_rate() -> None:
+    assert wilson_interval(0, 96)[0] == 0.0
+    assert wilson_interval(96, 96)[1] == 1.0
+
+
+def test_no_trials_say_nothing() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    difference, low, high = newcombe_difference(0, 0, 5, 10)
+    assert low < difference < high
+
+
+@pytest.mark.parametrize(("successes", "n"), [(-1, 4), (5, 4)])
+def test_impossible_counts_are_refused(successes: int, n: int) -> None:
+    with pytest.raises(ValueError, match="successes in"):
+        wilson_interval(successes, n)
