@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
     model = add("model", "build the tiny model that a configuration asks for")
     model.add_argument("config", type=Path, help="run configuration")
+    proof = add("prove-checkpoint", "compare a served checkpoint with transformers")
+    proof.add_argument("config", type=Path, help="configuration whose model.path is the checkpoint that is served")
+    proof.add_argument("outcome", type=Path, help="file for the outcome (JSON)")
     report = add("report", "write report.html of a run, finished or cut short")
     report.add_argument("run", type=Path, help="the run's folder")
     report.set_defaults(takes_overrides=False)
@@ -97,6 +100,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     config = _read(options.config, rest)
     if options.command == "model":
         return int(_role("deskrl.learner.tiny_model").main(config))
+    if options.command == "prove-checkpoint":
+        return int(_role("deskrl.learner.proof").main(config, options.outcome))
     return _run_role(options.command, config, getattr(options, "index", None), options.config, rest)
 
 

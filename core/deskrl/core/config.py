@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
-    CliSettingsSource,
+    CliApp,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -329,8 +329,7 @@ def load_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
 
     try:
-        command_line = CliSettingsSource[Any](FileRunConfig, cli_prog_name="deskrl", cli_parse_args=list(arguments))
-        return FileRunConfig(_cli_settings_source=command_line)
+        return CliApp.run(FileRunConfig, cli_args=list(arguments))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}", "mend the file") from error
     except (ValidationError, SettingsError) as error:

@@ -1,4 +1,4 @@
-"""Where a run keeps what: one folder, the same for every role. Knows paths and the metrics file, no contents' meaning."""
+"""Where a run keeps what: one folder, the same for every role. Knows paths and the metrics file, not what they mean."""
 
 from __future__ import annotations
 

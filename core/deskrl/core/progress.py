@@ -1,0 +1,98 @@
+"""Where a run is: one snapshot from its metrics and replay's counters. Knows nothing of how it is shown."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deskrl.core.config import RunConfig
+from deskrl.proto.v1 import replay_pb2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a person wants to know of a run while it goes on."""
+
+    phase: str
+    elapsed_s: float
+    num_updates: int
+    num_episodes: int
+    num_running: int
+    success_rate: float | None
+    """Of the newest update's fresh episodes, or of the evaluation that is going on."""
+    version: str
+    env_steps_per_minute: float
+    num_faults: int
+    left_s: float | None
+
+
+class ProgressMeter:
+    """Turns metrics and counters into Progress; remembers the counters of the last minute for rates."""
+
+    def __init__(self, config: RunConfig, started_unix_s: float) -> None:
+        self._config = config
+        self._started_unix_s = started_unix_s
+        self._steps_seen: list[tuple[float, int]] = []
+
+    def read(self, metrics: Sequence[dict[str, Any]], status: replay_pb2.GetReplayStatusResponse | None) -> Progress:
+        """Progress now.
+
+        Args:
+            metrics: lines of metrics.jsonl, oldest first.
+            status: replay's counters, or None while it does not answer.
+        """
+        now = time.time()
+        queues = list(status.queues) if status else []
+        num_steps = sum(queue.num_steps for queue in queues)
+        phases = [line for line in metrics if line["kind"] == "phase"]
+        updates = [line for line in metrics if line["kind"] == "update"]
+        phase = phases[-1]["phase"] if phases else "starting"
+        return Progress(
+            phase=phase,
+            elapsed_s=now - self._started_unix_s,
+            num_updates=updates[-1]["update"] if updates else 0,
+            num_episodes=sum(queue.num_finished for queue in queues),
+            num_running=sum(queue.num_leased for queue in queues),
+            success_rate=_success_rate(phase, updates, queues),
+            version=_version(metrics),
+            env_steps_per_minute=self._rate(now, num_steps) * 60,
+            num_faults=sum(status.faults.values()) if status else 0,
+            left_s=self._left_s(phase, updates, queues),
+        )
+
+    def _rate(self, now: float, num_steps: int) -> float:
+        self._steps_seen = [(at, num) for at, num in self._steps_seen if at > now - 60] + [(now, num_steps)]
+        (first_at, first), (last_at, last) = self._steps_seen[0], self._steps_seen[-1]
+        return (last - first) / (last_at - first_at) if last_at - first_at > 1 else 0.0
+
+    def _left_s(
+        self, phase: str, updates: Sequence[dict[str, Any]], queues: Sequence[replay_pb2.QueueStatus]
+    ) -> float | None:
+        """Seconds until the last phase ends, by the pace so far; None before there is a pace."""
+        times = [line["unix_s"] for line in updates][-8:]
+        if len(times) < 3:
+            return None
+        per_update_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+        updates_left = max(0, self._config.learner.grpo.num_updates - updates[-1]["update"])
+        evals = {queue.queue: queue.num_finished for queue in queues if queue.queue.startswith("eval/")}
+        per_update_episodes = self._config.learner.grpo.groups_per_batch * self._config.tasks.rollouts
+        episodes_left = max(0, self._config.learner.eval.episodes - evals.get("eval/after", 0))
+        return float(updates_left * per_update_s + episodes_left * per_update_s / per_update_episodes)
+
+
+def _success_rate(
+    phase: str, updates: Sequence[dict[str, Any]], queues: Sequence[replay_pb2.QueueStatus]
+) -> float | None:
+    if phase.startswith("eval"):
+        going_on = [queue for queue in queues if queue.queue.startswith("eval/") and queue.num_finished]
+        return going_on[-1].num_succeeded / going_on[-1].num_finished if going_on else None
+    return updates[-1].get("success_rate") if updates else None
+
+
+def _version(metrics: Sequence[dict[str, Any]]) -> str:
+    versions = [line.get("version") for line in metrics if line["kind"] in ("update", "weights")]
+    return str(versions[-1]) if versions else "-"

@@ -1,0 +1,256 @@
+"""Processes of one run on one machine: start, watch, restart, stop, and end what a killed supervisor left.
+
+Knows processes and the run's temporary folder; knows no role's work. Each child leads a session of its own and carries
+the run's mark in its environment, so that whatever descends from it is found again, whoever its parent is by then.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from deskrl.core.errors import UserError
+from deskrl.core.lifetime import supervised_environment
+from deskrl.core.runfolder import RunFolder
+
+RUN_MARK = "DESKRL_RUN_FOLDER"
+"""Environment variable that names the run in every process of it."""
+
+USER_ERROR_STATUS = 2
+MAX_RESTARTS = 5
+STOP_TIMEOUT_S = 20.0
+
+
+@dataclass
+class Child:
+    """One role's process, as it is now and as it has been restarted."""
+
+    name: str
+    command: list[str]
+    process: subprocess.Popen[bytes]
+    num_restarts: int = 0
+    done: bool = False
+    log: IO[bytes] = field(repr=False, kw_only=True)
+
+
+class RoleFailed(RuntimeError):
+    """A role ended for good: refused its input, or crashed more often than it may be restarted."""
+
+    def __init__(self, name: str, status: int, last_line: str) -> None:
+        super().__init__(f"{name} ended with status {status}: {last_line}")
+        self.name = name
+        self.status = status
+        self.last_line = last_line
+
+
+class Supervisor:
+    """Owns a run's processes. One supervisor at a time holds the run's lock; the kernel drops it with the process."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Take the run over: refuse if another supervisor lives, end what a dead one left.
+
+        Raises:
+            UserError: the run is supervised by a living process.
+        """
+        self._folder = folder
+        self.temporary = temporary_folder(folder)
+        self._lock = open(folder.root / ".lock", "w")  # noqa: SIM115 - held as long as the supervisor lives
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder.root} is being run by another process", "stop that one first, or choose another --name"
+            ) from error
+        self.num_leftovers = end_leftovers(folder)
+        self.temporary.mkdir(mode=0o700)
+        self.children: dict[str, Child] = {}
+
+    def start(self, name: str, *arguments: str) -> Child:
+        """Start `deskrl ARGUMENTS` under a name; its output goes to logs/NAME.log."""
+        command = [sys.executable, "-m", "deskrl.core.cli", *arguments]
+        log = open(self._folder.logs / f"{name}.log", "ab")  # noqa: SIM115 - closed when the child is stopped
+        child = Child(name, command, self._spawn(command, log), log=log)
+        self.children[name] = child
+        return child
+
+    def watch(self, finite: Sequence[str] = ()) -> None:
+        """Look once at every child: a crash is restarted, a clean end of a `finite` child is noted as done.
+
+        Raises:
+            RoleFailed: a child refused its input, or was restarted too often.
+        """
+        for child in self.children.values():
+            status = child.process.poll()
+            if status is None or child.done:
+                continue
+            if status == 0 and child.name in finite:
+                child.done = True
+                continue
+            if status == USER_ERROR_STATUS or child.num_restarts >= MAX_RESTARTS:
+                raise RoleFailed(child.name, status, self.last_line(child.name))
+            child.num_restarts += 1
+            self._folder.append_metrics("restart", role=child.name, status=status, num_restarts=child.num_restarts)
+            end_session(child.process.pid)
+            child.process = self._spawn(child.command, child.log)
+
+    def run_to_end(self, name: str, *arguments: str, timeout_s: float) -> None:
+        """Start a child and wait for its clean end.
+
+        Raises:
+            RoleFailed: it ended otherwise, or not in time.
+        """
+        child = self.start(name, *arguments)
+        try:
+            status = child.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.stop([name])
+            raise RoleFailed(name, -1, f"no end within {timeout_s:.0f} s") from None
+        self.stop([name])
+        if status != 0:
+            raise RoleFailed(name, status, self.last_line(name))
+
+    def stop(self, names: Sequence[str], timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """SIGTERM these children together, wait, then kill whatever is left of their sessions."""
+        leaving = [self.children.pop(name) for name in names if name in self.children]
+        for child in leaving:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + timeout_s
+        for child in leaving:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._folder.append_metrics("stop_timeout", role=child.name)
+            end_session(child.process.pid)
+            child.process.wait()
+            child.log.close()
+
+    def close(self) -> list[str]:
+        """Stop everything, then name what of the run is still there (and end that too); nothing is the normal case."""
+        self.stop(list(self.children))
+        leftovers = describe_leftovers(self._folder)
+        end_leftovers(self._folder)
+        self._lock.close()
+        return leftovers
+
+    def num_restarts(self) -> int:
+        """Restarts of all children so far, from the run's metrics (so it survives a restart of the supervisor)."""
+        return sum(1 for _ in self._folder.read_metrics("restart"))
+
+    def last_line(self, name: str) -> str:
+        """The last line that a role wrote, for a person."""
+        text = (self._folder.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip()
+        return text.splitlines()[-1] if text else "no output"
+
+    def memory_bytes(self) -> int:
+        """Proportional memory of all processes of the run (shared pages counted once)."""
+        return sum(_pss_bytes(process) for process in marked_processes(self._folder))
+
+    def _spawn(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            **supervised_environment(),
+            RUN_MARK: str(self._folder.root),
+            "TMPDIR": str(self.temporary),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+def temporary_folder(folder: RunFolder) -> Path:
+    """The run's own temporary folder: a short path (unix sockets live there) that follows from the run's."""
+    name = hashlib.sha256(str(folder.root).encode()).hexdigest()[:10]
+    return Path(tempfile.gettempdir()) / f"deskrl-{name}"
+
+
+def marked_processes(folder: RunFolder) -> list[psutil.Process]:
+    """Every process, whoever its parent, that carries the run's mark; this one excepted."""
+    found = []
+    mark = f"{RUN_MARK}={folder.root}".encode()
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        try:
+            environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+        except OSError:
+            continue  # ended meanwhile, or another user's
+        if mark in environment.split(b"\0"):
+            found.append(process)
+    return found
+
+
+def describe_leftovers(folder: RunFolder) -> list[str]:
+    """What of a stopped run is still there: processes, mounts, files in its temporary folder, shared memory."""
+    temporary = temporary_folder(folder)
+    found = [f"process {process.pid} {_name(process)}" for process in marked_processes(folder)]
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    found += [f"mount {mount}" for mount in mounts if mount.startswith(f"{temporary}/")]
+    found += [f"file {path}" for path in sorted(temporary.rglob("*"))] if temporary.exists() else []
+    found += [f"shared memory {path}" for path in sorted(Path("/dev/shm").glob(f"{temporary.name}*"))]
+    return found
+
+
+def end_leftovers(folder: RunFolder) -> int:
+    """End and remove everything that `describe_leftovers` would name; returns how many things that were."""
+    temporary = temporary_folder(folder)
+    found = describe_leftovers(folder)
+    processes = marked_processes(folder)
+    for process in processes:
+        _signal(process.pid, signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=5)
+    for line in reversed(Path("/proc/mounts").read_text().splitlines()):
+        if line.split()[1].startswith(f"{temporary}/"):
+            subprocess.run(["umount", "--lazy", line.split()[1]], check=False)
+    for path in Path("/dev/shm").glob(f"{temporary.name}*"):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    return len(found)
+
+
+def end_session(leader_pid: int) -> None:
+    """Kill what is left of a child's session, its leader included."""
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader_pid:
+                _signal(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return "(gone)"
+
+
+def _pss_bytes(process: psutil.Process) -> int:
+    try:
+        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return 0  # ended meanwhile
+    return 0

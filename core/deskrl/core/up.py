@@ -1,0 +1,278 @@
+"""`deskrl up`: a whole run on this machine, from an empty folder to a judged one, readable top to bottom.
+
+Knows the order of things and the roles by name; the work is the roles' own. A run that was cut short is resumed by the
+same command; one that was finished is kept under a dated name and begun anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import grpc
+from rich.console import Console
+from rich.table import Table
+
+from deskrl.core import rpc
+from deskrl.core.acceptance import Criterion, RunFacts, judge
+from deskrl.core.config import ModelConfig, RunConfig, dump_config, read_resolved
+from deskrl.core.errors import UserError
+from deskrl.core.lifetime import StopEvent, stop_event
+from deskrl.core.live import LiveDisplay, clock
+from deskrl.core.progress import ProgressMeter
+from deskrl.core.runfolder import RunFolder, write_json
+from deskrl.core.supervisor import USER_ERROR_STATUS, RoleFailed, Supervisor
+from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc
+
+_POLL_S = 0.5
+_MEMORY_EVERY = 10
+_REPLAY_START_S = 30.0
+_MODEL_BUILD_S = 120.0
+_INFERENCE_START_S = 300.0
+_PROOF_S = 120.0
+
+
+class Interrupted(RuntimeError):
+    """A person or a scheduler asked the run to stop."""
+
+
+def up(config: RunConfig) -> int:
+    """Run everything; returns 0 if every criterion is met, 1 if not, 130 if it was stopped, 2 for a refused input."""
+    stop = stop_event()
+    console = Console()
+    _refuse_taken_ports(config)
+    folder = RunFolder(config.folder)
+    started_unix_s = _open_folder(config, folder, console)
+    supervisor = Supervisor(folder)
+    if supervisor.num_leftovers:
+        console.print(f"removed {supervisor.num_leftovers} leftovers of the run that was killed", highlight=False)
+    try:
+        proof = _run(config, folder, supervisor, stop, console, started_unix_s)
+    except Interrupted:
+        supervisor.close()
+        console.print(f"stopped; the same command resumes {folder.root}", highlight=False)
+        return 130
+    except RoleFailed as error:
+        supervisor.close()
+        console.print(f"{error}\nsee {folder.logs / error.name}.log; the same command resumes", highlight=False)
+        return USER_ERROR_STATUS if error.status == USER_ERROR_STATUS else 1
+    except BaseException:
+        supervisor.close()
+        raise
+    facts = RunFacts(supervisor.num_restarts(), supervisor.close(), proof)
+    return _conclude(config, folder, facts, console, started_unix_s)
+
+
+def report(root: Path) -> int:
+    """Write report.html of a run, finished or cut short, with a replay service of its own."""
+    folder = RunFolder(root.absolute())
+    config = read_resolved(folder.config)
+    _refuse_taken_ports(config)
+    supervisor = Supervisor(folder)
+    try:
+        print(_write_report(config, folder, supervisor))
+    finally:
+        supervisor.close()
+    return 0
+
+
+def _run(
+    config: RunConfig,
+    folder: RunFolder,
+    supervisor: Supervisor,
+    stop: StopEvent,
+    console: Console,
+    started_unix_s: float,
+) -> dict[str, Any]:
+    """Start the roles, watch them until the learner is done, stop them, prove the checkpoint."""
+    resolved = str(folder.config)
+    importlib.import_module("deskrl.actor.prepare").main(config)
+    _start_replay(config, folder, supervisor)
+    num_actors = math.ceil(config.desktop.num_envs / config.actor.desktops_per_actor)
+    for index in range(num_actors):
+        supervisor.start(f"actor-{index}", "actor", resolved, "--index", str(index))
+    if config.model.build and not (config.model_folder / "model.safetensors").exists():
+        supervisor.run_to_end("model", "model", resolved, timeout_s=_MODEL_BUILD_S)
+    for index in range(config.inference.num_replicas):
+        supervisor.start(f"inference-{index}", "inference", resolved, "--index", str(index))
+    supervisor.start("learner", "learner", resolved)
+    _watch_until_done(config, folder, supervisor, stop, console, started_unix_s)
+    console.print("learnt; proving the checkpoint", highlight=False)
+    supervisor.stop([name for name in supervisor.children if name != "replay"])
+    return _prove_checkpoint(config, folder, supervisor)
+
+
+def _watch_until_done(
+    config: RunConfig,
+    folder: RunFolder,
+    supervisor: Supervisor,
+    stop: StopEvent,
+    console: Console,
+    started_unix_s: float,
+) -> None:
+    meter = ProgressMeter(config, started_unix_s)
+    peak_bytes = 0
+    with (
+        LiveDisplay(console, config.name, config.learner.grpo.num_updates) as display,
+        _replay_stub(config) as stub,
+    ):
+        for turn in range(2**62):
+            supervisor.watch(finite=["learner"])
+            if turn % _MEMORY_EVERY == 0:
+                peak_bytes = max(peak_bytes, supervisor.memory_bytes())
+            display.show(meter.read(list(folder.read_metrics()), _replay_status(stub)))
+            if supervisor.children["learner"].done:
+                break
+            if stop.wait(_POLL_S):
+                raise Interrupted
+    folder.append_metrics("memory", peak_bytes=peak_bytes)
+
+
+def _prove_checkpoint(config: RunConfig, folder: RunFolder, supervisor: Supervisor) -> dict[str, Any]:
+    """Serve the newest checkpoint from a fresh engine and compare it with transformers."""
+    newest = (folder.checkpoints / "latest").resolve()
+    served = folder.results / "checkpoint_proof_config.json"
+    dump_config(config.model_copy(update={"model": ModelConfig(path=newest)}), served)
+    outcome = folder.results / "checkpoint_proof.json"
+    try:
+        supervisor.start("proof-inference", "inference", str(served), "--index", "0")
+        _wait_healthy(config.inference.address, supervisor, "proof-inference", _INFERENCE_START_S)
+        supervisor.run_to_end("proof", "prove-checkpoint", str(served), str(outcome), timeout_s=_PROOF_S)
+    except RoleFailed as error:
+        return {"error": str(error)}
+    finally:
+        supervisor.stop(["proof-inference", "proof"])
+    proof: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))
+    return proof
+
+
+def _conclude(config: RunConfig, folder: RunFolder, facts: RunFacts, console: Console, started_unix_s: float) -> int:
+    criteria = judge(list(folder.read_metrics()), facts)
+    write_json(folder.results / "acceptance.json", [asdict(criterion) for criterion in criteria])
+    supervisor = Supervisor(folder)
+    try:
+        path = _write_report(config, folder, supervisor)
+    finally:
+        supervisor.close()
+    write_json(folder.supervisor, {"state": "finished", "started_unix_s": started_unix_s})
+    console.print(_table(config.name, criteria))
+    peak = max((line["peak_bytes"] for line in folder.read_metrics("memory")), default=0)
+    elapsed = clock(time.time() - started_unix_s)
+    console.print(f"{elapsed} from start to table, peak memory {peak / 1024**3:.1f} GiB", highlight=False)
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    return 0 if all(criterion.ok for criterion in criteria) else 1
+
+
+def _table(name: str, criteria: Sequence[Criterion]) -> Table:
+    table = Table(title=f"deskrl {name}", title_justify="left")
+    for column in ("", "criterion", "value", "how it is known"):
+        table.add_column(column, overflow="fold")
+    for row in criteria:
+        table.add_row("[green]yes" if row.ok else "[red]no", row.criterion, row.value, f"[dim]{row.how}")
+    return table
+
+
+def _write_report(config: RunConfig, folder: RunFolder, supervisor: Supervisor) -> Path:
+    from deskrl.core.report import write_report
+
+    _start_replay(config, folder, supervisor)
+    path = write_report(folder, config, config.replay.address)
+    supervisor.stop(["replay"])
+    return path
+
+
+def _start_replay(config: RunConfig, folder: RunFolder, supervisor: Supervisor) -> None:
+    supervisor.start("replay", "replay", str(folder.config))
+    _wait_healthy(config.replay.address, supervisor, "replay", _REPLAY_START_S)
+
+
+def _wait_healthy(address: str, supervisor: Supervisor, name: str, timeout_s: float) -> None:
+    """Wait for a role to answer SERVING; raises RoleFailed if it ends, or does not get there in time."""
+    deadline = time.monotonic() + timeout_s
+    while not rpc.is_healthy(address, timeout_s=1.0):
+        status = supervisor.children[name].process.poll()
+        if status is not None:
+            raise RoleFailed(name, status, supervisor.last_line(name))
+        if time.monotonic() > deadline:
+            raise RoleFailed(name, -1, f"not serving within {timeout_s:.0f} s")
+        time.sleep(0.05)
+
+
+def _open_folder(config: RunConfig, folder: RunFolder, console: Console) -> float:
+    """Begin, resume, or set aside what was finished; returns when the run began (Unix seconds)."""
+    state = json.loads(folder.supervisor.read_text(encoding="utf-8")) if folder.supervisor.exists() else {}
+    if state.get("state") == "finished":
+        aside = folder.root.with_name(time.strftime(f"{folder.root.name}-%Y%m%d-%H%M%S"))
+        folder.root.rename(aside)
+        console.print(f"the finished run is kept as {aside}", highlight=False, soft_wrap=True)
+        state = {}
+    if state:
+        _refuse_other_config(config, folder)
+        console.print(f"resuming {folder.root}", highlight=False, soft_wrap=True)
+        return float(state["started_unix_s"])
+    folder.create()
+    dump_config(config, folder.config)
+    started_unix_s = time.time()
+    write_json(folder.supervisor, {"state": "running", "started_unix_s": started_unix_s})
+    return started_unix_s
+
+
+def _refuse_other_config(config: RunConfig, folder: RunFolder) -> None:
+    """A run goes on as what it was begun as."""
+    begun = json.loads(folder.config.read_text(encoding="utf-8"))
+    now = json.loads(config.model_dump_json())
+    changed = [key for key, value in _flatten(now) if dict(_flatten(begun)).get(key) != value]
+    if changed:
+        raise UserError(
+            f"{folder.root} was begun with other values of {', '.join(changed)}",
+            "resume it as it was, remove it, or choose another --name",
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix("."), value
+
+
+def _refuse_taken_ports(config: RunConfig) -> None:
+    host, _, port = config.inference.address.rpartition(":")
+    replicas = [f"{host}:{int(port) + index}" for index in range(config.inference.num_replicas)]
+    for key, addresses in (("replay.address", [config.replay.address]), ("inference.address", replicas)):
+        for address in addresses:
+            rpc.refuse_exposure(address)
+            host, _, port = address.rpartition(":")
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((host, int(port)))
+                except OSError as error:
+                    raise UserError(
+                        f"{address} ({key}) is taken by another process", f"choose another port with --{key}"
+                    ) from error
+
+
+@contextmanager
+def _replay_stub(config: RunConfig) -> Iterator[replay_pb2_grpc.ReplayServiceStub]:
+    with rpc.connect_sync(config.replay.address) as channel:
+        yield replay_pb2_grpc.ReplayServiceStub(channel)
+
+
+def _replay_status(stub: replay_pb2_grpc.ReplayServiceStub) -> replay_pb2.GetReplayStatusResponse | None:
+    try:
+        status: replay_pb2.GetReplayStatusResponse = stub.GetReplayStatus(
+            replay_pb2.GetReplayStatusRequest(), timeout=2
+        )
+    except grpc.RpcError:
+        return None
+    return status
