@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Brings a Debian or Ubuntu machine without a GPU to where deskrl runs: system packages, a .venv, deskrl with its engines.
+# Usage: deploy/install.sh [EXTRA ...]      e.g. deploy/install.sh test
+# What is there already is left alone; run again, it ends at once. Exit status 2: something is missing that it cannot get.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+torch_version=2.13.0
+packages=(
+    bubblewrap xvfb xauth openbox wmctrl xdotool x11-utils x11-xserver-utils dbus dbus-x11 at-spi2-core fonts-dejavu-core  # a desktop
+    chromium mtpaint gimp mousepad pcmanfm xterm                                                                  # applications
+    g++ python3-venv                                                                                              # engines
+)
+
+missing=()
+for package in "${packages[@]}"; do
+    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+if ((${#missing[@]})); then
+    as_root=()
+    if ((EUID)); then
+        if ! command -v sudo >/dev/null; then
+            echo "install.sh: these packages are missing: ${missing[*]}; ask an administrator to apt-get install them" >&2
+            exit 2
+        fi
+        as_root=(sudo)
+    fi
+    echo "installing ${#missing[@]} system packages"
+    "${as_root[@]}" apt-get update -qq
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+extras=$(printf '%s\n' actor learner inference-cpu "$@" | sort -u | paste -sd,)
+stamp=.venv/deskrl-installed
+state="$(cat pyproject.toml hatch_build.py deploy/install.sh proto/deskrl/proto/v1/*.proto deploy/cpu/* | sha256sum) $PWD"
+if [ -f "$stamp" ] && grep -qxF "$state $extras" "$stamp"; then
+    exit 0
+fi
+
+python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "install.sh: $($python --version) is too old; install Python 3.11 or newer" >&2
+    exit 2
+fi
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
+
+wheels=()
+# PyTorch without CUDA: a wheel on this machine if pip knows one, else PyTorch's own index. Neither is waited for.
+if ! .venv/bin/python -c "import torch; assert torch.__version__ == '$torch_version+cpu'" 2>/dev/null; then
+    echo "installing PyTorch $torch_version (CPU)"
+    if ! "${pip[@]}" install --no-index --no-deps "torch==$torch_version+cpu" 2>/dev/null; then
+        wheels=(--extra-index-url https://download.pytorch.org/whl/cpu --timeout 20 --retries 1)
+        if ! "${pip[@]}" install "${wheels[@]}" "torch==$torch_version+cpu"; then
+            echo "install.sh: no CPU build of PyTorch $torch_version can be reached; set PIP_FIND_LINKS to a folder with its wheel" >&2
+            exit 2
+        fi
+    fi
+fi
+echo "installing deskrl and its engines"
+"${pip[@]}" install "${wheels[@]}" --editable ".[$extras]"
+.venv/bin/python deploy/cpu/install_shim.py
+echo "$state $extras" >"$stamp"

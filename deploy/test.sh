@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them.
+# Usage: deploy/test.sh [pytest arguments]      e.g. deploy/test.sh -m long
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash deploy/install.sh test
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check .
+ruff format --check --quiet .
+mypy core actor inference replay learner
+lint-imports
+buf lint proto
+exec pytest "$@"
