@@ -97,6 +97,8 @@ class AgentConfig(Section):
 
     family: Literal["ui_tars_1_5"] = "ui_tars_1_5"
     """Prompt, action grammar and coordinates."""
+    prompt: Literal["full", "brief"] = "full"
+    """`full`: UI-TARS 1.5's; `brief`: the instruction and little else, for a policy that learns the grammar anew."""
     context: Literal["window", "episode"] = "window"
     """`window`: the last `window_images` screenshots; `episode`: all of them."""
     window_images: PositiveInt = 5
