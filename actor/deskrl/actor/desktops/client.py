@@ -1,0 +1,63 @@
+"""The host's end of the guest server: HTTP over a Unix socket, a connection a request. Knows no route's meaning."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deskrl.actor.desktops.base import DesktopError, DesktopGone
+
+_BUFFER_BYTES = 4 * 1024**2
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the guest answered; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """The body as JSON."""
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        """The guest's own words for what went wrong."""
+        try:
+            value = self.json()
+        except ValueError:
+            return self.body.decode("utf-8", "replace")
+        return str(value.get("error") or value.get("message")) if isinstance(value, dict) else str(value)
+
+
+async def request(path: Path, method: str, target: str, body: bytes | dict[str, Any] = b"") -> Reply:
+    """Send one request to the server on the socket `path`.
+
+    Raises:
+        DesktopGone: nobody listens there, or the answer broke off.
+        DesktopError: the answer is not HTTP.
+    """
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    head = f"{method} {target} HTTP/1.1\r\nHost: desktop\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    try:
+        reader, writer = await asyncio.open_unix_connection(path, limit=_BUFFER_BYTES)
+    except OSError as error:
+        raise DesktopGone(f"the guest server is gone: {error}") from error
+    try:
+        writer.write(head.encode() + data)
+        await writer.drain()
+        answer = await reader.readuntil(b"\r\n\r\n")
+        status_line, *lines = answer.decode("latin-1").split("\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return Reply(int(status_line.split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
+    except (OSError, asyncio.IncompleteReadError) as error:
+        raise DesktopGone("the guest server broke off") from error
+    except (ValueError, IndexError, KeyError, asyncio.LimitOverrunError) as error:
+        raise DesktopError("the guest server answered nonsense") from error
+    finally:
+        writer.close()

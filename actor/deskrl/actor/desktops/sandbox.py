@@ -1,0 +1,254 @@
+"""One sandbox: a bubblewrap container that runs the guest server, started and ended. Knows no desktop operation.
+
+The sandbox has its own user, process, mount, network, IPC and host name namespaces. What it sees of the machine is
+read-only: programs, libraries, configuration, the Python that runs the guest server. Home, /tmp and /run are its own,
+in memory, and gone with it. The guest server answers on a socket that this process listens on and hands over, so
+nothing inside can write to anything outside.
+
+Started by root, it runs as a user of its own, and what that user could not reach (an interpreter below /root) is first
+bound to a place it can, in a mount namespace of its own. Every process of it carries the folder of its desktop on its
+command line (`TAG`), by which `orphans.py` finds what is left of a run that was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import os
+import select
+import shlex
+import signal
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from deskrl.actor.desktops.base import DesktopError
+from deskrl.actor.desktops.limits import ControlGroups, supports_process_limit
+
+TAG = "DESKRL_DESKTOP_FOLDER"
+_GUEST_UID = 61001
+"""User of sandboxes that root starts: of no account, and in no range that systemd hands out."""
+_INSIDE_UID = 1000
+_LIBRARY = Path("/opt/deskrl/lib")
+_STAGE = Path("/mnt")
+_HOME_BYTES = 512 * 1024**2
+_SHARED_BYTES = 256 * 1024**2
+_TAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """What distinguishes one sandbox from another."""
+
+    folder: Path
+    width: int
+    height: int
+    memory_bytes: int
+    max_processes: int
+    groups: ControlGroups
+
+
+class Sandbox:
+    """A running sandbox; made by `Sandbox.spawn`."""
+
+    def __init__(self, process: Process, init_fd: int) -> None:
+        self._process = process
+        self._init_fd = init_fd
+        self._log: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._reading = asyncio.create_task(self._read_log())
+
+    @classmethod
+    async def spawn(cls, spec: SandboxSpec, listener: socket.socket) -> Sandbox:
+        """Start a sandbox whose guest server answers on `listener`; returns before it does.
+
+        The kernel ends a sandbox when the thread that started it ends, so it is the event loop's own.
+        """
+        info_read, info_write = os.pipe()
+        passed = {"listener": listener.fileno(), "info": info_write}
+        with _identity_files(passed):
+            process = await asyncio.create_subprocess_exec(
+                *_command(spec, passed), stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, pass_fds=tuple(passed.values())
+            )
+        os.close(info_write)
+        assert process.stderr is not None
+        try:
+            info = await _read_all(info_read)
+            init_fd = os.pidfd_open(json.loads(info)["child-pid"])
+        except (ValueError, ProcessLookupError) as error:
+            reason = (await process.stderr.read()).decode("utf-8", "replace").strip()
+            await process.wait()
+            raise DesktopError(f"the sandbox did not start: {reason or process.returncode}") from error
+        except asyncio.CancelledError:
+            process.kill()  # what it has started by now dies with it
+            raise
+        return cls(process, init_fd)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still exists."""
+        return self._process.returncode is None and not _has_ended(self._init_fd)
+
+    @property
+    def log_tail(self) -> str:
+        """The last lines that its programs wrote to standard error."""
+        return " | ".join(self._log)
+
+    async def kill(self) -> None:
+        """End every process of it, stopped ones too; returns when none is left."""
+        # The first process of a process namespace ends only after all others have: waiting for it is waiting for all.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._init_fd, signal.SIGKILL)
+        await _wait_readable(self._init_fd)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        await self._reading
+        os.close(self._init_fd)
+
+    async def _read_log(self) -> None:
+        """Keep reading, so that nothing inside ever waits for room in the pipe; a line's first part is enough."""
+        assert self._process.stderr is not None
+        while data := await self._process.stderr.read(65536):
+            self._log.extend(line[:500] for line in data.decode("utf-8", "replace").splitlines() if line.strip())
+
+
+async def _read_all(descriptor: int) -> bytes:
+    reader = asyncio.StreamReader()
+    pipe = os.fdopen(descriptor, "rb")
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), pipe
+    )
+    try:
+        return await reader.read()
+    finally:
+        transport.close()  # and the pipe with it
+
+
+async def _wait_readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(descriptor, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def _has_ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+@contextlib.contextmanager
+def _identity_files(passed: dict[str, int]) -> Iterator[None]:
+    """Files that name the sandbox's one user, as descriptors that bubblewrap copies from."""
+    ids = f"{_INSIDE_UID}:{_INSIDE_UID}"
+    contents = {
+        "passwd": f"root:x:0:0:root:/root:/usr/sbin/nologin\nuser:x:{ids}:user:/home/user:/bin/bash\n",
+        "group": f"root:x:0:\nuser:x:{_INSIDE_UID}:\n",
+    }
+    for name, text in contents.items():
+        passed[name] = os.memfd_create(name)
+        os.write(passed[name], text.encode())
+        os.lseek(passed[name], 0, os.SEEK_SET)
+    try:
+        yield
+    finally:
+        for name in contents:
+            os.close(passed[name])
+
+
+def _command(spec: SandboxSpec, passed: dict[str, int]) -> list[str]:
+    """The whole command line: join the control groups, stage, drop to the guest's user, bubblewrap, guest server."""
+    as_root = os.geteuid() == 0
+    sources = _sources()
+    script = [f"echo $$ > {shlex.quote(str(file))}" for file in spec.groups.membership_files]
+    command = ["sh", "-c"]
+    if as_root:
+        command = ["unshare", "--mount", *command]
+        script.append(f"mount -t tmpfs -o size=1M,mode=755 deskrl {_STAGE}")
+        for number, source in enumerate(sources):
+            place = _STAGE / str(number)
+            make = "mkdir" if source.is_dir() else "touch"
+            script += [f"{make} {place}", f"mount --bind {shlex.quote(str(source))} {place}"]
+    staged = [
+        (str(_STAGE / str(number)) if as_root else str(source), str(destination))
+        for number, (source, destination) in enumerate(sources.items())
+    ]
+    drop = ["setpriv", f"--reuid={_GUEST_UID}", f"--regid={_GUEST_UID}", "--clear-groups"] if as_root else []
+    return [
+        *command,
+        " && ".join([*script, 'exec "$@"']),
+        "deskrl-desktop",
+        *drop,
+        *_bubblewrap(spec, passed, staged),
+        *_guest(spec, passed["listener"]),
+    ]
+
+
+def _bubblewrap(spec: SandboxSpec, passed: dict[str, int], staged: list[tuple[str, str]]) -> list[str]:
+    home, shared = str(_HOME_BYTES), str(_SHARED_BYTES)
+    arguments = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
+    arguments += ["--uid", str(_INSIDE_UID), "--gid", str(_INSIDE_UID), "--hostname", "desktop"]
+    arguments += ["--ro-bind", "/usr", "/usr", *_top_level_folders(), "--ro-bind", "/etc", "/etc"]
+    for optional in ("/opt/google", "/var/cache/fontconfig", "/var/lib/dbus"):
+        arguments += ["--ro-bind-try", optional, optional]
+    arguments += ["--ro-bind-data", str(passed["passwd"]), "/etc/passwd"]
+    arguments += ["--ro-bind-data", str(passed["group"]), "/etc/group"]
+    arguments += ["--proc", "/proc", "--dev", "/dev", "--size", shared, "--tmpfs", "/dev/shm"]
+    arguments += ["--size", home, "--tmpfs", "/tmp", "--size", shared, "--tmpfs", "/run"]
+    arguments += ["--size", home, "--perms", "0755", "--tmpfs", "/home/user", "--chdir", "/home/user"]
+    for source, destination in staged:
+        arguments += ["--ro-bind", source, destination]
+    arguments += ["--clearenv", "--setenv", TAG, str(spec.folder), "--setenv", "PYTHONPATH", str(_LIBRARY)]
+    return [*arguments, "--setenv", "PATH", "/usr/bin:/bin", "--info-fd", str(passed["info"]), "--"]
+
+
+def _guest(spec: SandboxSpec, listener: int) -> list[str]:
+    interpreter = str(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
+    arguments = [interpreter, "-S", "-s", "-B", "-m", "deskrl.actor.guest.server", "--listener", str(listener)]
+    arguments += ["--width", str(spec.width), "--height", str(spec.height)]
+    if not spec.groups.limits_processes and supports_process_limit():
+        arguments += ["--max-processes", str(spec.max_processes)]
+    if not spec.groups.limits_memory:
+        arguments += ["--max-data-bytes", str(spec.memory_bytes)]
+    return arguments
+
+
+@cache
+def _sources() -> dict[Path, Path]:
+    """What the guest server needs beyond /usr, and where it appears: the interpreter, three libraries, our code."""
+    sources: dict[Path, Path] = {}
+    if not Path(sys.base_prefix).is_relative_to("/usr"):
+        sources[Path(sys.base_prefix).resolve()] = Path(sys.base_prefix)
+    for module in ("Xlib", "six", "PIL"):
+        found = importlib.util.find_spec(module)
+        if found is None or found.origin is None:
+            raise DesktopError(f"the Python package {module} is not installed: install deskrl[actor]")
+        place = Path(found.origin).parent if found.submodule_search_locations else Path(found.origin)
+        sources[place] = _LIBRARY / place.name
+        libraries = place.parent / "pillow.libs"  # Pillow's wheels find their C libraries beside the package
+        if module == "PIL" and libraries.is_dir():
+            sources[libraries] = _LIBRARY / libraries.name
+    guest = Path(__file__).resolve().parent.parent / "guest"
+    sources[guest] = _LIBRARY / "deskrl" / "actor" / "guest"
+    return sources
+
+
+@cache
+def _top_level_folders() -> tuple[str, ...]:
+    """/bin and its like, as the machine has them: links into /usr, or folders of their own."""
+    arguments: list[str] = []
+    for name in ("bin", "lib", "lib32", "lib64", "libx32", "sbin"):
+        folder = Path("/", name)
+        if folder.is_symlink():
+            arguments += ["--symlink", os.readlink(folder), str(folder)]
+        elif folder.is_dir():
+            arguments += ["--ro-bind", str(folder), str(folder)]
+    return tuple(arguments)

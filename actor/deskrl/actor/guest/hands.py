@@ -1,0 +1,179 @@
+"""Keyboard and pointer of the desktop, through the X server's XTEST extension. Knows key symbols, no windows.
+
+Any Unicode text is typed as written: a character that the layout lacks is put on a keycode that the layout leaves free.
+Such keycodes are used in turn, so that one is given another character as late as possible: applications learn of a
+new mapping asynchronously.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from Xlib import XK, X
+from Xlib.display import Display
+from Xlib.ext import xtest
+
+from deskrl.actor.guest.keys import keysym_of_character, keysym_of_name
+
+_BUTTON_LEFT, _BUTTON_RIGHT = 1, 3
+_WHEEL_UP, _WHEEL_DOWN, _WHEEL_LEFT, _WHEEL_RIGHT = 4, 5, 6, 7
+_DRAG_MOVES = 12
+_DRAG_MOVE_S = 0.012
+_DOUBLE_CLICK_S = 0.5
+_DOUBLE_CLICK_PIXELS = 8
+_REMAP_S = 0.06
+"""How long applications get to fetch a mapping that replaced one in use."""
+_MAX_NOTCHES = 100
+
+
+class Hands:
+    """One persistent connection that moves the pointer and presses keys. Methods may be called from any thread."""
+
+    def __init__(self, display: Display, width: int, height: int) -> None:
+        self._display = display
+        self._width, self._height = width, height
+        self._lock = threading.RLock()
+        self._last_click = (0.0, 0, 0)
+        first = display.display.info.min_keycode
+        count = display.display.info.max_keycode - first + 1
+        self._keys: dict[int, tuple[int, bool]] = {}
+        self._lent: OrderedDict[int, int | None] = OrderedDict()
+        for keycode, symbols in enumerate(display.get_keyboard_mapping(first, count), start=first):
+            if not any(symbols):
+                self._lent[keycode] = None
+            for shifted, symbol in enumerate(symbols[:2]):
+                if symbol:
+                    self._keys.setdefault(symbol, (keycode, bool(shifted)))
+        self._shift = self._keys[XK.XK_Shift_L][0]
+
+    def act(self, action: Mapping[str, Any]) -> None:
+        """Do one action, given as the record of `deskrl.actor.actions.Action`."""
+        at = (int(action.get("x", 0)), int(action.get("y", 0)))
+        with self._lock:
+            match action["kind"]:
+                case "click":
+                    self.click(*at)
+                case "double_click":
+                    self.click(*at, times=2)
+                case "right_click":
+                    self.click(*at, button=_BUTTON_RIGHT)
+                case "move":
+                    self.move(*at)
+                case "drag":
+                    self.drag(*at, int(action.get("end_x", 0)), int(action.get("end_y", 0)))
+                case "scroll":
+                    self.scroll(*at, int(action.get("scroll_x", 0)), int(action.get("scroll_y", 0)))
+                case "hotkey":
+                    self.hotkey(action.get("keys", ()))
+                case "type":
+                    self.type_text(action.get("text", ""))
+                case "wait":
+                    time.sleep(float(action.get("seconds", 0.0)))
+                case kind:
+                    raise ValueError(f"no such action: {kind}")
+
+    def position(self) -> tuple[int, int]:
+        """Where the pointer is."""
+        with self._lock:
+            pointer = self._display.screen().root.query_pointer()
+        return pointer.root_x, pointer.root_y
+
+    def move(self, x: int, y: int) -> None:
+        """Move the pointer; positions outside of the screen are taken to its edge."""
+        x, y = min(max(x, 0), self._width - 1), min(max(y, 0), self._height - 1)
+        xtest.fake_input(self._display, X.MotionNotify, x=x, y=y)
+        self._display.sync()
+
+    def click(self, x: int, y: int, *, button: int = _BUTTON_LEFT, times: int = 1) -> None:
+        """Press and release a button, `times` in a row.
+
+        Two separate clicks on one spot stay two: the second waits until applications no longer take them for a double
+        click, which they would at the speed of this path.
+        """
+        clicked_at, last_x, last_y = self._last_click
+        if button == _BUTTON_LEFT and max(abs(x - last_x), abs(y - last_y)) <= _DOUBLE_CLICK_PIXELS:
+            time.sleep(max(0.0, clicked_at + _DOUBLE_CLICK_S - time.monotonic()))
+        self.move(x, y)
+        for _ in range(times):
+            self._button(button)
+        self._display.sync()
+        if button == _BUTTON_LEFT:
+            self._last_click = (time.monotonic(), x, y)
+
+    def drag(self, x: int, y: int, end_x: int, end_y: int) -> None:
+        """Press the left button at one place, move to another in steps that applications can follow, and release."""
+        self.move(x, y)
+        xtest.fake_input(self._display, X.ButtonPress, _BUTTON_LEFT)
+        try:
+            for step in range(1, _DRAG_MOVES + 1):
+                self.move(x + (end_x - x) * step // _DRAG_MOVES, y + (end_y - y) * step // _DRAG_MOVES)
+                time.sleep(_DRAG_MOVE_S)
+        finally:
+            xtest.fake_input(self._display, X.ButtonRelease, _BUTTON_LEFT)
+            self._display.sync()
+
+    def scroll(self, x: int, y: int, notches_x: int, notches_y: int) -> None:
+        """Turn the wheel at (x, y): positive is right and down."""
+        self.move(x, y)
+        for notches, back, forth in ((notches_y, _WHEEL_UP, _WHEEL_DOWN), (notches_x, _WHEEL_LEFT, _WHEEL_RIGHT)):
+            for _ in range(min(abs(notches), _MAX_NOTCHES)):
+                self._button(forth if notches > 0 else back)
+        self._display.sync()
+
+    def hotkey(self, names: Sequence[str]) -> None:
+        """Press keys in order and release them in reverse. If one has no such name, none is pressed."""
+        symbols = [symbol for name in names if (symbol := keysym_of_name(name)) is not None]
+        if len(symbols) != len(names):
+            return
+        pressed: list[int] = []
+        for symbol in symbols:
+            keycode, shifted = self._key_for(symbol)
+            if shifted and self._shift not in pressed:
+                self._press(self._shift, pressed)
+            self._press(keycode, pressed)
+        for keycode in reversed(pressed):
+            xtest.fake_input(self._display, X.KeyRelease, keycode)
+        self._display.sync()
+
+    def type_text(self, text: str) -> None:
+        """Enter text as written; newlines are Return, control characters that no key enters are left out."""
+        for start in range(0, len(text), batch := max(1, len(self._lent))):
+            symbols = [keysym_of_character(character) for character in text[start : start + batch]]
+            keys = [self._key_for(symbol) for symbol in symbols if symbol is not None]
+            self._display.sync()
+            for keycode, shifted in keys:
+                pressed: list[int] = []
+                if shifted:
+                    self._press(self._shift, pressed)
+                self._press(keycode, pressed)
+                for code in reversed(pressed):
+                    xtest.fake_input(self._display, X.KeyRelease, code)
+            self._display.sync()
+
+    def _press(self, keycode: int, pressed: list[int]) -> None:
+        xtest.fake_input(self._display, X.KeyPress, keycode)
+        pressed.append(keycode)
+
+    def _button(self, button: int) -> None:
+        xtest.fake_input(self._display, X.ButtonPress, button)
+        xtest.fake_input(self._display, X.ButtonRelease, button)
+
+    def _key_for(self, symbol: int) -> tuple[int, bool]:
+        """Keycode and whether Shift is needed; lends the symbol a keycode if the layout has none for it."""
+        if symbol in self._keys:
+            keycode, shifted = self._keys[symbol]
+            if keycode in self._lent:
+                self._lent.move_to_end(keycode)
+            return keycode, shifted
+        keycode, replaced = self._lent.popitem(last=False)
+        if replaced is not None:
+            time.sleep(_REMAP_S)  # what was typed with the old mapping must have been read
+            del self._keys[replaced]
+        self._display.change_keyboard_mapping(keycode, [[symbol, symbol]])
+        self._lent[keycode] = symbol
+        self._keys[symbol] = (keycode, False)
+        return keycode, False

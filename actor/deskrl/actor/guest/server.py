@@ -1,0 +1,59 @@
+"""The guest server's entry: brings the session up, then answers on the socket that it was handed.
+
+Run inside the sandbox as `python -m deskrl.actor.guest.server`. Its end ends the sandbox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+
+from Xlib.display import Display
+
+from deskrl.actor.guest.commands import Commands
+from deskrl.actor.guest.desk import Desk
+from deskrl.actor.guest.fast import fast_routes
+from deskrl.actor.guest.hands import Hands
+from deskrl.actor.guest.http import Server
+from deskrl.actor.guest.osworld import osworld_routes
+from deskrl.actor.guest.screen import Screen
+from deskrl.actor.guest.session import DISPLAY, Limits, Session
+from deskrl.actor.guest.windows import Windows
+
+_BACKGROUND = 0x2E5266
+
+
+def main() -> None:
+    """Start everything, serve for ever."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--listener", type=int, required=True, help="descriptor of a listening socket")
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--height", type=int, required=True)
+    parser.add_argument("--max-processes", type=int)
+    parser.add_argument("--max-data-bytes", type=int)
+    options = parser.parse_args()
+    session = Session(options.width, options.height, Limits(options.max_processes, options.max_data_bytes))
+    framebuffer = session.wait_for_x_server()
+    session.start_window_manager()
+    display = Display(DISPLAY)
+    paint_background(display)
+    windows = Windows(display)
+    while not windows.has_manager():
+        session.check_window_manager()
+    commands = Commands(session.environment)
+    screen = Screen(framebuffer)
+    desk = Desk(screen, Hands(Display(DISPLAY), screen.width, screen.height), windows, commands)
+    routes = {**osworld_routes(desk, commands), **fast_routes(desk, commands)}
+    Server(socket.socket(fileno=options.listener), routes).serve_forever()
+
+
+def paint_background(display: Display) -> None:
+    """Colour the root window."""
+    root = display.screen().root
+    root.change_attributes(background_pixel=_BACKGROUND)
+    root.clear_area()
+    display.sync()
+
+
+if __name__ == "__main__":
+    main()
