@@ -1,0 +1,123 @@
+"""The actor process: workers on desktops, and an orderly end. Knows the life of the process, nothing of episodes.
+
+SIGTERM and SIGINT drain: no new work, two seconds for what is all but done, the rest given back to replay, desktops
+closed. All of it together takes less than `DRAIN_S`. After a kill -9 the desktops end with their parent, and what
+should still be left is removed by the next actor's start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from deskrl.actor import metrics
+from deskrl.actor.agent import make_agent
+from deskrl.actor.desktops.base import Desktop
+from deskrl.actor.desktops.orphans import reap_orphans
+from deskrl.actor.desktops.provider import make_desktop
+from deskrl.actor.policy_client import PolicyClient
+from deskrl.actor.replay_client import ReplayClient
+from deskrl.actor.worker import DesktopsDoNotStart, Worker
+from deskrl.core.config import RunConfig
+from deskrl.core.errors import UserError
+from deskrl.core.ids import new_id
+from deskrl.core.lifetime import StopEvent, die_with_parent, stop_event
+
+FINISH_S = 2.0
+"""How long running episodes may go on when the process is asked to end."""
+DRAIN_S = 8.0
+"""From the request to end to the end."""
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, actor: int = 0) -> int:
+    """Play episodes until a signal ends it; returns the exit status.
+
+    Args:
+        config: the run.
+        actor: number of this process among the run's actors, from 0.
+
+    Raises:
+        UserError: bad input, as it comes to light.
+    """
+    stop = stop_event()
+    die_with_parent()
+    num_desktops = desktops_of(config, actor)
+    if config.actor.metrics_port:
+        metrics.serve(config.actor.metrics_port + actor)
+    if num_reaped := reap_orphans(desktops_folder(config)):
+        _log.warning("ended %d desktops that a killed actor left", num_reaped)
+    return asyncio.run(_run(config, actor, num_desktops, stop))
+
+
+def desktops_of(config: RunConfig, actor: int) -> int:
+    """How many desktops actor number `actor` drives, so that all actors together drive `num_envs`."""
+    per_actor, num_envs = config.actor.desktops_per_actor, config.desktop.num_envs
+    num_actors = -(-num_envs // per_actor)
+    if not 0 <= actor < num_actors:
+        raise UserError(
+            f"there is no actor {actor}: {num_envs} desktops, {per_actor} per actor, make {num_actors}",
+            "count actors from 0, or raise desktop.num_envs",
+        )
+    return min(per_actor, num_envs - actor * per_actor)
+
+
+def desktops_folder(config: RunConfig) -> Path:
+    """Where the desktops of a run live: a short path (Unix sockets lie there) that follows from the run's folder."""
+    name = hashlib.sha256(str(config.folder).encode()).hexdigest()[:10]
+    return Path(tempfile.gettempdir()) / f"deskrl-desktops-{name}"
+
+
+async def _run(config: RunConfig, actor: int, num_desktops: int, stop: StopEvent) -> int:
+    name = f"actor-{actor}.{os.getpid()}"
+    replay = ReplayClient(config.replay.address, name)
+    policy = PolicyClient(config.inference, name, config.actor.act_timeout_s)
+    agent = make_agent(config.agent)
+    workers = [Worker(replay, policy, agent, lambda: make_desktop(config), config.desktop) for _ in range(num_desktops)]
+    _log.info("driving %d desktops", num_desktops)
+    heartbeat = asyncio.create_task(replay.keep_alive(config.replay.lease_ttl_s))
+    stopping = asyncio.create_task(stop.wait_async())
+    running = {asyncio.create_task(worker.run()): worker for worker in workers}
+    try:
+        await asyncio.wait({stopping, heartbeat, *running}, return_when=asyncio.FIRST_COMPLETED)
+        return _status([heartbeat, *running])
+    finally:
+        async with asyncio.timeout(DRAIN_S):
+            await _drain(running, replay)
+            heartbeat.cancel()
+            stopping.cancel()
+            await asyncio.gather(*(worker.close() for worker in workers))
+            await asyncio.gather(replay.close(), policy.close())
+
+
+def _status(tasks: list[asyncio.Task[None]]) -> int:
+    """0 if all goes well so far; else what went wrong is raised, or told and 1."""
+    for task in tasks:
+        if task.done():
+            try:
+                task.result()
+            except DesktopsDoNotStart as error:
+                _log.error("%s", error)
+                return 1
+    return 0
+
+
+async def _drain(running: dict[asyncio.Task[None], Worker], replay: ReplayClient) -> None:
+    """Let work that is all but done end, give the rest back."""
+    for task, worker in running.items():
+        worker.drain()
+        if worker.lease is None:
+            task.cancel()
+    await asyncio.wait(running, timeout=FINISH_S)
+    unfinished = [worker.lease for worker in running.values() if worker.lease is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.wait(running)
+    if unfinished:
+        _log.info("giving %d episodes back", len(unfinished))
+        await replay.release(unfinished)

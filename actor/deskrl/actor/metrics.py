@@ -1,0 +1,65 @@
+"""What an actor process tells Prometheus of itself. Knows names and labels; those who do the work call it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+from deskrl.core.errors import UserError
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0)
+
+ENV_STEPS = Counter("deskrl_actor_env_steps_total", "Turns of the policy that were played to their end.")
+EPISODES = Counter("deskrl_actor_episodes_total", "Episodes with a result, by how they ended.", ["termination"])
+FAULTS = Counter("deskrl_actor_faults_total", "Episodes that the infrastructure ended, by kind of fault.", ["kind"])
+LEASES_LOST = Counter("deskrl_actor_leases_lost_total", "Episodes abandoned because their work was granted again.")
+DESKTOPS_REPLACED = Counter("deskrl_actor_desktops_replaced_total", "Desktops closed and replaced by a fresh one.")
+DESKTOPS = Gauge("deskrl_actor_desktops", "Desktops by what they are doing.", ["state"])
+RESET_SECONDS = Histogram("deskrl_actor_reset_seconds", "Reset of a desktop.", buckets=_SECONDS)
+ACT_SECONDS = Histogram("deskrl_actor_act_seconds", "One action from the served policy.", buckets=_SECONDS)
+STEP_SECONDS = Histogram("deskrl_actor_step_seconds", "One action done and its screen settled.", buckets=_SECONDS)
+
+
+class DesktopState(StrEnum):
+    """What a desktop is doing, or what is being done to it."""
+
+    REPLACING = "replacing"
+    RESETTING = "resetting"
+    IDLE = "idle"
+    SETTING_UP = "setting_up"
+    WAITING_FOR_MODEL = "waiting_for_model"
+    ACTING = "acting"
+    EVALUATING = "evaluating"
+
+
+class StateGauge:
+    """One desktop's place in the gauge of states: in exactly one state at a time."""
+
+    def __init__(self) -> None:
+        self.state = DesktopState.REPLACING
+        DESKTOPS.labels(self.state).inc()
+
+    def enter(self, state: DesktopState) -> None:
+        """Move on to another state."""
+        DESKTOPS.labels(self.state).dec()
+        self.state = state
+        DESKTOPS.labels(state).inc()
+
+    def leave(self) -> None:
+        """The desktop is no more."""
+        DESKTOPS.labels(self.state).dec()
+
+
+def serve(port: int) -> None:
+    """Answer Prometheus on a loopback port.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    try:
+        start_http_server(port, addr="127.0.0.1")
+    except OSError as error:
+        raise UserError(
+            f"port {port} cannot be listened on ({error.strerror})", "choose another actor.metrics_port"
+        ) from error

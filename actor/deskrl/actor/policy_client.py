@@ -1,0 +1,173 @@
+"""An actor's side of `Act`: which replica is asked, which screenshots it is sent, and when it counts as unreachable.
+
+Knows the contract of `inference.proto`; knows no prompt and no desktop. An episode keeps asking one replica, which
+then holds its prefix and its screenshots; when that one is away the next is asked, for a server holds no session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import grpc
+import grpc.aio
+
+from deskrl.actor.replay_client import Pauses
+from deskrl.core import ids, rpc
+from deskrl.core.config import InferenceConfig
+from deskrl.core.errors import UserError
+from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+
+_AVOIDED_FOR_S = 5.0
+# A full image cache may drop one screenshot for another; a server that cannot hold those of one request never will.
+_MAX_ROUNDS = 4
+_log = logging.getLogger(__name__)
+
+# What another replica, or the same one a moment later, may answer differently.
+_ELSEWHERE = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,
+    }
+)
+
+
+class InferenceFailed(RuntimeError):
+    """No action could be had from any replica in time, or the request was refused."""
+
+
+class _Replica:
+    """One server, with when it last failed."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = rpc.connect(address)
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.avoided_until_s = 0.0
+
+
+class PolicyClient:
+    """The served policy, behind all its replicas.
+
+    Args:
+        config: where the replicas listen.
+        name: of this actor process.
+        timeout_s: how long one action may take, tries on other replicas included.
+    """
+
+    def __init__(self, config: InferenceConfig, name: str, timeout_s: float) -> None:
+        self._peer = rpc.peer("actor", name)
+        self._max_tokens = config.max_action_tokens
+        self._timeout_s = timeout_s
+        self._replicas = [_Replica(address) for address in replica_addresses(config)]
+
+    def open_session(self, episode_id: str, temperature: float) -> PolicySession:
+        """What asks for the actions of one episode."""
+        home = ids.derive_seed("replica", episode_id) % len(self._replicas)
+        return PolicySession(self, home, temperature)
+
+    async def close(self) -> None:
+        """Close all channels."""
+        await asyncio.gather(*(replica.channel.close() for replica in self._replicas))
+
+    async def _act(
+        self, request: inference_pb2.ActRequest, home: int, images_for: Callable[[int], Sequence[common_pb2.Image]]
+    ) -> tuple[int, inference_pb2.ActResponse]:
+        """Ask `home`, then the others in turn, until one answers; also says which one did."""
+        deadline_s = time.monotonic() + self._timeout_s
+        pauses = Pauses()
+        reason = "no time"
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            number = self._choose(home)
+            replica = self._replicas[number]
+            del request.images[:]
+            request.images.extend(images_for(number))
+            try:
+                return number, await replica.stub.Act(request, timeout=left_s)
+            except grpc.aio.AioRpcError as error:
+                reason = f"{replica.address}: {error.code().name}: {error.details()}"
+                if error.code() not in _ELSEWHERE:
+                    raise InferenceFailed(reason) from error
+            if pauses.are_new:
+                _log.warning("no action from %s", reason)
+            replica.avoided_until_s = time.monotonic() + _AVOIDED_FOR_S
+            await pauses.take()
+        raise InferenceFailed(f"no action within {self._timeout_s:g} s; the last answer was {reason}")
+
+    def _choose(self, home: int) -> int:
+        """The home replica, or the next one that has not failed just now; home again if all have."""
+        now_s = time.monotonic()
+        order = [(home + i) % len(self._replicas) for i in range(len(self._replicas))]
+        return min(order, key=lambda number: max(self._replicas[number].avoided_until_s - now_s, 0.0))
+
+
+class PolicySession:
+    """Actions of one episode. Remembers which replica was sent which screenshot; the server may still forget."""
+
+    def __init__(self, client: PolicyClient, home: int, temperature: float) -> None:
+        self._client = client
+        self._home = home
+        self._temperature = temperature
+        self._images: dict[str, common_pb2.Image] = {}
+        self._sent: set[tuple[int, str]] = set()
+
+    async def act(
+        self, messages: Sequence[inference_pb2.ChatMessage], screenshot: common_pb2.Image, seed: int
+    ) -> inference_pb2.SampledAction:
+        """Sample the next action.
+
+        Args:
+            messages: the whole conversation; screenshots in it were given to this session before, or are `screenshot`.
+            screenshot: the newest one.
+            seed: of the sampling.
+
+        Raises:
+            InferenceFailed: no action within the deadline.
+        """
+        self._images[screenshot.hash] = screenshot
+        named = _named_images(messages)
+        self._images = {name: image for name, image in self._images.items() if name in named}
+        request = inference_pb2.ActRequest(
+            peer=self._client._peer,
+            request_id=ids.new_id("act"),
+            messages=messages,
+            temperature=self._temperature,
+            max_tokens=self._client._max_tokens,
+            seed=seed,
+        )
+        for _ in range(_MAX_ROUNDS):
+            number, response = await self._client._act(request, self._home, self._unsent)
+            self._sent.update((number, name) for name in named)
+            if response.WhichOneof("outcome") == "action":
+                return response.action
+            missing = set(response.missing_images.hashes)
+            if not missing <= self._images.keys():
+                raise InferenceFailed(f"asked for screenshots that the conversation lacks: {missing - named}")
+            self._sent -= {(number, name) for name in missing}
+        raise InferenceFailed(f"screenshots were still missing after they were sent {_MAX_ROUNDS - 1} times")
+
+    def _unsent(self, number: int) -> list[common_pb2.Image]:
+        """The screenshots that replica `number` is not known to hold."""
+        return [image for name, image in self._images.items() if (number, name) not in self._sent]
+
+
+def replica_addresses(config: InferenceConfig) -> list[str]:
+    """Where the replicas listen: the first at the configured port, the others counting up."""
+    host, _, port = config.address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"inference.address {config.address} is no host:port", "write it as 127.0.0.1:7421")
+    return [f"{host}:{int(port) + i}" for i in range(config.num_replicas)]
+
+
+def _named_images(messages: Sequence[inference_pb2.ChatMessage]) -> set[str]:
+    return {
+        content.image_hash
+        for message in messages
+        for content in message.contents
+        if content.WhichOneof("kind") == "image_hash"
+    }
