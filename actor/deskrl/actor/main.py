@@ -78,7 +78,11 @@ async def _run(config: RunConfig, actor: int, num_desktops: int, stop: StopEvent
     replay = ReplayClient(config.replay.address, name)
     policy = PolicyClient(config.inference, name, config.actor.act_timeout_s)
     agent = make_agent(config.agent)
-    workers = [Worker(replay, policy, agent, lambda: make_desktop(config), config.desktop) for _ in range(num_desktops)]
+
+    def fresh_desktop() -> Desktop:
+        return make_desktop(config.desktop, new_id("desktop"), desktops_folder(config))
+
+    workers = [Worker(replay, policy, agent, fresh_desktop, config.desktop) for _ in range(num_desktops)]
     _log.info("driving %d desktops", num_desktops)
     heartbeat = asyncio.create_task(replay.keep_alive(config.replay.lease_ttl_s))
     stopping = asyncio.create_task(stop.wait_async())
