@@ -1,0 +1,207 @@
+"""`Act` and `GetModelInfo`: from a conversation to one sampled action. Knows the wire and the prompt, not vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from deskrl.core import rendering
+from deskrl.core.config import RunConfig
+from deskrl.core.rpc import protocol_refusal
+from deskrl.inference import metrics
+from deskrl.inference.engine import Engine, EngineDead, Prompt, Sampled
+from deskrl.inference.images import ImageCache, ImageError, decode_image
+from deskrl.inference.versions import Version, span_messages
+from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from PIL.Image import Image
+    from transformers import PreTrainedTokenizerFast
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# Below this vLLM would sample at another temperature than it was asked for.
+_LEAST_TEMPERATURE = 0.01
+
+
+class RequestRefused(Exception):
+    """A request that cannot be served as it is, with its status code."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class PromptFormat:
+    """How the served model is spoken to: its tokenizer, its image sizes, its hash, its suppressed tokens."""
+
+    def __init__(self, model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.sizing = rendering.image_sizing_of(model_folder)
+        self.suppressed_ids = rendering.suppressed_ids(tokenizer, rendering.vocab_size_of(model_folder))
+        self.processor_hash = rendering.processor_hash(model_folder, tokenizer)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens left out."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+class Prompter:
+    """Makes engine prompts of conversations: verifies and finds the screenshots, renders the text."""
+
+    def __init__(self, config: RunConfig, prompt_format: PromptFormat) -> None:
+        self._max_images = config.inference.max_images
+        self._max_tokens = config.inference.max_model_len
+        self._format = prompt_format
+        self._cache = ImageCache(config.inference.image_cache_bytes)
+
+    async def prompt(
+        self,
+        messages: Iterable[inference_pb2.ChatMessage],
+        images: Iterable[common_pb2.Image],
+        num_new_tokens: int,
+    ) -> Prompt | list[str]:
+        """The prompt, or the hashes of the screenshots that it lacks.
+
+        Raises:
+            RequestRefused: images or messages are malformed, or it is all too long.
+        """
+        try:
+            # Decoding takes milliseconds, which belong to no other request.
+            sent = {image.hash: await asyncio.to_thread(decode_image, image.hash, image.data) for image in images}
+            rendered = rendering.render(list(messages), self._format.tokenizer)
+        except (ImageError, rendering.RenderingError) as error:
+            raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
+        for name, fresh in sent.items():
+            self._cache.put(name, fresh)
+        metrics.IMAGE_BYTES.set(self._cache.num_bytes)
+        # What came with this very request is at hand even where the cache is too small for it.
+        found = {name: sent.get(name) or self._cache.get(name) for name in rendered.image_hashes}
+        if missing := [name for name, image in found.items() if image is None]:
+            return missing
+        pairs = [(name, image) for name in rendered.image_hashes if (image := found[name]) is not None]
+        self._check_length(rendered.ids, [image for _, image in pairs], num_new_tokens)
+        return Prompt(rendered.ids, pairs)
+
+    def _check_length(self, ids: tuple[int, ...], images: list[Image], num_new_tokens: int) -> None:
+        if len(images) > self._max_images:
+            message = f"{len(images)} screenshots; inference.max_images is {self._max_images}"
+            raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, message)
+        image_tokens = sum(self._format.sizing.num_tokens(*image.size) - 1 for image in images)
+        if len(ids) + image_tokens + num_new_tokens > self._max_tokens:
+            message = (
+                f"a prompt of {len(ids) + image_tokens} tokens and an action of {num_new_tokens}; "
+                f"inference.max_model_len is {self._max_tokens}"
+            )
+            raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Serves actions of one engine."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        prompt_format: PromptFormat,
+        prompter: Prompter,
+        on_engine_death: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._format = prompt_format
+        self._prompter = prompter
+        self._on_engine_death = on_engine_death
+
+    async def Act(self, request: inference_pb2.ActRequest, context: Context) -> inference_pb2.ActResponse:
+        """Sample one action; see inference.proto."""
+        started = time.perf_counter()
+        try:
+            self._check(request)
+            prompt = await self._prompter.prompt(request.messages, request.images, request.max_tokens)
+            if isinstance(prompt, list):
+                metrics.ACTS.labels("missing_images").inc()
+                return inference_pb2.ActResponse(missing_images=inference_pb2.MissingImages(hashes=prompt))
+            sampled = await self._engine.sample(
+                prompt,
+                temperature=request.temperature,
+                max_tokens=request.max_tokens,
+                seed=request.seed,
+                name=request.request_id,
+            )
+            self._check_pin(request, {span.version for span in sampled.spans})
+        except RequestRefused as refusal:
+            metrics.ACTS.labels("refused").inc()
+            await _abort(context, refusal)
+        except EngineDead as error:
+            metrics.ACTS.labels("engine_dead").inc()
+            self._on_engine_death()
+            await _abort(context, RequestRefused(grpc.StatusCode.UNAVAILABLE, str(error)))
+        metrics.ACTS.labels("sampled").inc()
+        metrics.ACT_SECONDS.observe(time.perf_counter() - started)
+        metrics.PROMPT_TOKENS.inc(len(sampled.prompt_ids))
+        metrics.ACTION_TOKENS.inc(len(sampled.action_ids))
+        return inference_pb2.ActResponse(action=self._action(sampled))
+
+    async def GetModelInfo(
+        self, request: inference_pb2.GetModelInfoRequest, context: Context
+    ) -> inference_pb2.GetModelInfoResponse:
+        """Say what is served."""
+        if (refusal := protocol_refusal(request.peer)) is not None:
+            await _abort(context, RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, refusal))
+        return inference_pb2.GetModelInfoResponse(
+            model_path=str(self._config.model_folder),
+            processor_hash=self._format.processor_hash,
+            version=self._engine.version.to_message(),
+            max_model_len=self._config.inference.max_model_len,
+            max_images=self._config.inference.max_images,
+            engine=self._engine.name,
+        )
+
+    def _check(self, request: inference_pb2.ActRequest) -> None:
+        if (refusal := protocol_refusal(request.peer)) is not None:
+            raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        most = self._config.inference.max_action_tokens
+        if not 1 <= request.max_tokens <= most:
+            message = f"max_tokens {request.max_tokens}; inference.max_action_tokens is {most}"
+            raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, message)
+        if request.temperature != 0 and not request.temperature >= _LEAST_TEMPERATURE:
+            message = f"temperature {request.temperature}; it is 0 (greedy) or at least {_LEAST_TEMPERATURE}"
+            raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, message)
+        self._check_pin(request, {self._engine.version})
+
+    def _check_pin(self, request: inference_pb2.ActRequest, served: set[Version]) -> None:
+        """Refuse a request that is pinned to a version, if another one acts."""
+        if not request.HasField("pinned_version"):
+            return
+        pinned = Version.from_message(request.pinned_version)
+        if served != {pinned}:
+            names = ", ".join(str(version) for version in sorted(served))
+            raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, f"pinned to {pinned}, but {names} is served")
+
+    def _action(self, sampled: Sampled) -> inference_pb2.SampledAction:
+        return inference_pb2.SampledAction(
+            prompt_ids=sampled.prompt_ids,
+            action_ids=sampled.action_ids,
+            logprobs=sampled.logprobs,
+            versions=span_messages(sampled.spans),
+            text=self._format.decode(sampled.action_ids),
+            processor_hash=self._format.processor_hash,
+            stopped=sampled.stopped,
+            queue_ms=sampled.queue_ms,
+            prefill_ms=sampled.prefill_ms,
+            decode_ms=sampled.decode_ms,
+        )
+
+
+async def _abort(context: Context, refusal: RequestRefused) -> NoReturn:
+    await context.abort(refusal.code, str(refusal))
+    raise AssertionError("context.abort returns never")

@@ -1,0 +1,23 @@
+"""What an inference replica tells Prometheus; vLLM adds its own `vllm:*` figures to the same port."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+ACTS = Counter("deskrl_inference_acts_total", "Act calls by outcome", ["outcome"])
+ACT_SECONDS = Histogram(
+    "deskrl_inference_act_seconds",
+    "Time from an Act request to its action",
+    buckets=(0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+PROMPT_TOKENS = Counter("deskrl_inference_prompt_tokens_total", "Tokens of prompts, images expanded")
+ACTION_TOKENS = Counter("deskrl_inference_action_tokens_total", "Tokens sampled")
+IMAGE_BYTES = Gauge("deskrl_inference_image_cache_bytes", "Decoded screenshots held")
+UPDATES = Counter("deskrl_inference_weight_updates_total", "Weight updates by outcome", ["outcome"])
+UPDATE_SECONDS = Histogram(
+    "deskrl_inference_weight_update_seconds",
+    "Phases of weight updates",
+    ["phase"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+POLICY_STEP = Gauge("deskrl_inference_policy_step", "Step of the policy version served")

@@ -1,0 +1,68 @@
+"""vLLM's own OpenAI-compatible endpoint on the engine that `Act` samples from. Knows HTTP, not deskrl's contracts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
+
+from deskrl.core.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_HOST = "127.0.0.1"
+
+
+@contextlib.asynccontextmanager
+async def serve_openai(llm: AsyncLLM, model_folder: Path, name: str, port: int) -> AsyncIterator[None]:
+    """Serve chat completions, models and health on a loopback port for as long as the block runs.
+
+    Args:
+        llm: the engine.
+        model_folder: its model.
+        name: what clients call the model.
+        port: where to listen.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    import asyncio
+    import socket
+
+    import uvicorn
+    from vllm.entrypoints.openai.api_server import build_app, init_app_state
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Server(uvicorn.Server):
+        """One that leaves signals to the role that runs it."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
+        ["--model", str(model_folder), "--served-model-name", name, "--disable-fastapi-docs"]
+    )
+    tasks = await llm.get_supported_tasks()
+    app = build_app(arguments, tasks)
+    await init_app_state(llm, app.state, arguments, tasks)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_HOST, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"{_HOST}:{port} cannot be listened on: {error}", "choose another inference.openai_port"
+        ) from error
+    server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving

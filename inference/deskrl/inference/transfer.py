@@ -1,0 +1,73 @@
+"""How new weights get into the engine's workers: a vLLM weight-transfer engine that reads a safetensors file.
+
+Runs inside vLLM's worker processes. vLLM imports this module there because the engine names `TransferExtension` as its
+worker extension; importing it registers the transfer engine under `BACKEND`. Knows nothing of gRPC, versions or caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+BACKEND = "deskrl_file"
+
+
+@dataclass
+class FileInit(WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class FileUpdate(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """All weights, in one safetensors file with the names of the model's checkpoint."""
+
+    path: str
+
+
+class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # type: ignore[misc]
+    """Loads a whole checkpoint layer by layer, as vLLM does at its start.
+
+    The layer-wise reload matters: backends repack weights when they load them and free the originals, so that copying
+    into the parameters that one finds would fail (on CPUs) or be wrong (quantised layers).
+    """
+
+    init_info_cls = FileInit
+    update_info_cls = FileUpdate
+
+    def init_transfer_engine(self, init_info: FileInit) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        """Make the model ready to take a checkpoint again."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: FileUpdate) -> None:
+        """Load every tensor of the file."""
+        from safetensors import safe_open
+
+        with safe_open(update_info.path, framework="pt") as file:
+            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+    def finish_weight_update(self) -> None:
+        """Repack what was loaded."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+
+class TransferExtension:
+    """Mixed into vLLM's workers so that they import this module."""
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
