@@ -278,7 +278,8 @@ class RunConfig(BaseSettings):
     """Everything random starts from here."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Also write wandb logs (needs the extra `wandb`)."""
-    model: ModelConfig = ModelConfig(build="tiny")
+    # A factory, because partial updates merge a file's keys with those of a default instance: path beside build.
+    model: ModelConfig = Field(default_factory=lambda: ModelConfig(build="tiny"))
     tasks: TasksConfig = TasksConfig()
     desktop: DesktopConfig = DesktopConfig()
     agent: AgentConfig = AgentConfig()
