@@ -1,0 +1,142 @@
+"""One StreamEpisode call: checks what comes in, hands it to the writer, acknowledges what is on disk.
+
+Knows the stream's state machine (rollout.proto). Reading and acknowledging run side by side, so that the next step
+travels while the last one is being committed; a bounded queue between them is the back-pressure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from typing import Any
+
+from deskrl.core.ids import image_hash
+from deskrl.core.trajectory import MAX_STEP_BYTES, CodecError, decode_step
+from deskrl.proto.v1 import common_pb2, rollout_pb2
+from deskrl.replay import images, rollouts
+from deskrl.replay.coordinator import Coordinator
+from deskrl.replay.refusals import Malformed
+
+MAX_IMAGE_BYTES = 16 * 1024**2
+MAX_UNNAMED_BYTES = 64 * 1024**2
+"""Screenshots that a stream may send before the step that names them."""
+MAX_STEPS_IN_FLIGHT = 16
+
+_END = None
+_Ack = tuple["asyncio.Future[int]", bool]
+
+
+class EpisodeStream:
+    """One episode on its way in, under one lease."""
+
+    def __init__(self, coordinator: Coordinator, begin: rollout_pb2.EpisodeBegin, context: Any) -> None:
+        self._coordinator = coordinator
+        self._lease_id = begin.lease_id
+        self._episode_id = begin.episode_id
+        self._context = context
+        self._received: list[images.Received] = []
+        self._pending: asyncio.Queue[_Ack | None] = asyncio.Queue(MAX_STEPS_IN_FLIGHT)
+
+    async def run(self, requests: AsyncIterator[rollout_pb2.StreamEpisodeRequest]) -> None:
+        """Serve the stream to its end.
+
+        Raises:
+            LeaseLost: the lease is not held by this actor any more.
+            Malformed: something that the contract does not allow was sent.
+        """
+        _, num_steps = await self._coordinator.store.read(
+            lambda connection: rollouts.lease_state(connection, self._lease_id, self._episode_id)
+        )
+        if num_steps:  # a stream opened again: say where it goes on
+            await self._context.write(rollout_pb2.StreamEpisodeResponse(acked_steps=num_steps))
+        tasks = [asyncio.create_task(self._receive(requests)), asyncio.create_task(self._acknowledge())]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _receive(self, requests: AsyncIterator[rollout_pb2.StreamEpisodeRequest]) -> None:
+        async for request in requests:
+            match request.WhichOneof("event"):
+                case "image":
+                    self._receive_image(request.image)
+                case "step":
+                    await self._receive_step(request.step)
+                case "result":
+                    await self._receive_result(request.result)
+                    break
+                case "fault":
+                    await self._receive_fault(request.fault)
+                    break
+                case other:
+                    raise Malformed(f"{other or 'an empty message'} in the middle of an episode")
+        await self._pending.put(_END)
+
+    async def _acknowledge(self) -> None:
+        """Tell what is on disk; steps that were committed together share one message."""
+        pending = await self._pending.get()
+        while pending is not _END:
+            written, closes = pending
+            response = rollout_pb2.StreamEpisodeResponse(acked_steps=await asyncio.shield(written), closed=closes)
+            try:
+                pending = self._pending.get_nowait()
+            except asyncio.QueueEmpty:
+                await self._context.write(response)
+                pending = await self._pending.get()
+            else:
+                if pending is _END or not pending[0].done():
+                    await self._context.write(response)
+
+    def _receive_image(self, image: common_pb2.Image) -> None:
+        if len(image.data) > MAX_IMAGE_BYTES:
+            raise Malformed(f"a screenshot of {len(image.data)} bytes is over the limit of {MAX_IMAGE_BYTES}")
+        if image_hash(image.data) != image.hash:
+            raise Malformed(f"a screenshot's bytes do not have the hash {image.hash[:80]!r}")
+        self._received.append(images.Received(images.parse_hash(image.hash), image.data))
+        if sum(len(one.data) for one in self._received) > MAX_UNNAMED_BYTES:
+            raise Malformed(f"over {MAX_UNNAMED_BYTES} bytes of screenshots without a step")
+        self._coordinator.metrics.image_bytes.inc(len(image.data))
+
+    async def _receive_step(self, step: rollout_pb2.EpisodeStep) -> None:
+        if len(step.payload) > MAX_STEP_BYTES:
+            raise Malformed(f"a step of {len(step.payload)} bytes is over the limit of {MAX_STEP_BYTES}")
+        try:
+            content = decode_step(step.payload)
+        except CodecError as error:
+            raise Malformed(f"step {step.index}: {error}") from error
+        if content.index != step.index:
+            raise Malformed(f"step {step.index} carries the payload of step {content.index}")
+        spoken_of = {*step.image_hashes, *content.images, content.screenshot} - {""}
+        named = [images.parse_hash(text) for text in sorted(spoken_of)]
+        received, self._received = self._received, []
+        written = self._coordinator.store.submit(
+            lambda connection: rollouts.add_step(connection, self._lease_id, step, received, named)
+        )
+        self._coordinator.metrics.steps.inc()
+        await self._await_commit(asyncio.wrap_future(written), closes=False)
+
+    async def _receive_result(self, result: rollout_pb2.EpisodeResult) -> None:
+        if not math.isfinite(result.reward):
+            raise Malformed(f"a reward of {result.reward}")
+        if result.termination == rollout_pb2.TERMINATION_UNSPECIFIED:
+            raise Malformed("a result without its termination")
+        named = [images.parse_hash(result.final_image_hash)] if result.final_image_hash else []
+        writing = self._coordinator.finish(self._lease_id, result, self._received, named)
+        await self._await_commit(asyncio.ensure_future(writing), closes=True)
+
+    async def _receive_fault(self, fault: rollout_pb2.EpisodeFault) -> None:
+        if fault.kind == rollout_pb2.FAULT_KIND_UNSPECIFIED:
+            raise Malformed("a fault without its kind")
+        await self._await_commit(asyncio.ensure_future(self._fault(fault)), closes=True)
+
+    async def _fault(self, fault: rollout_pb2.EpisodeFault) -> int:
+        await self._coordinator.fault(self._lease_id, fault)
+        return 0
+
+    async def _await_commit(self, written: asyncio.Future[int], *, closes: bool) -> None:
+        """Queue an acknowledgement. The write goes on should the stream break, and then nobody asks how it went."""
+        written.add_done_callback(lambda future: future.cancelled() or future.exception())
+        await self._pending.put((written, closes))

@@ -1,0 +1,82 @@
+"""The success cache: for each task the newest successes of the policy, and the one offered to a group that has none.
+
+Knows rewards and tasks; the learner decides what becomes of an offer. What is cached is a reference to an episode of
+the store, which retention leaves alone for as long.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import struct
+
+from deskrl.core import ids
+from deskrl.core.trajectory import decode_step
+from deskrl.proto.v1 import rollout_pb2
+from deskrl.replay.pacing import PACED_QUEUE
+
+
+def threshold(success_above: float) -> float:
+    """The configured threshold as rewards are: 32-bit, so that a reward of exactly that much is not above it."""
+    value: float = struct.unpack("<f", struct.pack("<f", success_above))[0]
+    return value
+
+
+def choose(num_stored: int, seed: int, group_id: str) -> int:
+    """Which of the stored successes, oldest first, a group is offered: uniform over groups, the same for each call."""
+    return ids.derive_seed(seed, "candidate", group_id) % num_stored
+
+
+def offer(connection: sqlite3.Connection, position: int, success_above: float, seed: int) -> int | None:
+    """The rollout to offer to a group: a stored success of its task if the policy acted and every member failed."""
+    row = connection.execute(
+        "SELECT group_id, task_id FROM groups WHERE position = ? AND queue = ? AND acting_policy = ?",
+        (position, PACED_QUEUE, rollout_pb2.ACTING_POLICY_SAMPLED),
+    ).fetchone()
+    if row is None or _successes_of(connection, position, success_above):
+        return None
+    stored = connection.execute("SELECT rollout FROM successes WHERE task_id = ? ORDER BY number", (row[1],)).fetchall()
+    return int(stored[choose(len(stored), seed, row[0])][0]) if stored else None
+
+
+def store(connection: sqlite3.Connection, position: int, success_above: float, capacity: int) -> None:
+    """Put a group's successes into the cache in member order, and the oldest beyond `capacity` out of it."""
+    (queue, task_id, acting_policy) = connection.execute(
+        "SELECT queue, task_id, acting_policy FROM groups WHERE position = ?", (position,)
+    ).fetchone()
+    if queue != PACED_QUEUE or acting_policy != rollout_pb2.ACTING_POLICY_SAMPLED or capacity == 0:
+        return
+    for rollout in _successes_of(connection, position, success_above):
+        lineage, step = _newest_version(connection, rollout)
+        connection.execute(
+            "INSERT INTO successes (task_id, rollout, lineage, step) VALUES (?, ?, ?, ?)",
+            (task_id, rollout, lineage, step),
+        )
+    connection.execute(
+        "DELETE FROM successes WHERE task_id = ? AND number NOT IN"
+        " (SELECT number FROM successes WHERE task_id = ? ORDER BY number DESC LIMIT ?)",
+        (task_id, task_id, capacity),
+    )
+
+
+def count_use(connection: sqlite3.Connection, task_id: str) -> None:
+    """The learner put a stored success of this task into a group."""
+    connection.execute(
+        "INSERT INTO success_uses VALUES (?, 1) ON CONFLICT (task_id) DO UPDATE SET num_used = num_used + 1", (task_id,)
+    )
+
+
+def _successes_of(connection: sqlite3.Connection, position: int, success_above: float) -> list[int]:
+    rows = connection.execute(
+        "SELECT id FROM rollouts WHERE group_position = ? AND state = 'finished' AND reward > ? ORDER BY member",
+        (position, success_above),
+    )
+    return [row[0] for row in rows]
+
+
+def _newest_version(connection: sqlite3.Connection, rollout: int) -> tuple[str, int]:
+    """Version of the last token that the policy sampled in an episode; ("", 0) for one without steps."""
+    row = connection.execute(
+        "SELECT payload FROM steps WHERE rollout = ? ORDER BY step DESC LIMIT 1", (rollout,)
+    ).fetchone()
+    spans = decode_step(row[0]).spans if row is not None else ()
+    return (spans[-1].lineage, spans[-1].step) if spans else ("", 0)
