@@ -22,6 +22,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from typing import Protocol
 
 from PIL import Image
 
@@ -34,7 +35,6 @@ from deskrl.actor.grammar import FormatError
 from deskrl.actor.metrics import DesktopState
 from deskrl.actor.players import Player, ScriptEnded
 from deskrl.actor.policy_client import InferenceFailed
-from deskrl.actor.replay_client import EpisodeStream
 from deskrl.actor.setup_steps import setup_task
 from deskrl.actor.tasks import Task
 from deskrl.core.config import DesktopConfig
@@ -57,6 +57,16 @@ class _Destroyed(Exception):
     """The policy ended the desktop; the text says how."""
 
 
+class Sink(Protocol):
+    """Where an episode's screenshots and steps go as they happen. Adding never waits."""
+
+    def add_image(self, image: common_pb2.Image) -> None:
+        """Take a screenshot, the same one perhaps again."""
+
+    def add_step(self, step: Step) -> None:
+        """Take a step whose screenshots were added before."""
+
+
 class Episode:
     """Plays one rollout.
 
@@ -66,7 +76,7 @@ class Episode:
         rollout: with its seed and limits.
         conversation: fresh.
         player: who decides.
-        stream: where steps and screenshots go. The result is returned, not sent.
+        sink: where steps and screenshots go. The result is returned, not sent.
         config: deadlines.
         enter: called with what the desktop is about to do.
         blame_s: see BLAME_S.
@@ -79,7 +89,7 @@ class Episode:
         rollout: rollout_pb2.Rollout,
         conversation: Conversation,
         player: Player,
-        stream: EpisodeStream,
+        sink: Sink,
         config: DesktopConfig,
         enter: Callable[[DesktopState], None],
         blame_s: float = BLAME_S,
@@ -89,7 +99,7 @@ class Episode:
         self._rollout = rollout
         self._conversation = conversation
         self._player = player
-        self._stream = stream
+        self._sink = sink
         self._config = config
         self._enter = enter
         self._blame_s = blame_s
@@ -186,7 +196,7 @@ class Episode:
     async def _observe(self, screen: Image.Image) -> None:
         """Show the screen to the policy, and send it to replay."""
         self._image = await asyncio.to_thread(self._conversation.observe, screen)
-        self._stream.add_image(self._image)
+        self._sink.add_image(self._image)
 
     async def _act(self, action: Action, timings_ms: dict[str, float]) -> Image.Image:
         """Do an action and wait for the screen to settle. What ends the desktop here is the policy's doing."""
@@ -256,7 +266,7 @@ class Episode:
 
     def _send(self, step: Step, timings_ms: dict[str, float]) -> None:
         rounded = {name: round(value, 1) for name, value in timings_ms.items()}
-        self._stream.add_step(replace(step, timings_ms=rounded))
+        self._sink.add_step(replace(step, timings_ms=rounded))
         self._num_steps += 1
         metrics.ENV_STEPS.inc()
 
