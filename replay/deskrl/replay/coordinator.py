@@ -18,8 +18,8 @@ from deskrl.replay.granting import GrantDesk
 from deskrl.replay.leases import LeaseClock
 from deskrl.replay.metrics import Metrics
 from deskrl.replay.pacing import Pacing
-from deskrl.replay.refusals import StoreFull
 from deskrl.replay.planning import Ask, Grant
+from deskrl.replay.refusals import StoreFull
 from deskrl.replay.store import Store
 
 _log = logging.getLogger("deskrl.replay")

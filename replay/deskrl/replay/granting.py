@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from deskrl.replay.refusals import Refused
 from deskrl.replay.planning import Ask, Grant
+from deskrl.replay.refusals import Refused
 
 
 @dataclass(eq=False)

@@ -9,8 +9,8 @@ from deskrl.proto.v1 import rollout_pb2, rollout_pb2_grpc
 from deskrl.replay.answers import admit, refusing, wait_within
 from deskrl.replay.coordinator import Coordinator
 from deskrl.replay.episode_stream import EpisodeStream
-from deskrl.replay.refusals import Malformed, Refused
 from deskrl.replay.planning import Ask
+from deskrl.replay.refusals import Malformed, Refused
 
 
 class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):

@@ -6,17 +6,14 @@ Every function is one operation of the writer: it runs inside a transaction and 
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from deskrl.core import ids
-from deskrl.proto.v1 import replay_pb2, rollout_pb2
+from deskrl.proto.v1 import rollout_pb2
 from deskrl.replay import counters, images
 from deskrl.replay.leases import MAX_EXPIRIES
-from deskrl.replay.pacing import PACED_QUEUE, Pacing
+from deskrl.replay.pacing import PACED_QUEUE
 from deskrl.replay.refusals import LeaseLost, Malformed
 
 OWN_ENDINGS = frozenset({"finished", "faulted"})
