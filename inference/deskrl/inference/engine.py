@@ -200,6 +200,8 @@ class Engine:
     def shutdown(self) -> None:
         """End vLLM's processes and wait until they are gone."""
         self.llm.shutdown()
+        # Its finalizer shuts down once more, which at the interpreter's end is too late to work.
+        del self.llm
 
 
 def engine_arguments(config: RunConfig) -> dict[str, Any]:
@@ -234,7 +236,7 @@ def engine_arguments(config: RunConfig) -> dict[str, Any]:
     return arguments | inference.engine_args
 
 
-_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 _CPU_ENVIRONMENT = {
     # Else vLLM's CPU platform insists on a worker process, for the sake of thread binding.
