@@ -45,11 +45,11 @@ class EpisodeStream:
             LeaseLost: the lease is not held by this actor any more.
             Malformed: something that the contract does not allow was sent.
         """
-        _, num_steps = await self._coordinator.store.read(
-            lambda connection: rollouts.lease_state(connection, self._lease_id, self._episode_id)
+        lease = await self._coordinator.store.read(
+            lambda connection: rollouts.held(connection, self._lease_id, self._episode_id)
         )
-        if num_steps:  # a stream opened again: say where it goes on
-            await self._context.write(rollout_pb2.StreamEpisodeResponse(acked_steps=num_steps))
+        if lease.num_steps:  # a stream opened again: say where it goes on
+            await self._context.write(rollout_pb2.StreamEpisodeResponse(acked_steps=lease.num_steps))
         tasks = [asyncio.create_task(self._receive(requests)), asyncio.create_task(self._acknowledge())]
         try:
             await asyncio.gather(*tasks)

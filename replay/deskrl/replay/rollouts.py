@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from deskrl.proto.v1 import rollout_pb2
 from deskrl.replay import counters, images
@@ -16,24 +17,38 @@ from deskrl.replay.leases import MAX_EXPIRIES
 from deskrl.replay.pacing import PACED_QUEUE
 from deskrl.replay.refusals import LeaseLost, Malformed
 
-OWN_ENDINGS = frozenset({"finished", "faulted"})
-"""States of a lease that its holder brought about; its repetitions are acknowledged and change nothing."""
+
+@dataclass(frozen=True)
+class Held:
+    """A lease that its actor has not lost."""
+
+    rollout: int
+    is_active: bool
+    """False: its holder ended it, and repetitions are acknowledged without effect."""
+    num_steps: int
+    """Steps on disk under this lease."""
 
 
-def lease_state(connection: sqlite3.Connection, lease_id: str, episode_id: str) -> tuple[str, int]:
-    """State of the lease and the number of steps on disk.
+def held(connection: sqlite3.Connection, lease_id: str, episode_id: str | None = None) -> Held:
+    """The lease as it stands.
+
+    Args:
+        connection: any connection.
+        lease_id: the lease.
+        episode_id: the episode that it must be of, where the caller has named one.
 
     Raises:
-        LeaseLost: there is no such lease of this episode, or it ended otherwise than by its holder.
+        LeaseLost: there is no such lease, or it ended otherwise than by its holder.
     """
     row = connection.execute(
-        "SELECT l.state, r.num_steps, r.episode_id FROM leases l JOIN rollouts r ON r.id = l.rollout"
+        "SELECT l.state, l.rollout, r.num_steps, r.episode_id FROM leases l JOIN rollouts r ON r.id = l.rollout"
         " WHERE lease_id = ?",
         (lease_id,),
     ).fetchone()
-    if row is None or row[2] != episode_id or (row[0] != "active" and row[0] not in OWN_ENDINGS):
-        raise LeaseLost(f"{lease_id} of {episode_id} is not held any more: abandon the episode")
-    return row[0], row[1]
+    if row is None or row[0] not in ("active", "finished", "faulted") or episode_id not in (None, row[3]):
+        raise LeaseLost(f"{lease_id} of {episode_id or 'its episode'} is not held any more: abandon the episode")
+    state, rollout, num_steps, _ = row
+    return Held(rollout, state == "active", 0 if state == "faulted" else num_steps)
 
 
 def add_step(
@@ -51,21 +66,20 @@ def add_step(
         LeaseLost: the lease has been lost.
         Malformed: the step leaves a gap, or names a screenshot that is not held.
     """
-    rollout, state = _held(connection, lease_id)
-    (num_steps,) = connection.execute("SELECT num_steps FROM rollouts WHERE id = ?", (rollout,)).fetchone()
-    if state in OWN_ENDINGS:
-        return int(num_steps)
-    if step.index < num_steps:
-        images.keep(connection, rollout, received, ())
-        return int(num_steps)
-    if step.index > num_steps:
-        raise Malformed(f"step {step.index} came where step {num_steps} was expected")
-    images.keep(connection, rollout, received, named)
+    lease = held(connection, lease_id)
+    if not lease.is_active:
+        return lease.num_steps
+    if step.index < lease.num_steps:
+        images.keep(connection, lease.rollout, received, ())
+        return lease.num_steps
+    if step.index > lease.num_steps:
+        raise Malformed(f"step {step.index} came where step {lease.num_steps} was expected")
+    images.keep(connection, lease.rollout, received, named)
     connection.execute(
-        "INSERT INTO steps (rollout, step, payload) VALUES (?, ?, ?)", (rollout, step.index, step.payload)
+        "INSERT INTO steps (rollout, step, payload) VALUES (?, ?, ?)", (lease.rollout, step.index, step.payload)
     )
-    connection.execute("UPDATE rollouts SET num_steps = num_steps + 1 WHERE id = ?", (rollout,))
-    return int(num_steps) + 1
+    connection.execute("UPDATE rollouts SET num_steps = num_steps + 1 WHERE id = ?", (lease.rollout,))
+    return lease.num_steps + 1
 
 
 def finish(
@@ -82,44 +96,44 @@ def finish(
         LeaseLost: the lease has been lost.
         Malformed: steps are missing, or the final screenshot is not held.
     """
-    rollout, state = _held(connection, lease_id)
-    (num_steps,) = connection.execute("SELECT num_steps FROM rollouts WHERE id = ?", (rollout,)).fetchone()
-    if state in OWN_ENDINGS:
-        return int(num_steps)
-    if result.num_steps != num_steps:
-        raise Malformed(f"a result after {result.num_steps} steps, of which {num_steps} were sent")
-    images.keep(connection, rollout, received, named)
+    lease = held(connection, lease_id)
+    if not lease.is_active:
+        return lease.num_steps
+    if result.num_steps != lease.num_steps:
+        raise Malformed(f"a result after {result.num_steps} steps, of which {lease.num_steps} were sent")
+    images.keep(connection, lease.rollout, received, named)
     connection.execute("UPDATE leases SET state = 'finished' WHERE lease_id = ?", (lease_id,))
     connection.execute(
-        "UPDATE rollouts SET reward = ?, result = ? WHERE id = ?", (result.reward, result.SerializeToString(), rollout)
+        "UPDATE rollouts SET reward = ?, result = ? WHERE id = ?",
+        (result.reward, result.SerializeToString(), lease.rollout),
     )
     connection.execute(
         "UPDATE groups SET num_steps = num_steps + ?, num_succeeded = num_succeeded + ?"
         " WHERE position = (SELECT group_position FROM rollouts WHERE id = ?)",
-        (num_steps, result.reward > success_above, rollout),
+        (lease.num_steps, result.reward > success_above, lease.rollout),
     )
-    move(connection, rollout, "leased", "finished")
-    _end(connection, rollout)
-    return int(num_steps)
+    move(connection, lease.rollout, "leased", "finished")
+    _end(connection, lease.rollout)
+    return lease.num_steps
 
 
 def fault(connection: sqlite3.Connection, lease_id: str, cause: rollout_pb2.EpisodeFault, max_faults: int) -> None:
-    """End an attempt by a fault: the rollout is planned again, at most `max_faults` times. A repetition changes nothing.
+    """End an attempt by a fault: the rollout is planned again, at most `max_faults` times. Repeatable.
 
     Raises:
         LeaseLost: the lease has been lost.
     """
-    rollout, state = _held(connection, lease_id)
-    if state in OWN_ENDINGS:
+    lease = held(connection, lease_id)
+    if not lease.is_active:
         return
     connection.execute("UPDATE leases SET state = 'faulted' WHERE lease_id = ?", (lease_id,))
     counters.add(connection, counters.FAULT + rollout_pb2.FaultKind.Name(cause.kind))
     (num_faults,) = connection.execute(
         "UPDATE rollouts SET num_faults = num_faults + 1, last_fault = ? WHERE id = ? RETURNING num_faults",
-        (cause.SerializeToString(), rollout),
+        (cause.SerializeToString(), lease.rollout),
     ).fetchone()
-    _discard_attempt(connection, rollout)
-    _plan_again(connection, rollout, give_up=num_faults > max_faults)
+    _discard_attempt(connection, lease.rollout)
+    _plan_again(connection, lease.rollout, give_up=num_faults > max_faults)
 
 
 def release(connection: sqlite3.Connection, lease_ids: Iterable[str]) -> None:
@@ -148,14 +162,6 @@ def expire(connection: sqlite3.Connection, lease_ids: Iterable[str]) -> int:
         _plan_again(connection, rollout, give_up=give_up)
     counters.add(connection, counters.EXPIRED_LEASES, num_expired)
     return num_expired
-
-
-def _held(connection: sqlite3.Connection, lease_id: str) -> tuple[int, str]:
-    """Rollout and state of a lease that is active or was ended by its holder."""
-    row = connection.execute("SELECT rollout, state FROM leases WHERE lease_id = ?", (lease_id,)).fetchone()
-    if row is None or (row[1] != "active" and row[1] not in OWN_ENDINGS):
-        raise LeaseLost(f"{lease_id} is not held any more: abandon the episode")
-    return row[0], row[1]
 
 
 def _end_active(connection: sqlite3.Connection, lease_ids: Iterable[str], state: str) -> list[int]:
