@@ -1,0 +1,83 @@
+"""One TOML file describes a run; what it does not know is refused with its dotted path."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deskrl.core.config import dump_config, load_config, read_resolved
+from deskrl.core.errors import UserError
+
+RUNS = Path(__file__).parents[2] / "deploy" / "runs"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_shipped_run_loads() -> None:
+    for path in RUNS.glob("*.toml"):
+        assert load_config(path).name == path.stem
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "seed = 1\n[learner.grpo]\nnum_updates = 1\nclip_low = 0.1\n")
+    monkeypatch.setenv("DESKRL_SEED", "2")
+    monkeypatch.setenv("DESKRL_LEARNER__GRPO__NUM_UPDATES", "2")
+    config = load_config(path, ["--learner.grpo.num_updates", "3"])
+    assert (config.learner.grpo.num_updates, config.seed, config.learner.grpo.clip_low) == (3, 2, 0.1)
+
+
+def test_unknown_keys_are_all_named_with_their_path(tmp_path: Path) -> None:
+    path = write(tmp_path, "sead = 1\n[learner.grpo]\nclip = 0.1\n")
+    with pytest.raises(UserError, match=r"unknown key learner\.grpo\.clip.*unknown key sead|sead.*learner\.grpo\.clip"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[tasks]\nrollouts = 1\n", "tasks.rollouts"),
+        ('[model]\npath = "m"\nbuild = "tiny"\n', "exactly one of model.path and model.build"),
+        ("[learner\n", "not readable as TOML"),
+        ('name = "../up"\n', "name"),
+    ],
+)
+def test_contradictions_are_refused_with_their_reason(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason.replace(".", r"\.")):
+        load_config(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.toml: no such file; name a run configuration"):
+        load_config(Path("nowhere.toml"))
+
+
+def test_the_resolved_configuration_reads_back_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(RUNS / "smoke.toml", ["--seed", "7"])
+    dump_config(config, tmp_path / "config.json")
+    monkeypatch.setenv("DESKRL_SEED", "8")
+    assert read_resolved(tmp_path / "config.json").model_dump() == config.model_dump()
+
+
+def test_a_refused_key_is_one_line_and_status_2(tmp_path: Path) -> None:
+    path = write(tmp_path, "nmae = 'x'\n")
+    command = [sys.executable, "-m", "deskrl.core.cli", "up", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == [f"deskrl: {path}: unknown key nmae; mend the key, or remove it"]
+
+
+def test_the_command_line_imports_no_engine() -> None:
+    program = (
+        "import sys, deskrl.core.cli, deskrl.core.up\n"
+        "print([m for m in ('torch', 'vllm', 'deepspeed', 'transformers', 'docker') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
