@@ -65,6 +65,11 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # type: i
     def shutdown(self) -> None:
         """Nothing to release."""
 
+    @staticmethod
+    def trainer_send_weights(iterator: object, trainer_args: object) -> None:
+        """The trainer's half, which vLLM 0.26 wants declared here: the learner streams its weights over gRPC instead."""
+        raise NotImplementedError
+
 
 class TransferExtension:
     """Mixed into vLLM's workers so that they import this module."""
