@@ -21,9 +21,8 @@ import select
 import shlex
 import signal
 import socket
+import subprocess
 import sys
-from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -37,10 +36,12 @@ _GUEST_UID = 61001
 """User of sandboxes that root starts: of no account, and in no range that systemd hands out."""
 _INSIDE_UID = 1000
 _LIBRARY = Path("/opt/deskrl/lib")
+_CHROME = Path("/opt/deskrl/chrome")
+_BROWSERS = ("/usr/lib/chromium/chromium", "/usr/lib/chromium-browser/chromium-browser", "/opt/google/chrome/chrome")
 _STAGE = Path("/mnt")
 _HOME_BYTES = 512 * 1024**2
 _SHARED_BYTES = 256 * 1024**2
-_TAIL_LINES = 20
+_TAIL_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,10 @@ class SandboxSpec:
 class Sandbox:
     """A running sandbox; made by `Sandbox.spawn`."""
 
-    def __init__(self, process: Process, init_fd: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], init_fd: int, log: _LogTail) -> None:
         self._process = process
         self._init_fd = init_fd
-        self._log: deque[str] = deque(maxlen=_TAIL_LINES)
-        self._reading = asyncio.create_task(self._read_log())
+        self._log = log
 
     @classmethod
     async def spawn(cls, spec: SandboxSpec, listener: socket.socket) -> Sandbox:
@@ -70,65 +70,71 @@ class Sandbox:
 
         The kernel ends a sandbox when the thread that started it ends, so it is the event loop's own.
         """
-        info_read, info_write = os.pipe()
+        info, info_write = os.pipe()
         passed = {"listener": listener.fileno(), "info": info_write}
-        with _identity_files(passed):
-            process = await asyncio.create_subprocess_exec(
-                *_command(spec, passed), stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, pass_fds=tuple(passed.values())
-            )
+        process = _start(spec, passed)
         os.close(info_write)
-        assert process.stderr is not None
         try:
-            info = await _read_all(info_read)
-            init_fd = os.pidfd_open(json.loads(info)["child-pid"])
+            log = _LogTail()
+            await asyncio.get_running_loop().connect_read_pipe(lambda: log, process.stderr)
+            status = _LogTail()
+            await asyncio.get_running_loop().connect_read_pipe(lambda: status, os.fdopen(info, "rb"))
+            await status.closed.wait()
+            init_fd = os.pidfd_open(json.loads(status.text)["child-pid"])
         except (ValueError, ProcessLookupError) as error:
-            reason = (await process.stderr.read()).decode("utf-8", "replace").strip()
-            await process.wait()
-            raise DesktopError(f"the sandbox did not start: {reason or process.returncode}") from error
+            await log.closed.wait()
+            raise DesktopError(f"the sandbox did not start: {log.text or process.wait()}") from error
         except asyncio.CancelledError:
             process.kill()  # what it has started by now dies with it
             raise
-        return cls(process, init_fd)
+        return cls(process, init_fd, log)
 
     @property
     def is_running(self) -> bool:
         """Whether it still exists."""
-        return self._process.returncode is None and not _has_ended(self._init_fd)
+        return not _has_ended(self._init_fd)
 
     @property
     def log_tail(self) -> str:
-        """The last lines that its programs wrote to standard error."""
-        return " | ".join(self._log)
+        """The last that its programs wrote to standard error."""
+        return self._log.text
 
     async def kill(self) -> None:
-        """End every process of it, stopped ones too; returns when none is left."""
+        """End every process of it, stopped ones too; returns when none is left. To be called once."""
         # The first process of a process namespace ends only after all others have: waiting for it is waiting for all.
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._init_fd, signal.SIGKILL)
+        _send_kill(self._init_fd)
         await _wait_readable(self._init_fd)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-        await self._reading
+        process_fd = os.pidfd_open(self._process.pid)  # ours and not waited for, so the id is still its own
+        _send_kill(process_fd)
+        await _wait_readable(process_fd)
+        self._process.wait()
+        os.close(process_fd)
         os.close(self._init_fd)
 
-    async def _read_log(self) -> None:
-        """Keep reading, so that nothing inside ever waits for room in the pipe; a line's first part is enough."""
-        assert self._process.stderr is not None
-        while data := await self._process.stderr.read(65536):
-            self._log.extend(line[:500] for line in data.decode("utf-8", "replace").splitlines() if line.strip())
+
+class _LogTail(asyncio.Protocol):
+    """Reads a pipe to its end, so that no writer ever waits for room in it, and keeps the last of it."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self.closed = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        del self._data[:-_TAIL_BYTES]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set()
+
+    @property
+    def text(self) -> str:
+        lines = self._data.decode("utf-8", "replace").splitlines()
+        return " ".join(line.strip() for line in lines if line.strip())
 
 
-async def _read_all(descriptor: int) -> bytes:
-    reader = asyncio.StreamReader()
-    pipe = os.fdopen(descriptor, "rb")
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), pipe
-    )
-    try:
-        return await reader.read()
-    finally:
-        transport.close()  # and the pipe with it
+def _send_kill(pidfd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 async def _wait_readable(descriptor: int) -> None:
@@ -143,6 +149,17 @@ async def _wait_readable(descriptor: int) -> None:
 
 def _has_ended(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], 0)[0])
+
+
+def _start(spec: SandboxSpec, passed: dict[str, int]) -> subprocess.Popen[bytes]:
+    with _identity_files(passed):
+        return subprocess.Popen(
+            _command(spec, passed),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=tuple(passed.values()),
+        )
 
 
 @contextlib.contextmanager
@@ -206,6 +223,7 @@ def _bubblewrap(spec: SandboxSpec, passed: dict[str, int], staged: list[tuple[st
     arguments += ["--size", home, "--perms", "0755", "--tmpfs", "/home/user", "--chdir", "/home/user"]
     for source, destination in staged:
         arguments += ["--ro-bind", source, destination]
+    arguments += _chrome()
     arguments += ["--clearenv", "--setenv", TAG, str(spec.folder), "--setenv", "PYTHONPATH", str(_LIBRARY)]
     return [*arguments, "--setenv", "PATH", "/usr/bin:/bin", "--info-fd", str(passed["info"]), "--"]
 
@@ -239,6 +257,20 @@ def _sources() -> dict[Path, Path]:
     guest = Path(__file__).resolve().parent.parent / "guest"
     sources[guest] = _LIBRARY / "deskrl" / "actor" / "guest"
     return sources
+
+
+@cache
+def _chrome() -> tuple[str, ...]:
+    """Chromium's folder over again with its program named `chrome`: processes are called after the program's file,
+    and scripts look for them by that name."""
+    for program in map(Path, _BROWSERS):
+        if program.is_file():
+            links = [entry for entry in program.parent.iterdir() if entry != program]
+            arguments = ["--ro-bind", str(program), str(_CHROME / "chrome")]
+            for entry in links:
+                arguments += ["--symlink", str(entry), str(_CHROME / entry.name)]
+            return tuple(arguments)
+    return ()
 
 
 @cache

@@ -10,6 +10,8 @@ from deskrl.actor.guest.hands import Hands
 from deskrl.actor.guest.screen import Screen
 from deskrl.actor.guest.windows import Window, Windows
 
+_NEW_WINDOW_S = 3.0
+
 
 class Desk:
     """What can be seen and done on one running session."""
@@ -31,10 +33,16 @@ class Desk:
 
     def open_path(self, path: Path, timeout_s: float) -> bool:
         """Open a file with its default application; whether its window came: titled after the file, or simply new."""
-        before = {window.id for window in self.windows.list()}
+        before = self.windows.list()
         self._commands.open_with_default(path)
 
-        def wanted(window: Window) -> bool:
-            return window.id not in before or window.matches(path.name)
+        def is_new(window: Window) -> bool:
+            known = [other for other in before if other.id == window.id]
+            return not known or (window.title != known[0].title and window.matches(path.name))
 
-        return self.windows.wait_until(wanted, timeout_s) is not None
+        # An application that shows the file already brings no new window: then its old one will do.
+        if self.windows.wait_until(is_new, min(timeout_s, _NEW_WINDOW_S)) is not None:
+            return True
+        return (
+            self.windows.wait_until(lambda window: is_new(window) or window.matches(path.name), timeout_s) is not None
+        )

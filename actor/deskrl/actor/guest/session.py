@@ -19,6 +19,7 @@ RUNTIME = Path("/run/user/1000")
 _FRAMEBUFFERS = Path("/run/framebuffer")
 _SKELETON = Path(__file__).parent / "home"
 _PROGRAMS = Path(__file__).parent / "bin"
+_USER_FOLDERS = ("Desktop", "Documents", "Downloads", "Pictures")
 _POLL_S = 0.005
 
 
@@ -49,6 +50,8 @@ class Session:
         bus = self.environment["DBUS_SESSION_BUS_ADDRESS"]
         self._spawn(["dbus-daemon", "--session", "--nofork", "--nopidfile", f"--address={bus}"])
         shutil.copytree(_SKELETON, HOME, dirs_exist_ok=True)
+        for folder in _USER_FOLDERS:
+            (HOME / folder).mkdir()
 
     def wait_for_x_server(self) -> Path:
         """Wait until the X server answers; its framebuffer file. Raises RuntimeError if it ended instead."""
