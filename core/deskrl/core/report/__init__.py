@@ -1,0 +1,84 @@
+"""Writes the report of a run: one page that needs nothing but itself, for who has just watched the run.
+
+Knows how the parts come together: `history` (what the run wrote down) and `evidence` (what replay holds) feed `page`,
+`curves` and `frames`, which the template lays out. Whatever the policy wrote is untrusted: the template escapes all
+of it, and the page forbids itself to load or run anything but its own one script.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from deskrl.core.config import RunConfig
+from deskrl.core.report import page
+from deskrl.core.report.curves import WINDOW, draw_curves
+from deskrl.core.report.evidence import gather
+from deskrl.core.report.frames import data_uris
+from deskrl.core.report.history import read_history
+from deskrl.core.runfolder import RunFolder, write_atomically
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: RunFolder, config: RunConfig, replay_address: str) -> Path:
+    """Write `report.html` of a run, finished or cut short, and return its path.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        replay_address: where a replay service with the run's episodes answers. If it does not, the page says so and
+            shows the rest.
+    """
+    history = read_history(folder)
+    evidence = gather(replay_address, config.tasks.tasks, config.replay.success_above)
+    templates = _templates()
+    script = _source(templates, "report.js")
+    html = templates.get_template("report.html.j2").render(
+        config=config,
+        config_json=config.model_dump_json(indent=2),
+        history=history,
+        evidence=evidence,
+        comparisons=page.comparisons(history),
+        curves=draw_curves(history),
+        window=WINDOW,
+        phases=page.phase_rows(history.phases, history.duration_s),
+        update_seconds=page.update_seconds(history),
+        episodes=page.episode_rows(evidence, config.replay.success_above),
+        stored=page.stored_rows(evidence),
+        faults=page.counts_in_words(evidence.status.faults, "FAULT_KIND_") if evidence.status else [],
+        dropped=page.dropped_groups(history, evidence),
+        tasks=page.task_strips(evidence, history, config),
+        images=data_uris(evidence.images),
+        style=_source(templates, "report.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    write_atomically(folder.report, html.encode("utf-8", errors="replace"))
+    return folder.report
+
+
+def _templates() -> Environment:
+    templates = Environment(
+        loader=PackageLoader("deskrl.core.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "span": page.span_text,
+        "points": page.points_text,
+        "percent": page.percent_text,
+        "date": page.date_text,
+    }
+    return templates
+
+
+def _source(templates: Environment, name: str) -> str:
+    """A file beside the template, as it is: our own text, which needs no escaping."""
+    assert templates.loader is not None
+    return templates.loader.get_source(templates, name)[0]
