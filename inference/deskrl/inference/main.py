@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+import prometheus_client
 
 from deskrl.core import lifetime, rpc
 from deskrl.core.config import RunConfig
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_LOOPBACK = "127.0.0.1"
 _SERVICES = ("deskrl.proto.v1.InferenceService", "deskrl.proto.v1.WeightService")
 
 _MODEL_FILES = {
@@ -38,12 +49,50 @@ def run(config: RunConfig, replica: int = 0) -> int:
     Raises:
         UserError: the model folder is incomplete, vLLM refuses the settings, or a port is taken.
     """
+    # An engine that starts cannot be asked to stop for seconds, so until it runs SIGTERM ends it as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
     lifetime.die_with_parent()
-    stop = lifetime.stop_event()
     address = replica_address(config.inference.address, replica)
     rpc.refuse_exposure(address)
     check_model_folder(config.model_folder)
-    return asyncio.run(_serve(config, replica, address, stop))
+    _refuse_taken_ports(config, replica, address)
+    try:
+        with _own_temporary_folder(config, replica):
+            return asyncio.run(_serve(config, replica, address))
+    except KeyboardInterrupt:
+        return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _refuse_taken_ports(config: RunConfig, replica: int, address: str) -> None:
+    """Raise UserError now for what could otherwise not be listened on once the engine has started."""
+    host, _, port = address.rpartition(":")
+    counted_up = {key: getattr(config.inference, key) for key in ("openai_port", "metrics_port")}
+    wanted = {"address": (host, int(port))}
+    wanted |= {key: (_LOOPBACK, first + replica) for key, first in counted_up.items() if first}
+    for key, endpoint in wanted.items():
+        try:
+            socket.create_server(endpoint).close()
+        except OSError as error:
+            where = f"{endpoint[0]}:{endpoint[1]}"
+            raise UserError(f"{where} cannot be listened on: {error.strerror}", f"change inference.{key}") from error
+
+
+@contextlib.contextmanager
+def _own_temporary_folder(config: RunConfig, replica: int) -> Iterator[None]:
+    """A folder for the sockets that vLLM leaves behind; named so that the next start finds what a killed one left."""
+    digest = hashlib.sha256(str(config.folder).encode()).hexdigest()[:10]
+    folder = Path(tempfile.gettempdir(), f"deskrl-inference-{digest}-{replica}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def replica_address(address: str, replica: int) -> str:
@@ -61,48 +110,65 @@ def check_model_folder(folder: Path) -> None:
             raise UserError(f"{folder} lacks {what} ({' or '.join(names)})", "copy it from the original model")
 
 
-async def _serve(config: RunConfig, replica: int, address: str, stop: lifetime.StopEvent) -> int:
-    from deskrl.inference.acting import InferenceServicer, Prompter, PromptFormat
+async def _serve(config: RunConfig, replica: int, address: str) -> int:
+    """Start the engine, serve it, end it."""
+    from deskrl.inference.acting import PromptFormat
     from deskrl.inference.engine import Engine
-    from deskrl.inference.updating import WeightServicer
     from deskrl.inference.weights import checkpoint_shapes
-    from deskrl.proto.v1 import inference_pb2_grpc, weights_pb2_grpc
 
     started_s = time.perf_counter()
     shapes = checkpoint_shapes(config.model_folder)
     prompt_format = PromptFormat(config.model_folder, _load_tokenizer(config.model_folder))
     engine = await Engine.start(config, prompt_format.suppressed_ids)
-    failed = False
-
-    def on_engine_death() -> None:
-        nonlocal failed
-        failed = True
-        stop.set()
-
     try:
         await _warm_up(engine, prompt_format)
-        prompter = Prompter(config, prompt_format)
-        servicer = InferenceServicer(config, engine, prompt_format, prompter, on_engine_death)
-        receiver = WeightServicer(engine, prompter, shapes, prompt_format.processor_hash, on_engine_death)
-        async with contextlib.AsyncExitStack() as stack:
-            if config.inference.openai_port:
-                from deskrl.inference.openai import serve_openai
-
-                port = config.inference.openai_port + replica
-                await stack.enter_async_context(serve_openai(engine.llm, config.model_folder, config.name, port))
-            if config.inference.metrics_port:
-                _serve_metrics(config.inference.metrics_port + replica)
-            server = rpc.make_server()
-            inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
-            weights_pb2_grpc.add_WeightServiceServicer_to_server(receiver, server)
-            health = await rpc.start_server(server, address, _SERVICES)
-            _LOG.info("serving on %s, %.1f s after start", address, time.perf_counter() - started_s)
-            await stop.wait_async()
-            await health.enter_graceful_shutdown()
-            await server.stop(grace=0)
+        _LOG.info("the engine is up after %.1f s", time.perf_counter() - started_s)
+        return await _serve_engine(config, replica, address, engine, prompt_format, shapes)
     finally:
         engine.shutdown()
-    return 1 if failed else 0
+
+
+async def _serve_engine(
+    config: RunConfig,
+    replica: int,
+    address: str,
+    engine: Engine,
+    prompt_format: PromptFormat,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> int:
+    """Serve an engine that runs until it is time to stop; 1 if that was because it died."""
+    from deskrl.inference.acting import InferenceServicer, Prompter
+    from deskrl.inference.updating import WeightServicer
+    from deskrl.proto.v1 import inference_pb2_grpc, weights_pb2_grpc
+
+    stop = lifetime.stop_event()
+    died = False
+
+    def on_engine_death() -> None:
+        nonlocal died
+        died = True
+        stop.set()
+
+    prompter = Prompter(config, prompt_format)
+    acting = InferenceServicer(config, engine, prompt_format, prompter, on_engine_death)
+    updating = WeightServicer(engine, prompter, shapes, prompt_format.processor_hash, on_engine_death)
+    async with contextlib.AsyncExitStack() as stack:
+        if config.inference.openai_port:
+            from deskrl.inference.openai import serve_openai
+
+            port = config.inference.openai_port + replica
+            await stack.enter_async_context(serve_openai(engine.llm, config.model_folder, config.name, port))
+        if config.inference.metrics_port:
+            prometheus_client.start_http_server(config.inference.metrics_port + replica, addr=_LOOPBACK)
+        server = rpc.make_server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(acting, server)
+        weights_pb2_grpc.add_WeightServiceServicer_to_server(updating, server)
+        health = await rpc.start_server(server, address, _SERVICES)
+        _LOG.info("serving on %s", address)
+        await stop.wait_async()
+        await health.enter_graceful_shutdown()
+        await server.stop(grace=0)
+    return 1 if died else 0
 
 
 def _load_tokenizer(folder: Path):  # type: ignore[no-untyped-def]
@@ -128,12 +194,3 @@ async def _warm_up(engine: Engine, prompt_format: PromptFormat) -> None:
     prompt = render([pb.ChatMessage(role=pb.MESSAGE_ROLE_USER, contents=contents)], prompt_format.tokenizer)
     image = Image.new("RGB", (224, 224))
     await engine.sample(Prompt(prompt.ids, [("warm-up", image)]), temperature=1.0, max_tokens=2, seed=0, name="warm-up")
-
-
-def _serve_metrics(port: int) -> None:
-    from prometheus_client import start_http_server
-
-    try:
-        start_http_server(port, addr="127.0.0.1")
-    except OSError as error:
-        raise UserError(f"127.0.0.1:{port} cannot be listened on: {error}", "choose another metrics_port") from error

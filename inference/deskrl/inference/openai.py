@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
-from deskrl.core.errors import UserError
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -25,9 +23,6 @@ async def serve_openai(llm: AsyncLLM, model_folder: Path, name: str, port: int) 
         model_folder: its model.
         name: what clients call the model.
         port: where to listen.
-
-    Raises:
-        UserError: the port is taken.
     """
     import asyncio
     import socket
@@ -56,15 +51,7 @@ async def serve_openai(llm: AsyncLLM, model_folder: Path, name: str, port: int) 
     tasks = await llm.get_supported_tasks()
     app = build_app(arguments, tasks)
     await init_app_state(llm, app.state, arguments, tasks)
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((_HOST, port))
-    except OSError as error:
-        listener.close()
-        raise UserError(
-            f"{_HOST}:{port} cannot be listened on: {error}", "choose another inference.openai_port"
-        ) from error
+    listener = socket.create_server((_HOST, port))
     server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

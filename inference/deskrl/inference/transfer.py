@@ -67,7 +67,7 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # type: i
 
     @staticmethod
     def trainer_send_weights(iterator: object, trainer_args: object) -> None:
-        """The trainer's half, which vLLM 0.26 wants declared here: the learner streams its weights over gRPC instead."""
+        """The trainer's half, which vLLM 0.26 wants declared: the learner streams its weights over gRPC instead."""
         raise NotImplementedError
 
 
