@@ -8,6 +8,7 @@ should still be left is removed by the next actor's start.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -52,7 +53,11 @@ def run(config: RunConfig, actor: int = 0) -> int:
         metrics.serve(config.actor.metrics_port + actor)
     if num_reaped := reap_orphans(desktops_folder(config)):
         _log.warning("ended %d desktops that a killed actor left", num_reaped)
-    return asyncio.run(_run(config, actor, num_desktops, stop))
+    try:
+        return asyncio.run(_run(config, actor, num_desktops, stop))
+    finally:
+        with contextlib.suppress(OSError):  # desktops of other actors still live in it
+            desktops_folder(config).rmdir()
 
 
 def desktops_of(config: RunConfig, actor: int) -> int:

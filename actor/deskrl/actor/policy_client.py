@@ -21,7 +21,7 @@ from deskrl.core.errors import UserError
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 _AVOIDED_FOR_S = 5.0
-# A full image cache may drop one screenshot for another; a server that cannot hold those of one request never will.
+# The first request, and one with all screenshots; the rest is for replicas that fail in between.
 _MAX_ROUNDS = 4
 _log = logging.getLogger(__name__)
 
@@ -148,7 +148,8 @@ class PolicySession:
             missing = set(response.missing_images.hashes)
             if not missing <= self._images.keys():
                 raise InferenceFailed(f"asked for screenshots that the conversation lacks: {missing - named}")
-            self._sent -= {(number, name) for name in missing}
+            # All of them go again: a full cache may have dropped one for another, and this way it needs none.
+            self._sent -= {(number, name) for name in named}
         raise InferenceFailed(f"screenshots were still missing after they were sent {_MAX_ROUNDS - 1} times")
 
     def _unsent(self, number: int) -> list[common_pb2.Image]:
