@@ -41,8 +41,7 @@ class Desk:
             return not known or (window.title != known[0].title and window.matches(path.name))
 
         # An application that shows the file already brings no new window: then its old one will do.
-        if self.windows.wait_until(is_new, min(timeout_s, _NEW_WINDOW_S)) is not None:
-            return True
-        return (
-            self.windows.wait_until(lambda window: is_new(window) or window.matches(path.name), timeout_s) is not None
-        )
+        opened = self.windows.wait_until(is_new, min(timeout_s, _NEW_WINDOW_S))
+        if opened is None:
+            opened = self.windows.wait_until(lambda shown: is_new(shown) or shown.matches(path.name), timeout_s)
+        return opened is not None
