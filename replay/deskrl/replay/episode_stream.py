@@ -23,6 +23,8 @@ MAX_UNNAMED_BYTES = 64 * 1024**2
 """Screenshots that a stream may send before the step that names them."""
 MAX_STEPS_IN_FLIGHT = 16
 
+_TERMINATIONS = frozenset(rollout_pb2.Termination.values()) - {rollout_pb2.TERMINATION_UNSPECIFIED}
+_FAULT_KINDS = frozenset(rollout_pb2.FaultKind.values()) - {rollout_pb2.FAULT_KIND_UNSPECIFIED}
 _END = None
 _Ack = tuple["asyncio.Future[int]", bool]
 
@@ -121,15 +123,15 @@ class EpisodeStream:
     async def _receive_result(self, result: rollout_pb2.EpisodeResult) -> None:
         if not math.isfinite(result.reward):
             raise Malformed(f"a reward of {result.reward}")
-        if result.termination == rollout_pb2.TERMINATION_UNSPECIFIED:
-            raise Malformed("a result without its termination")
+        if result.termination not in _TERMINATIONS:
+            raise Malformed(f"a result with termination {result.termination}, which is none")
         named = [images.parse_hash(result.final_image_hash)] if result.final_image_hash else []
         writing = self._coordinator.finish(self._lease_id, result, self._received, named)
         await self._await_commit(asyncio.ensure_future(writing), closes=True)
 
     async def _receive_fault(self, fault: rollout_pb2.EpisodeFault) -> None:
-        if fault.kind == rollout_pb2.FAULT_KIND_UNSPECIFIED:
-            raise Malformed("a fault without its kind")
+        if fault.kind not in _FAULT_KINDS:
+            raise Malformed(f"a fault of kind {fault.kind}, which is none")
         await self._await_commit(asyncio.ensure_future(self._fault(fault)), closes=True)
 
     async def _fault(self, fault: rollout_pb2.EpisodeFault) -> int:

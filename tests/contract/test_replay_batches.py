@@ -1,0 +1,325 @@
+"""Groups on the wire: paced, taken in order of completion, delivered again until committed, dropped, kept, removed."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from replay_kit import ME, ReplayClient, StartReplay, begin, fault, result, steps
+
+from deskrl.proto.v1 import replay_pb2, rollout_pb2
+
+
+def verdict(group: str, dropped: str = "", *, used: bool = False) -> replay_pb2.GroupVerdict:
+    return replay_pb2.GroupVerdict(group_id=group, dropped_because=dropped, used_candidate=used)
+
+
+def members(group: replay_pb2.Group | None) -> list[str]:
+    assert group is not None
+    return [episode.episode_id for episode in group.episodes]
+
+
+def code_of(refusal: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
+    code: grpc.StatusCode = refusal.value.code()
+    return code
+
+
+def test_planning_twice_plans_once(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    assert client.plan("train/0") == 1
+    assert client.plan("train/0", task_id="another") == 0
+    assert client.queue_status("train").num_planned == 2
+    assert client.acquire().rollout.task_id == "task"
+
+
+def test_a_plan_that_says_too_little_is_refused(start_replay: StartReplay) -> None:
+    client = start_replay(rollouts=4).client()
+    for group_id, num, words in [("train/0", 3, "tasks.rollouts"), ("eval/0", 0, "seeds")]:
+        with pytest.raises(grpc.RpcError) as refusal:
+            client.plan(group_id, num=num)
+        assert code_of(refusal) == grpc.StatusCode.INVALID_ARGUMENT
+        assert words in str(refusal.value.details())
+
+
+def test_other_queues_go_first_then_groups_already_begun_then_plan_order(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    for group in ("train/0", "train/1", "demo/0"):
+        client.plan(group)
+    first = client.acquire()
+    assert first.rollout.episode_id == "demo/0.0"
+    assert [client.acquire().rollout.episode_id for _ in range(3)] == ["demo/0.1", "train/0.0", "train/0.1"]
+    last = client.acquire()
+    assert last.rollout.episode_id == "train/1.0"
+    client.plan("demo/1")
+    client.release(first.lease_id)
+    assert client.acquire().rollout.episode_id == "demo/0.0", "its group has begun, demo/1 has not"
+
+
+def test_groups_are_taken_in_the_order_in_which_they_completed(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("train/0")
+    client.plan("train/1")
+    leases = [client.acquire() for _ in range(4)]
+    for lease in (leases[0], leases[2], leases[3]):
+        client.play(lease, reward=1)
+    assert members(client.take("train", "batch", 0)) == ["train/1.0", "train/1.1"]
+    assert client.take("train", "batch", 1) is None
+    client.play(leases[1], reward=0)
+    assert members(client.take("train", "batch", 1)) == ["train/0.0", "train/0.1"]
+
+
+def test_taking_waits_for_a_group_to_complete(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    request = replay_pb2.TakeGroupRequest(peer=ME, queue="train", batch_id="b", wait_s=20)
+    waiting = client.replay.TakeGroup.future(request, timeout=30)
+    client.play_group("train/0", [0, 1])
+    assert members(waiting.result().group) == ["train/0.0", "train/0.1"]
+
+
+def test_acting_stays_within_the_staleness_limit(start_replay: StartReplay) -> None:
+    """S = 1, batches of 2 groups of 2: (1 + 1 + version) * 4 - consumed episodes may be running or unused."""
+    client = start_replay(staleness=1, rollouts=2, groups_per_batch=2).client()
+    for ordinal in range(10):
+        client.plan(f"train/{ordinal}")
+
+    def play_what_is_granted() -> int:
+        num = 0
+        while (lease := client.acquire()).lease_id:
+            client.play(lease, reward=num % 2)
+            num += 1
+        return num
+
+    assert play_what_is_granted() == 8
+    for ordinal in range(2):
+        client.take("train", "batch-0", ordinal)
+    assert play_what_is_granted() == 0, "what a batch took is consumed, and counts until the version moves"
+    client.set_updates(1)
+    assert play_what_is_granted() == 4
+    client.commit("train", "batch-0", verdict("train/0"), verdict("train/1"))
+    assert play_what_is_granted() == 0, "the commit changes nothing that the binding has not"
+
+
+def test_a_dropped_group_makes_room_for_another_before_its_batch_is_committed(start_replay: StartReplay) -> None:
+    """With S = 0 and one group a batch, a learner whose only group has no spread would otherwise wait for ever."""
+    client = start_replay(staleness=0, rollouts=2, groups_per_batch=1).client()
+    for ordinal in range(4):
+        client.plan(f"train/{ordinal}")
+    for _ in range(2):
+        client.play(client.acquire(), reward=0)
+    assert not client.acquire().lease_id
+    assert client.take("train", "batch", 0) is not None
+    assert not client.acquire().lease_id, "it may yet be learnt from"
+    for _ in range(2):  # telling twice changes nothing
+        assert client.take("train", "batch", 1, dropped=["train/0"]) is None
+    for reward in (0, 1):
+        client.play(client.acquire(), reward=reward)
+    assert not client.acquire().lease_id
+    assert members(client.take("train", "batch", 1, dropped=["train/0"])) == ["train/1.0", "train/1.1"]
+    client.commit("train", "batch", verdict("train/0", "all_failed"), verdict("train/1"))
+    client.set_updates(1)
+    assert client.acquire().rollout.group_id == "train/2"
+    assert client.acquire().rollout.group_id == "train/2"
+    assert not client.acquire().lease_id, (
+        "one batch learnt from, one batch of room: the drop has not been counted twice"
+    )
+    assert dict(client.status().dropped) == {"all_failed": 1}
+
+
+def test_a_group_dropped_only_in_its_verdict_counts_for_nothing_either(start_replay: StartReplay) -> None:
+    client = start_replay(staleness=0).client()
+    client.plan("train/0")
+    client.plan("train/1")
+    for _ in range(2):
+        client.play(client.acquire(), reward=0)
+    client.take("train", "batch", 0)
+    client.commit("train", "batch", verdict("train/0", "stale"))
+    assert client.acquire().rollout.group_id == "train/1"
+
+
+def test_a_group_with_a_faulted_member_goes_on_with_the_others(start_replay: StartReplay) -> None:
+    client = start_replay(rollouts=3, max_faults=0).client()
+    client.plan("train/0", num=3)
+    client.play(client.acquire(), reward=1)
+    lease = client.acquire()
+    client.stream([begin(lease), fault()])
+    client.play(client.acquire(), reward=0)
+    group = client.take("train", "batch", 0)
+    assert members(group) == ["train/0.0", "train/0.2"]
+    assert group is not None and group.num_faulted == 1
+
+
+def test_a_group_with_too_few_members_is_closed_on_train_and_told_on_other_queues(start_replay: StartReplay) -> None:
+    client = start_replay(max_faults=0, staleness=0).client()
+    for group in ("eval/0", "train/0", "train/1"):
+        client.plan(group)
+        lease = client.acquire()
+        client.stream([begin(lease), fault()])
+        lease = client.acquire()
+        if group == "train/0":
+            client.play(lease, reward=1)
+        else:
+            client.stream([begin(lease), fault()])
+    assert client.take("train", "batch", 0) is None
+    assert dict(client.status().dropped) == {"faults": 2}
+    nothing = client.take("eval", "batch", 0)
+    assert nothing is not None and (len(nothing.episodes), nothing.num_faulted) == (0, 2)
+    client.plan("train/2")
+    assert client.acquire().lease_id, "closed groups take no room"
+
+
+def test_a_group_whose_members_all_failed_is_offered_a_success_of_an_earlier_group(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.play_group("train/0", [0, 1])
+    client.play_group("train/1", [0, 0.1])
+    client.play_group("train/2", [0, 0], task_id="another")
+    mixed, failed, other = (client.take("train", "batch", ordinal) for ordinal in range(3))
+    assert mixed is not None and not mixed.HasField("candidate"), "a success does not serve its own group"
+    assert failed is not None and failed.candidate == mixed.episodes[1], "0.1 is not above 0.1"
+    assert other is not None and not other.HasField("candidate"), "successes serve their own task"
+
+    verdicts = [verdict("train/0"), verdict("train/1", used=True), verdict("train/2", "all_failed")]
+    for _ in range(2):
+        client.commit("train", "batch", *verdicts)
+    (success,) = client.status().successes
+    assert (success.task_id, success.num_stored, success.num_used) == ("task", 1, 1)
+    assert (success.newest_version.lineage, success.newest_version.step) == ("test", 7)
+
+
+def test_only_what_the_policy_did_on_train_is_a_stored_success(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.play_group("demo/0", [1, 1], scripted=True)
+    client.play_group("eval/0", [1, 1])
+    client.play_group("train/0", [1, 1], scripted=True)
+    for name in ("demo", "eval", "train"):
+        client.take(name, "batch", 0)
+    assert not client.status().successes
+
+
+def test_the_oldest_success_of_a_task_makes_way(start_replay: StartReplay) -> None:
+    client = start_replay(successes_per_task=2, staleness=9).client()
+    client.play_group("train/0", [0, 1])
+    client.play_group("train/1", [1, 1])
+    for ordinal in range(2, 6):
+        client.play_group(f"train/{ordinal}", [0, 0])
+    groups = [client.take("train", "batch", ordinal) for ordinal in range(6)]
+    offered = {group.candidate.episode_id for group in groups if group is not None and group.HasField("candidate")}
+    assert offered <= {"train/1.0", "train/1.1"} and offered
+    assert client.status().successes[0].num_stored == 2
+
+
+def test_a_batch_is_delivered_again_exactly_and_a_commit_ends_it_once(start_replay: StartReplay) -> None:
+    process = start_replay()
+    client = process.client()
+    client.play_group("train/0", [1, 1])
+    client.play_group("train/1", [0, 0])
+    first = [client.take("train", "batch", ordinal) for ordinal in range(2)]
+    assert [client.take("train", "batch", ordinal) for ordinal in range(2)] == first
+    process.kill()
+    process.start()
+    client.play_group("train/2", [1, 1])
+    assert [client.take("train", "batch", ordinal) for ordinal in range(2)] == first, "candidate included"
+    assert members(client.take("train", "another", 0)) == ["train/2.0", "train/2.1"]
+
+    for _ in range(2):
+        client.commit("train", "batch", verdict("train/0", "all_succeeded"), verdict("train/1", "all_failed"))
+    assert client.queue_status("train").num_consumed == 4
+    assert dict(client.status().dropped) == {"all_succeeded": 1, "all_failed": 1}
+    with pytest.raises(grpc.RpcError) as refusal:
+        client.take("train", "batch", 2)
+    assert code_of(refusal) == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_verdicts_on_what_is_not_in_the_batch_are_refused_whole(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.play_group("train/0", [0, 0])
+    client.take("train", "batch", 0)
+    for bad in (verdict("train/9"), verdict("train/0", used=True)):
+        with pytest.raises(grpc.RpcError) as refusal:
+            client.commit("train", "batch", bad)
+        assert code_of(refusal) == grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError) as refusal:
+        client.commit("train", "unheard-of")
+    assert code_of(refusal) == grpc.StatusCode.NOT_FOUND
+    assert client.queue_status("train").num_consumed == 0
+
+
+def test_episodes_are_found_newest_first_by_queue_task_and_reward(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.play_group("train/0", [0, 1])
+    client.play_group("eval/0", [0.5, 1], task_id="another")
+
+    def found(**query: object) -> list[str]:
+        return [episode.episode_id for episode in client.episodes(**query)]
+
+    assert found() == ["eval/0.1", "eval/0.0", "train/0.1", "train/0.0"]
+    assert found(limit=1) == ["eval/0.1"]
+    assert found(queue="train") == ["train/0.1", "train/0.0"]
+    assert found(task_id="another", max_reward=0.9) == ["eval/0.0"]
+    assert found(min_reward=1) == ["eval/0.1", "train/0.1"]
+    (envelope,) = client.episodes(episode_ids=["train/0.1"], envelope_only=True)
+    assert not envelope.steps and envelope.result.reward == 1
+
+
+def test_a_screenshot_that_is_not_held_is_named(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    with pytest.raises(grpc.RpcError) as refusal:
+        client.fetch(["ab" * 32])
+    assert code_of(refusal) == grpc.StatusCode.NOT_FOUND
+    assert "ab" * 32 in str(refusal.value.details())
+
+
+SHOT_BYTES = 400_000
+
+
+def play_big(client: ReplayClient, group: str, rewards: tuple[float, float]) -> None:
+    client.plan(group)
+    for reward in rewards:
+        lease = client.acquire()
+        client.stream([begin(lease), *steps(lease, range(2), SHOT_BYTES), result(reward, 2)])
+
+
+def test_over_its_size_the_store_removes_the_oldest_consumed_episodes_only(start_replay: StartReplay) -> None:
+    """Each group has 1.6 MB of screenshots; the store may have about 6 MB."""
+    client = start_replay(max_bytes=8_000_000, staleness=20, successes_per_task=1).client()
+    play_big(client, "train/0", (0, 1))  # its success stays in the cache
+    play_big(client, "train/1", (0, 0))  # takes that success as its candidate
+    play_big(client, "train/2", (0, 0))  # bound, never committed
+    for batch, ordinal in (("old", 0), ("old", 1), ("pending", 0)):
+        assert client.take("train", batch, ordinal) is not None
+    pending = client.take("train", "pending", 0)
+    client.commit("train", "old")
+    for ordinal in range(3, 9):
+        play_big(client, f"train/{ordinal}", (0, 0))
+
+    kept = {episode.episode_id for episode in client.episodes()}
+    assert not {"train/0.0", "train/1.0", "train/1.1"} & kept, "consumed, and old"
+    assert {"train/0.1", "train/2.0", "train/2.1"} <= kept, "in the success cache, bound"
+    assert {f"train/{ordinal}.{member}" for ordinal in range(3, 9) for member in (0, 1)} <= kept, "not consumed"
+    assert client.take("train", "pending", 0) == pending
+    assert len(client.episodes(envelope_only=True)) == 18, "envelopes stay"
+    assert client.queue_status("train").num_finished == 18
+    status = client.status()
+    assert status.num_images == len(kept) * 2
+    with pytest.raises(grpc.RpcError) as refusal:
+        client.take("train", "old", 0)
+    assert code_of(refusal) == grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_removed_episodes_screenshots_stay_while_another_episode_uses_them(start_replay: StartReplay) -> None:
+    client = start_replay(max_bytes=1).client()
+    client.plan("eval/0", num=1)
+    client.plan("eval/1", num=1)
+    old, new = client.acquire(), client.acquire()
+    client.stream([begin(old), *steps(old, range(1)), result(1, 1)])
+    shared = [*steps(old, range(1))]
+    client.stream([begin(new), *shared, result(1, 1)])
+    client.take("eval", "batch", 0)
+    client.commit("eval", "batch")
+    assert [episode.episode_id for episode in client.episodes()] == ["eval/1.0"]
+    assert client.status().num_images == 1
+
+
+def test_an_unset_rollout_request_id_is_refused(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    with pytest.raises(grpc.RpcError) as refusal:
+        client.rollout.AcquireLease(rollout_pb2.AcquireLeaseRequest(peer=ME), timeout=20)
+    assert code_of(refusal) == grpc.StatusCode.INVALID_ARGUMENT

@@ -1,0 +1,278 @@
+"""The life of an episode on the wire: leased, streamed, broken off, resumed, faulted, expired, refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from replay_kit import (
+    ME,
+    OpenStream,
+    ReplayClient,
+    ReplayProcess,
+    StartReplay,
+    begin,
+    fault,
+    image,
+    replay_config,
+    result,
+    screenshot,
+    step,
+    steps,
+)
+
+from deskrl.core import ids
+from deskrl.core.trajectory import decode_step
+from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
+
+
+def test_an_episode_comes_back_as_it_was_sent(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    assert lease.ttl_s == 30
+    assert lease.rollout == rollout_pb2.Rollout(
+        episode_id="eval/0.0",
+        group_id="eval/0",
+        queue="eval",
+        task_json=b'{"id": "task"}',
+        task_id="task",
+        seed=0,
+        max_steps=15,
+        temperature=1.0,
+        acting_policy=rollout_pb2.ACTING_POLICY_SAMPLED,
+    )
+    client.play(lease, reward=0.5, num_steps=3)
+
+    group = client.take("eval", "batch", 0)
+    assert group is not None
+    (episode,) = group.episodes
+    assert (episode.episode_id, episode.result.reward, episode.result.num_steps) == ("eval/0.0", 0.5, 3)
+    assert [decode_step(payload).text for payload in episode.steps] == ["action 0", "action 1", "action 2"]
+    shots = [decode_step(payload).screenshot for payload in episode.steps]
+    assert client.fetch(reversed(shots)) == [screenshot(lease, index) for index in (2, 1, 0)]
+    assert client.episodes(episode_ids=["eval/0.0"]) == [episode]
+
+
+def test_a_screenshot_is_stored_once_however_often_it_is_sent(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("eval/0", num=2)
+    for _ in range(2):
+        same = b"the desktop as it starts"
+        client.stream([begin(lease := client.acquire()), image(same), step(0, same), image(same), result(1, 1)])
+        assert lease.lease_id
+    status = client.status()
+    assert (status.num_images, status.image_bytes) == (1, 24)
+
+
+def test_a_step_may_name_a_screenshot_that_another_episode_sent(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("eval/0", num=2)
+    shot = b"shared"
+    client.stream([begin(client.acquire()), image(shot), step(0, shot), result(1, 1)])
+    assert client.stream([begin(client.acquire()), step(0, shot), result(1, 1)])[-1] == (1, True)
+
+
+def test_a_broken_stream_goes_on_from_the_first_step_not_acknowledged(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    first = OpenStream(client)
+    first.send(begin(lease), *steps(lease, range(2)))
+    first.read_until(2)
+    first.break_off()
+
+    acks = client.stream([begin(lease), *steps(lease, range(2, 4)), result(1, 4)])
+    assert acks[0] == (2, False), "the new stream starts with what is on disk"
+    assert acks[-1] == (4, True)
+    assert client.queue_status("eval").num_steps == 4
+
+
+def test_what_is_sent_twice_is_stored_once(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    whole = [begin(lease), *steps(lease, range(3)), result(1, 3)]
+    first = OpenStream(client)
+    first.send(*whole[:-1])
+    first.read_until(3)
+    first.break_off()
+    assert client.stream(whole)[-1] == (3, True)
+    before = client.episodes()
+    assert client.stream([begin(lease), result(0, 3)])[-1] == (3, True), "a second result is acknowledged"
+    assert client.episodes() == before, "and changes nothing"
+    assert client.queue_status("eval").num_finished == 1
+
+
+def test_a_screenshot_that_came_with_a_step_sent_twice_is_kept_for_a_later_one(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    stream = OpenStream(client)
+    stream.send(begin(lease), *steps(lease, [0]))
+    stream.read_until(1)
+    stream.break_off()
+    early = b"sent before a step that is there already"
+    requests = [begin(lease), image(early), *steps(lease, [0]), step(1, early), result(1, 2)]
+    assert client.stream(requests)[-1] == (2, True)
+
+
+def test_asking_twice_with_one_request_id_gives_one_lease(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("eval/0", num=2)
+    lease = client.acquire(request_id="r")
+    assert client.acquire(request_id="r") == lease
+    assert client.acquire(request_id="s").lease_id != lease.lease_id
+
+
+def test_without_work_the_answer_is_empty_and_comes_when_work_does(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    assert not client.acquire().lease_id
+    waiting = client.rollout.AcquireLease.future(
+        rollout_pb2.AcquireLeaseRequest(peer=ME, request_id="r", wait_s=20), timeout=30
+    )
+    client.plan("eval/0", num=1)
+    assert waiting.result().rollout.episode_id == "eval/0.0"
+
+
+def test_work_given_back_is_granted_again_and_counts_as_no_fault(start_replay: StartReplay) -> None:
+    client = start_replay(max_faults=0).client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    OpenStream(client).send(begin(lease), *steps(lease, range(2)))
+    client.release(lease.lease_id)
+    client.release(lease.lease_id)
+    assert client.extend(lease.lease_id) == []
+    again = client.acquire()
+    assert again.rollout == lease.rollout and again.lease_id != lease.lease_id
+    client.play(again, reward=1, num_steps=1)
+    (episode,) = client.episodes()
+    assert (len(episode.steps), episode.num_faults) == (1, 0)
+
+
+def test_a_fault_is_no_reward_and_is_granted_again_until_it_has_happened_too_often(start_replay: StartReplay) -> None:
+    client = start_replay(max_faults=1).client()
+    client.plan("eval/0", num=1)
+    for _ in range(2):
+        lease = client.acquire()
+        assert client.stream([begin(lease), *steps(lease, range(2)), fault()])[-1][1]
+    assert not client.acquire().lease_id
+    status = client.queue_status("eval")
+    assert (status.num_faulted, status.num_finished, status.num_steps) == (1, 0, 0)
+    assert dict(client.status().faults) == {"FAULT_KIND_DESKTOP_LOST": 2}
+    assert client.status().num_images == 0, "what led nowhere leaves no trace"
+    (episode,) = client.episodes()
+    assert not episode.HasField("result")
+    assert (episode.num_faults, episode.last_fault.message) == (2, "the desktop died")
+
+
+def test_an_expired_lease_is_granted_again_and_its_old_holder_refused(start_replay: StartReplay) -> None:
+    client = start_replay(lease_ttl_s=0.3).client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    old = OpenStream(client)
+    old.send(begin(lease), *steps(lease, [0]))
+    old.read_until(1)
+    again = client.acquire(wait_s=20)
+    assert again.rollout == lease.rollout
+    old.send(*steps(lease, [1]))
+    assert old.read_code() == grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.RpcError) as refusal:
+        client.stream([begin(lease), *steps(lease, [0]), result(1, 1)])
+    assert refusal.value.code() == grpc.StatusCode.NOT_FOUND
+    client.release(again.lease_id)
+    status = client.status()
+    assert status.num_leases_expired >= 1 and not status.faults
+    assert (status.num_images, status.queues[0].num_finished) == (0, 0)
+
+
+def test_heartbeats_keep_a_lease_and_name_the_lost_ones(start_replay: StartReplay) -> None:
+    client = start_replay(lease_ttl_s=1).client()
+    client.plan("eval/0", num=2)
+    kept, lost = client.acquire(), client.acquire()
+    while client.status().num_leases_expired == 0:
+        assert client.extend(kept.lease_id) == [kept.lease_id]
+    assert client.extend(kept.lease_id, lost.lease_id) == [kept.lease_id]
+
+
+def test_an_episode_that_just_ended_is_not_reported_as_lost(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    client.play(lease, reward=1)
+    assert client.extend(lease.lease_id, "lease-of-nobody") == [lease.lease_id]
+
+
+SHOT = b"sent but never stored"
+
+
+@pytest.fixture(scope="module")
+def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplayClient]:
+    """One service for the tests that need nothing special of it."""
+    process = ReplayProcess(replay_config(tmp_path_factory.mktemp("shared")))
+    yield process.client()
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("requests", "words"),
+    [
+        ([image(SHOT), step(1, SHOT)], "step 0 was expected"),
+        ([step(0, SHOT)], "neither sent nor held"),
+        ([image(SHOT), step(0, SHOT), result(1, 2)], "2 steps, of which 1"),
+        ([result(float("nan"), 0)], "a reward of nan"),
+        ([rollout_pb2.StreamEpisodeRequest(result=rollout_pb2.EpisodeResult(reward=1))], "termination"),
+        ([rollout_pb2.StreamEpisodeRequest(fault=rollout_pb2.EpisodeFault(message="?"))], "fault of kind 0"),
+        ([rollout_pb2.StreamEpisodeRequest()], "empty message"),
+        (
+            [rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=ids.image_hash(b"other"), data=SHOT))],
+            "do not have the hash",
+        ),
+        (
+            [rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash="x", data=bytes(16 * 1024**2 + 1)))],
+            "over the limit",
+        ),
+        (
+            [rollout_pb2.StreamEpisodeRequest(step=rollout_pb2.EpisodeStep(index=0, payload=b"\x93pickle"))],
+            "not a step",
+        ),
+        (
+            [
+                image(SHOT),
+                rollout_pb2.StreamEpisodeRequest(step=rollout_pb2.EpisodeStep(payload=step(4, SHOT).step.payload)),
+            ],
+            "payload of step 4",
+        ),
+    ],
+)
+def test_what_the_contract_does_not_allow_is_refused_by_name(
+    shared_client: ReplayClient, requests: list[rollout_pb2.StreamEpisodeRequest], words: str
+) -> None:
+    client = shared_client
+    client.plan(f"eval/{words}", num=1)
+    lease = client.acquire()
+    with pytest.raises(grpc.RpcError) as refusal:
+        client.stream([begin(lease), *requests])
+    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert words in str(refusal.value.details())
+    client.play(lease, reward=1)  # and the episode can go on, as far as it got
+
+
+def test_an_actor_of_another_protocol_is_refused_with_the_mend(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    old = common_pb2.Peer(role="actor", name="old", protocol=0)
+    for call, request in [
+        (client.rollout.AcquireLease, rollout_pb2.AcquireLeaseRequest(peer=old, request_id="r")),
+        (client.rollout.ExtendLeases, rollout_pb2.ExtendLeasesRequest(peer=old)),
+        (client.replay.PlanGroups, replay_pb2.PlanGroupsRequest(peer=old)),
+        (client.replay.TakeGroup, replay_pb2.TakeGroupRequest(peer=old, queue="train", batch_id="b")),
+    ]:
+        with pytest.raises(grpc.RpcError) as refusal:
+            call(request, timeout=20)
+        assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "install the same version" in str(refusal.value.details())
+    begin_old = rollout_pb2.StreamEpisodeRequest(begin=rollout_pb2.EpisodeBegin(peer=old, lease_id="l"))
+    with pytest.raises(grpc.RpcError) as refusal:
+        client.stream([begin_old])
+    assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION

@@ -1,0 +1,289 @@
+"""A real replay service for tests: a process of its own on a free loopback port, and clients that speak to it.
+
+Knows the contracts' shape; what is right or wrong is for the tests to say.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from deskrl.core import ids, rpc
+from deskrl.core.config import RunConfig, dump_config
+from deskrl.core.trajectory import Span, Step, encode_step
+from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+
+_DEADLINE_S = 20.0
+ME = rpc.peer("actor", "test-actor")
+
+Requests = Iterable[rollout_pb2.StreamEpisodeRequest]
+
+
+class ReplayClient:
+    """Both services of one replay process, as plain calls."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = rpc.connect_sync(address)
+        self.rollout = rollout_pb2_grpc.RolloutServiceStub(self._channel)
+        self.replay = replay_pb2_grpc.ReplayServiceStub(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def plan(self, group_id: str, *, task_id: str = "task", num: int = 2, scripted: bool = False) -> int:
+        """Plan one group; its queue is what stands before the last slash."""
+        group = replay_pb2.GroupPlan(
+            group_id=group_id,
+            queue=group_id.rpartition("/")[0],
+            task_id=task_id,
+            task_json=b'{"id": "task"}',
+            seeds=range(num),
+            max_steps=15,
+            temperature=1.0,
+            acting_policy=rollout_pb2.ACTING_POLICY_SCRIPTED if scripted else rollout_pb2.ACTING_POLICY_SAMPLED,
+        )
+        response = self.replay.PlanGroups(replay_pb2.PlanGroupsRequest(peer=ME, groups=[group]), timeout=_DEADLINE_S)
+        return int(response.num_added)
+
+    def acquire(self, *, wait_s: float = 0.0, request_id: str = "") -> rollout_pb2.AcquireLeaseResponse:
+        request = rollout_pb2.AcquireLeaseRequest(
+            peer=ME, request_id=request_id or ids.new_id("request"), wait_s=wait_s
+        )
+        lease: rollout_pb2.AcquireLeaseResponse = self.rollout.AcquireLease(request, timeout=wait_s + _DEADLINE_S)
+        return lease
+
+    def extend(self, *lease_ids: str) -> list[str]:
+        request = rollout_pb2.ExtendLeasesRequest(peer=ME, lease_ids=lease_ids)
+        return list(self.rollout.ExtendLeases(request, timeout=_DEADLINE_S).alive)
+
+    def release(self, *lease_ids: str) -> None:
+        self.rollout.ReleaseLeases(rollout_pb2.ReleaseLeasesRequest(peer=ME, lease_ids=lease_ids), timeout=_DEADLINE_S)
+
+    def stream(self, requests: Requests) -> list[tuple[int, bool]]:
+        """Send a whole stream; returns the acknowledgements."""
+        responses = self.rollout.StreamEpisode(iter(requests), timeout=_DEADLINE_S)
+        return [(response.acked_steps, response.closed) for response in responses]
+
+    def play(self, lease: rollout_pb2.AcquireLeaseResponse, *, reward: float, num_steps: int = 2) -> None:
+        """Play a lease's episode to its result."""
+        assert lease.lease_id, "there was no work"
+        acks = self.stream([begin(lease), *steps(lease, range(num_steps)), result(reward, num_steps)])
+        assert acks[-1] == (num_steps, True)
+
+    def play_group(self, group_id: str, rewards: Sequence[float], **plan: Any) -> None:
+        """Plan a group and play all of it; nothing else may be waiting to be played."""
+        self.plan(group_id, num=len(rewards), **plan)
+        for reward in rewards:
+            self.play(self.acquire(), reward=reward)
+
+    def take(
+        self, queue_name: str, batch_id: str, ordinal: int, *, wait_s: float = 0.0, dropped: Sequence[str] = ()
+    ) -> replay_pb2.Group | None:
+        request = replay_pb2.TakeGroupRequest(
+            peer=ME, queue=queue_name, batch_id=batch_id, ordinal=ordinal, wait_s=wait_s, dropped_group_ids=dropped
+        )
+        response = self.replay.TakeGroup(request, timeout=wait_s + _DEADLINE_S)
+        return response.group if response.HasField("group") else None
+
+    def commit(self, queue_name: str, batch_id: str, *verdicts: replay_pb2.GroupVerdict) -> None:
+        request = replay_pb2.CommitBatchRequest(peer=ME, queue=queue_name, batch_id=batch_id, verdicts=verdicts)
+        self.replay.CommitBatch(request, timeout=_DEADLINE_S)
+
+    def set_updates(self, num_updates: int) -> None:
+        version = common_pb2.PolicyVersion(lineage="test", step=num_updates)
+        request = replay_pb2.SetPolicyVersionRequest(version=version, num_updates=num_updates)
+        self.replay.SetPolicyVersion(request, timeout=_DEADLINE_S)
+
+    def status(self) -> replay_pb2.GetReplayStatusResponse:
+        request = replay_pb2.GetReplayStatusRequest()
+        status: replay_pb2.GetReplayStatusResponse = self.replay.GetReplayStatus(request, timeout=_DEADLINE_S)
+        return status
+
+    def queue_status(self, name: str) -> replay_pb2.QueueStatus:
+        return next(queue for queue in self.status().queues if queue.queue == name)
+
+    def fetch(self, hashes: Iterable[str]) -> list[bytes]:
+        request = replay_pb2.FetchImagesRequest(hashes=hashes)
+        return [response.image.data for response in self.replay.FetchImages(request, timeout=_DEADLINE_S)]
+
+    def episodes(self, **query: Any) -> list[replay_pb2.Episode]:
+        request = replay_pb2.ListEpisodesRequest(**query)
+        return [response.episode for response in self.replay.ListEpisodes(request, timeout=_DEADLINE_S)]
+
+
+class ReplayProcess:
+    """One run's replay service, which can be killed and started again over the same folder."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = config.folder / "replay"
+        self._config_path = config.folder / "config.json"
+        self._clients: list[ReplayClient] = []
+        config.folder.mkdir(parents=True, exist_ok=True)
+        dump_config(config, self._config_path)
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "deskrl.core.cli", "replay", str(self._config_path)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        with rpc.connect_sync(self.config.replay.address) as channel:
+            grpc.channel_ready_future(channel).result(timeout=_DEADLINE_S)
+
+    def client(self) -> ReplayClient:
+        client = ReplayClient(self.config.replay.address)
+        self._clients.append(client)
+        return client
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self) -> tuple[int, str]:
+        """SIGTERM; returns exit status and what it logged."""
+        self.process.terminate()
+        _, log = self.process.communicate(timeout=_DEADLINE_S)
+        return self.process.returncode, log
+
+    def close(self) -> None:
+        for client in self._clients:
+            client.close()
+        if self.process.poll() is None:
+            self.stop()
+
+
+class OpenStream:
+    """An episode's stream that a test drives message by message."""
+
+    def __init__(self, client: ReplayClient) -> None:
+        self._requests: queue.SimpleQueue[rollout_pb2.StreamEpisodeRequest | None] = queue.SimpleQueue()
+        self._call = client.rollout.StreamEpisode(iter(self._requests.get, None), timeout=_DEADLINE_S)
+
+    def send(self, *requests: rollout_pb2.StreamEpisodeRequest) -> None:
+        for request in requests:
+            self._requests.put(request)
+
+    def read_until(self, acked_steps: int) -> None:
+        """Read acknowledgements until so many steps are on disk."""
+        for response in self._call:
+            if response.acked_steps >= acked_steps:
+                return
+        raise AssertionError(f"the stream ended before step {acked_steps} was acknowledged")
+
+    def read_code(self) -> grpc.StatusCode:
+        """Read to the end; how it ended."""
+        try:
+            for _ in self._call:
+                pass
+        except grpc.RpcError:
+            pass
+        self._requests.put(None)
+        code: grpc.StatusCode = self._call.code()
+        return code
+
+    def break_off(self) -> None:
+        """The connection is lost."""
+        self._call.cancel()
+        self._requests.put(None)
+
+
+def screenshot(lease: rollout_pb2.AcquireLeaseResponse, index: int, num_bytes: int = 300) -> bytes:
+    """Stand-in for a screenshot: replay never looks inside one."""
+    return (f"{lease.rollout.episode_id}:{index};".encode() * num_bytes)[:num_bytes]
+
+
+def begin(lease: rollout_pb2.AcquireLeaseResponse) -> rollout_pb2.StreamEpisodeRequest:
+    return rollout_pb2.StreamEpisodeRequest(
+        begin=rollout_pb2.EpisodeBegin(peer=ME, lease_id=lease.lease_id, episode_id=lease.rollout.episode_id)
+    )
+
+
+def image(data: bytes) -> rollout_pb2.StreamEpisodeRequest:
+    return rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=ids.image_hash(data), data=data))
+
+
+def step(index: int, shot: bytes) -> rollout_pb2.StreamEpisodeRequest:
+    name = ids.image_hash(shot)
+    content = Step(
+        index=index,
+        screenshot=name,
+        images=(name,),
+        text=f"action {index}",
+        prompt_ids=(1, 2, 3),
+        action_ids=(4, 5),
+        logprobs=(-0.5, -0.25),
+        spans=(Span("test", 7, 0, 2),),
+    )
+    return rollout_pb2.StreamEpisodeRequest(
+        step=rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=encode_step(content))
+    )
+
+
+def steps(
+    lease: rollout_pb2.AcquireLeaseResponse, indices: Iterable[int], num_bytes: int = 300
+) -> Iterator[rollout_pb2.StreamEpisodeRequest]:
+    """Each step after its screenshot."""
+    for index in indices:
+        shot = screenshot(lease, index, num_bytes)
+        yield image(shot)
+        yield step(index, shot)
+
+
+def result(reward: float, num_steps: int) -> rollout_pb2.StreamEpisodeRequest:
+    return rollout_pb2.StreamEpisodeRequest(
+        result=rollout_pb2.EpisodeResult(
+            reward=reward, format_ok=True, termination=rollout_pb2.TERMINATION_FINISHED, num_steps=num_steps
+        )
+    )
+
+
+def fault(message: str = "the desktop died") -> rollout_pb2.StreamEpisodeRequest:
+    return rollout_pb2.StreamEpisodeRequest(
+        fault=rollout_pb2.EpisodeFault(kind=rollout_pb2.FAULT_KIND_DESKTOP_LOST, message=message)
+    )
+
+
+StartReplay = Callable[..., ReplayProcess]
+
+
+@pytest.fixture
+def start_replay(tmp_path: Path) -> Iterator[StartReplay]:
+    """Start replay services, each over a run of its own; takes what `replay_config` takes."""
+    processes: list[ReplayProcess] = []
+
+    def start(**settings: Any) -> ReplayProcess:
+        processes.append(ReplayProcess(replay_config(tmp_path / f"run-{len(processes)}", **settings)))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.close()
+
+
+def replay_config(
+    runs: Path, *, staleness: int = 4, rollouts: int = 2, groups_per_batch: int = 1, **replay: Any
+) -> RunConfig:
+    """A run's configuration; further keywords are keys of its section `replay`."""
+    return RunConfig.model_validate(
+        {
+            "runs": runs,
+            "tasks": {"rollouts": rollouts},
+            "replay": {"address": f"127.0.0.1:{free_port()}", **replay},
+            "learner": {"grpo": {"groups_per_batch": groups_per_batch, "max_staleness": staleness}},
+        }
+    )
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
