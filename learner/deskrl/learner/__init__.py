@@ -1,1 +1,1 @@
-"""The learner: advantages, losses, the DeepSpeed engine, checkpoints and weight publishing. Knows no desktop."""
+"""The learner: from groups of episodes to weights. Knows the contracts of replay and inference, imports neither."""

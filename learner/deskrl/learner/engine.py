@@ -1,0 +1,183 @@
+"""DeepSpeed, wrapped: forward, update, gather, save, load. The only file that imports it.
+
+Every rank is given the same micro-batches to choose its own from, so ranks always agree on how many there are. Knows
+gradients and ranks; knows nothing of rewards or of where batches come from.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from deskrl.core.config import LearnerConfig
+from deskrl.learner.batch import MicroBatch
+from deskrl.learner.model import Policy, Scores
+
+
+class UpdateOutcome(NamedTuple):
+    """What an optimizer step did."""
+
+    applied: bool
+    """False: the gradient was not finite, and nothing changed."""
+    gradient_norm: float
+    """Before clipping, over all ranks."""
+
+
+class Engine:
+    """One policy under DeepSpeed on this rank.
+
+    Args:
+        policy: in float32, the same on every rank.
+        config: ZeRO stage, numeric type, gradient clipping.
+    """
+
+    def __init__(self, policy: Policy, config: LearnerConfig) -> None:
+        import deepspeed
+        import deepspeed.comm
+
+        _join_world()
+        # Its shared-memory collectives would be compiled for most of a minute; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.comm.init_distributed(verbose=False)
+        parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        # PyTorch's AdamW, not DeepSpeed's fused one: only this one resumes bit-equal.
+        optimizer = torch.optim.AdamW(parameters, lr=config.grpo.learning_rate, weight_decay=config.grpo.weight_decay)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, config=_deepspeed_config(config)
+        )
+        self._stage = config.zero_stage
+        self.policy = policy
+        self.device = torch.device(self._engine.device)
+        self.rank: int = torch.distributed.get_rank()
+        self.world_size: int = torch.distributed.get_world_size()
+
+    def set_optimizer(self, learning_rate: float, weight_decay: float) -> None:
+        """The optimizer's settings from the next step on; its moments stay."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = weight_decay
+
+    def score(self, batch: MicroBatch, temperature: float, suppress: bool = True) -> Scores:
+        """A forward pass without gradient."""
+        with torch.no_grad():
+            scores: Scores = self._engine(batch.to(self.device), temperature, suppress)
+        return scores
+
+    def update(
+        self,
+        batches: Iterable[MicroBatch],
+        num_batches: int,
+        temperature: float,
+        loss_of: Callable[[int, MicroBatch, Scores], Tensor],
+    ) -> UpdateOutcome:
+        """One optimizer step over micro-batches whose losses add up.
+
+        Args:
+            batches: this rank's, made as they are needed.
+            num_batches: how many; the same on every rank.
+            temperature: of the sampling distribution.
+            loss_of: index, micro-batch and scores → this rank's part of the loss, already divided by its denominator.
+        """
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == num_batches - 1)
+            batch = batch.to(self.device)
+            loss = loss_of(index, batch, self._engine(batch, temperature))
+            # DeepSpeed averages gradients over ranks; ours are parts of one sum.
+            self._engine.backward(loss * self.world_size)
+        if self._stage == 0 and not self._gradients_finite():
+            self._engine.zero_grad()
+            return UpdateOutcome(False, float("nan"))
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        applied = not getattr(self._optimizer, "overflow", False)
+        return UpdateOutcome(applied, norm if applied else float("nan"))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by the names of its checkpoint, copied to the CPU; a collective call under ZeRO 3."""
+        import deepspeed
+        from transformers.core_model_loading import revert_weight_conversion
+
+        model = self.policy.model
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=self._stage == 3):
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        if model.config.tie_word_embeddings:
+            for name in model.all_tied_weights_keys:
+                tensors.pop(name, None)
+        result: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+        return {name: tensor.contiguous() for name, tensor in result.items()}
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Element by element, over all ranks."""
+        return self._reduce(values, torch.distributed.ReduceOp.SUM)
+
+    def max_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Element by element, over all ranks."""
+        return self._reduce(values, torch.distributed.ReduceOp.MAX)
+
+    def from_rank_0(self, value: str) -> str:
+        """What rank 0 says."""
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        torch.distributed.barrier()
+
+    def save(self, folder: Path) -> None:
+        """Optimizer and master weights, each rank its part; a collective call."""
+        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, by a world of the same size; raises whatever DeepSpeed raises if it cannot be read."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise FileNotFoundError(f"{folder}: no engine state")
+
+    def close(self) -> None:
+        """Leave the world; without this, ranks wait for one another at exit."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def _reduce(self, values: Sequence[float], how: Any) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, how)
+        return [float(value) for value in tensor.tolist()]
+
+    def _gradients_finite(self) -> bool:
+        finite = all(bool(p.grad.isfinite().all()) for p in self.policy.parameters() if p.grad is not None)
+        return self._reduce([float(finite)], torch.distributed.ReduceOp.MIN)[0] > 0
+
+
+def _join_world() -> None:
+    """A single process is a world of one, without torchrun (DeepSpeed would look for MPI)."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.grpo.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")

@@ -1,0 +1,289 @@
+"""The learner, one rank of it: its phases from the first load to the last result, readable from top to bottom.
+
+Every rank runs this same program on the same groups; rank 0 alone plans, publishes, commits and writes files.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from deskrl.core import ids
+from deskrl.core.config import RunConfig
+from deskrl.core.lifetime import die_with_parent, stop_event
+from deskrl.core.runfolder import RunFolder
+from deskrl.core.trajectory import Span
+from deskrl.learner import grpo, metrics, stopping
+from deskrl.learner.checkpoint import checkpoint_name
+from deskrl.learner.evaluation import evaluation_record, mismatch_rows
+from deskrl.learner.imitation import demonstration, image_sizes, imitate
+from deskrl.learner.parts import Parts, assemble
+from deskrl.learner.plan import DEMO, TRAIN, eval_queue
+from deskrl.learner.publish import Outcome, Snapshot, describe
+from deskrl.learner.records import add_counts, pending_commit, update_record, weights_record
+from deskrl.learner.state import LearnerState, PendingCommit
+from deskrl.learner.take import TakenBatch
+from deskrl.learner.trajectories import TaskGroup, Trajectory, decode_group
+from deskrl.proto.v1 import common_pb2, replay_pb2
+
+_log = logging.getLogger("deskrl.learner")
+
+
+def run(config: RunConfig) -> int:
+    """Train as the configuration says, from the newest checkpoint if there is one; the exit status.
+
+    SIGTERM abandons the update under way: the newest checkpoint stands, and the status is 0.
+    """
+    die_with_parent()
+    stop = stop_event()
+    folder = RunFolder(config.folder)
+    parts = assemble(config, stop, lambda outcome: _note_outcome(folder, outcome))
+    try:
+        Learner(config, parts).run()
+    except stopping.Stopped:
+        _log.info("stopped; the newest checkpoint stands")
+    except Exception:
+        if not stop.is_set():
+            raise
+        _log.info("stopped in the middle of a call to another rank or role", exc_info=True)
+    finally:
+        parts.close()
+    return 0
+
+
+class Learner:
+    """One rank.
+
+    Args:
+        config: of the run.
+        parts: what it works with.
+    """
+
+    def __init__(self, config: RunConfig, parts: Parts) -> None:
+        self._config = config
+        self._grpo = config.learner.grpo
+        self._parts = parts
+        self._is_first = parts.engine.rank == 0
+        self._state = LearnerState()
+
+    def run(self) -> None:
+        """All phases."""
+        if self._is_first:
+            metrics.expose(self._config.learner.metrics_port)
+        self._phase("loading")
+        if not self._restore():
+            self._warm_start()
+            self._save()
+        self._phase("publishing")
+        if self._is_first:
+            self._parts.publisher.wait_for_replicas()
+        self._publish()
+        self._announce_version()
+        self._evaluate("before")
+        self._phase("training")
+        while self._state.num_updates < self._grpo.num_updates:
+            self._update()
+        self._evaluate("after")
+        self._write_results()
+        self._phase("finished")
+
+    # The phases.
+
+    def _restore(self) -> bool:
+        """Go on from the newest checkpoint, under a lineage of its own; False if there is none."""
+        engine, checkpoints = self._parts.engine, self._parts.checkpoints
+        checkpoint = checkpoints.newest()
+        tree = checkpoints.read_lineages()
+        if checkpoint is not None:
+            checkpoints.load(checkpoint, engine)
+            self._state = LearnerState.from_json(checkpoint.state)
+            _log.info("resumed from %s after %d updates", checkpoint.path.name, self._state.num_updates)
+        lineage = engine.from_rank_0(ids.new_id("lineage"))  # by now every rank has read the tree
+        self._tree = tree.branch_off(lineage, self._state.lineage, self._state.num_updates)
+        self._state.lineage = lineage
+        if self._is_first:
+            checkpoints.write_lineages(self._tree)
+        self._commit_pending()
+        return checkpoint is not None
+
+    def _warm_start(self) -> None:
+        """Imitate the tasks' scripted solutions."""
+        warm_start = self._config.learner.warm_start
+        if warm_start is None:
+            return
+        self._phase("demonstrations")
+        demos = self._take_demonstrations()
+        self._phase("imitation")
+        likelihood = 0.0
+        for report in imitate(self._parts.engine, self._parts.feed, demos, warm_start, self._config.seed):
+            if report.likelihood is not None:
+                likelihood = report.likelihood
+                self._append_metrics("imitation", **asdict(report))
+        if likelihood < warm_start.stop_likelihood:
+            _log.warning("imitation ended at likelihood %.3f, below %.3f", likelihood, warm_start.stop_likelihood)
+
+    def _evaluate(self, when: str) -> None:
+        """Fresh sampled episodes under the present weights, which stay in place until all are played."""
+        if self._config.learner.eval.episodes == 0:
+            return
+        queue = eval_queue(when)
+        if when not in self._parts.results.evaluations():
+            self._phase(queue)
+            groups = self._take_all(queue, self._parts.curriculum.eval_groups(when))
+            for group in groups:
+                self._parts.taker.check_processor(group)
+            rows, temperature = mismatch_rows(groups), self._grpo.temperature
+            mismatch = grpo.measure_mismatch(self._parts.engine, self._parts.feed, rows, temperature)
+            record = evaluation_record(groups, self._distance, self._config.replay.success_above, mismatch)
+            if self._is_first:
+                self._parts.results.add_evaluation(when, record)
+            self._append_metrics("eval", when=when, version=self._state.num_updates, **record)
+        if self._is_first:
+            self._parts.replay.commit(queue, queue, [], self._version)
+
+    def _update(self) -> None:
+        """One update: take a batch, learn it, publish, checkpoint, commit."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "wait"):
+            batch = self._parts.taker.take(self._state, self._distance)
+        with _timed(seconds, "learn"):
+            report = self._learn(batch)
+        self._state.num_updates += 1
+        with _timed(seconds, "publish"):
+            self._publish()
+        record = self._note_update(batch, report)
+        with _timed(seconds, "checkpoint"):
+            if self._is_checkpoint_due():
+                self._save()
+        self._announce_version()
+        self._append_metrics("update", **record, seconds=seconds)
+        if self._is_first:
+            metrics.note_update(record, seconds)
+        self._write_results()
+
+    # What the phases are made of.
+
+    @property
+    def _version(self) -> common_pb2.PolicyVersion:
+        return common_pb2.PolicyVersion(lineage=self._state.lineage, step=self._state.num_updates)
+
+    def _distance(self, span: Span) -> int | None:
+        return self._tree.distance(span.lineage, span.step, self._state.num_updates)
+
+    def _learn(self, batch: TakenBatch) -> grpo.UpdateReport | None:
+        """One batch; None if no group of it tells good from bad."""
+        learnable = grpo.prepare(batch.kept, self._distance, self._grpo.negative_scale)
+        if not learnable.rows:
+            _log.warning("batch %s has nothing to learn from: no optimizer step", batch.batch_id)
+            return None
+        return grpo.learn(self._parts.engine, self._parts.feed, learnable, self._grpo)
+
+    def _publish(self) -> None:
+        """Bring the present weights to every replica."""
+        weights = self._parts.engine.weights()
+        canary_logprobs = self._parts.canary.score(self._parts.engine)
+        if not self._is_first:
+            return
+        snapshot = Snapshot(
+            version=self._version,
+            tensors=weights,
+            specs=describe(weights),
+            canary=self._parts.canary.canary,
+            canary_logprobs=canary_logprobs,
+            processor_hash=self._parts.processor_hash,
+        )
+        self._parts.publisher.publish(snapshot)
+        metrics.QUARANTINED.set(self._parts.publisher.num_quarantined())
+
+    def _announce_version(self) -> None:
+        """Tell replay which version acts: acting may go on this much further."""
+        if self._is_first:
+            self._parts.replay.set_policy_version(self._version, self._state.num_updates)
+
+    def _is_checkpoint_due(self) -> bool:
+        every = self._config.learner.checkpoint_every
+        return self._state.num_updates % every == 0 or self._state.num_updates == self._grpo.num_updates
+
+    def _save(self) -> None:
+        """Write a checkpoint, then commit what it has learnt from."""
+        num_updates = self._state.num_updates
+        name = checkpoint_name(num_updates, self._grpo.groups_per_batch, self._parts.curriculum.num_tasks)
+        self._parts.checkpoints.save(name, self._parts.engine, num_updates, self._state.to_json())
+        self._commit_pending()
+        self._state.pending = []
+
+    def _commit_pending(self) -> None:
+        for pending in self._state.pending if self._is_first else ():
+            verdicts = [replay_pb2.GroupVerdict(**verdict) for verdict in pending.verdicts]
+            self._parts.replay.commit(pending.queue, pending.batch_id, verdicts, self._version)
+
+    def _take_demonstrations(self) -> list[Trajectory]:
+        """Scripted episodes that succeeded, with the ids that the policy has to learn to sample."""
+        groups = self._take_all(DEMO, self._parts.curriculum.demo_groups())
+        self._state.pending.append(PendingCommit(DEMO, DEMO, []))
+        demos = []
+        for group in groups:
+            solved = [member for member in group.members if member.reward > self._config.replay.success_above]
+            if not solved:
+                raise RuntimeError(f"no demonstration of task {group.task_id} succeeded: mend the task or its script")
+            if len(solved) < len(group.members) or group.num_faulted:
+                _log.warning("task %s: %d of its demonstrations are of use", group.task_id, len(solved))
+            demos += solved
+        sizes = image_sizes(
+            self._parts.replay.fetch_images({name for demo in demos for step in demo.steps for name in step.images})
+        )
+        return [demonstration(demo, self._parts.tokenizer, self._parts.sizing, sizes) for demo in demos]
+
+    def _take_all(self, queue: str, plans: Sequence[replay_pb2.GroupPlan]) -> list[TaskGroup]:
+        """Plan groups on a queue of their own and wait for all of them."""
+        if self._is_first:
+            self._parts.replay.plan(plans)
+        return [
+            decode_group(self._parts.replay.take_group(queue, queue, ordinal, [], while_waiting=lambda: None))
+            for ordinal in range(len(plans))
+        ]
+
+    # What is written down.
+
+    def _note_update(self, batch: TakenBatch, report: grpo.UpdateReport | None) -> dict[str, Any]:
+        status = self._parts.replay.status() if self._is_first else None
+        num_tasks = self._parts.curriculum.num_tasks
+        record = update_record(batch, report, self._state.num_updates, self._config, num_tasks, status)
+        add_counts(self._state, record["per_task"])
+        self._state.history.append(record)
+        self._state.pending.append(pending_commit(TRAIN, batch))
+        return record
+
+    def _write_results(self) -> None:
+        if not self._is_first:
+            return
+        status = self._parts.replay.status()
+        self._parts.results.write(self._state.history, self._state.per_task, status)
+        stored = {success.task_id: success.num_stored for success in status.successes}
+        used = {success.task_id: success.num_used for success in status.successes}
+        self._append_metrics("replay", stored=stored, used=used)
+
+    def _phase(self, name: str) -> None:
+        _log.info("phase: %s", name)
+        self._append_metrics("phase", phase=name)
+
+    def _append_metrics(self, kind: str, **values: Any) -> None:
+        if self._is_first:
+            self._parts.folder.append_metrics(kind, **values)
+
+
+def _note_outcome(folder: RunFolder, outcome: Outcome) -> None:
+    """Write down an update of a replica; called from the publisher's threads."""
+    folder.append_metrics("weights", **weights_record(outcome))
+    metrics.WEIGHT_UPDATES.labels("confirmed" if outcome.ok else "failed").inc()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started_s = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - started_s, 3)

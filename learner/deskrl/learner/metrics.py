@@ -1,0 +1,49 @@
+"""What the learner tells Prometheus. Knows names and units; measures nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+UPDATES = Counter("deskrl_learner_updates", "Batches learnt from.")
+SKIPPED = Counter("deskrl_learner_skipped_updates", "Batches without an optimizer step.", ["cause"])
+DROPPED = Counter("deskrl_learner_dropped_groups", "Groups not learnt from.", ["cause"])
+REPLAYED = Counter("deskrl_learner_replayed_successes", "Stored successes put into a group.")
+TOKENS = Counter("deskrl_learner_tokens", "Action tokens learnt from.")
+LOSS = Gauge("deskrl_learner_loss", "Policy loss of the newest update.")
+SUCCESS_RATE = Gauge("deskrl_learner_success_ratio", "Successes among the fresh episodes of the newest batch.")
+GRADIENT_NORM = Gauge("deskrl_learner_gradient_norm", "Gradient norm of the newest update, before clipping.")
+STALENESS = Gauge("deskrl_learner_staleness_max_versions", "Staleness of the oldest token of the newest update.")
+PHASE_SECONDS = Histogram(
+    "deskrl_learner_phase_seconds",
+    "Time of an update, by phase.",
+    ["phase"],
+    buckets=(0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
+WEIGHT_UPDATES = Counter("deskrl_learner_weight_updates", "Updates of replicas, by outcome.", ["outcome"])
+QUARANTINED = Gauge("deskrl_learner_quarantined_replicas", "Replicas that do not serve the newest weights.")
+
+
+def expose(port: int) -> None:
+    """Serve the metrics on a loopback port; 0: not at all."""
+    if port:
+        start_http_server(port, addr="127.0.0.1")
+
+
+def note_update(record: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
+    """Take over an update's record."""
+    UPDATES.inc()
+    if not record["applied"]:
+        SKIPPED.labels("not_finite" if record["num_trajectories"] else "nothing_to_learn").inc()
+    for cause, num in record["dropped"].items():
+        DROPPED.labels(cause).inc(num)
+    REPLAYED.inc(record["replayed"])
+    TOKENS.inc(record["num_tokens"])
+    LOSS.set(record["loss"])
+    for gauge, key in ((SUCCESS_RATE, "success_rate"), (GRADIENT_NORM, "gradient_norm"), (STALENESS, "staleness_max")):
+        if record[key] is not None:
+            gauge.set(record[key])
+    for phase, phase_s in seconds.items():
+        PHASE_SECONDS.labels(phase).observe(phase_s)

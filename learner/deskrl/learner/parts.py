@@ -1,0 +1,135 @@
+"""The learner's parts, put together from the configuration. Knows who needs whom; does nothing with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deskrl.core.config import RunConfig
+from deskrl.core.errors import UserError
+from deskrl.core.lifetime import StopEvent
+from deskrl.core.rendering import ImageSizing, image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
+from deskrl.core.runfolder import RunFolder
+from deskrl.learner import stopping
+from deskrl.learner.canary import CanaryProbe, make_canary
+from deskrl.learner.checkpoint import CheckpointStore
+from deskrl.learner.engine import Engine
+from deskrl.learner.feed import Feed
+from deskrl.learner.model import load_policy, load_processor, make_collator
+from deskrl.learner.plan import Curriculum
+from deskrl.learner.publish import TOLERANCE_BFLOAT16, TOLERANCE_FLOAT32, Outcome, Publisher
+from deskrl.learner.replay_client import ReplayClient
+from deskrl.learner.results import Results
+from deskrl.learner.take import BatchTaker
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one rank of the learner works with."""
+
+    folder: RunFolder
+    tokenizer: Any
+    sizing: ImageSizing
+    processor_hash: str
+    engine: Engine
+    feed: Feed
+    replay: ReplayClient
+    curriculum: Curriculum
+    taker: BatchTaker
+    checkpoints: CheckpointStore
+    canary: CanaryProbe
+    publisher: Publisher
+    results: Results
+
+    def close(self) -> None:
+        """End connections, and leave the world of ranks."""
+        self.publisher.close()
+        self.replay.close()
+        self.engine.close()
+
+
+def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome], None]) -> Parts:
+    """Load the model, join the other ranks, open the connections.
+
+    Args:
+        config: of the run.
+        stop: ends whatever waits.
+        on_outcome: told of each update of each replica.
+
+    Raises:
+        UserError: the tasks, the model or its processor cannot be read.
+    """
+    folder = RunFolder(config.folder)
+    folder.create()
+    tasks = _read_tasks(folder)
+    model_folder = config.model_folder
+    processor = load_processor(model_folder)
+    tokenizer = processor.tokenizer
+    sizing = image_sizing_of(model_folder)
+    hash_of_processor = processor_hash(model_folder, tokenizer)
+    suppressed = suppressed_ids(tokenizer, vocab_size_of(model_folder))
+    policy = load_policy(model_folder, suppressed, config.learner.freeze_vision)
+    engine = Engine(policy, config.learner)
+    replay = ReplayClient(config.replay.address, f"rank-{engine.rank}", stop)
+    curriculum = Curriculum(config, {task_id: json.dumps(task).encode() for task_id, task in tasks.items()})
+    exact = config.learner.dtype == config.inference.dtype == "float32"
+    return Parts(
+        folder=folder,
+        tokenizer=tokenizer,
+        sizing=sizing,
+        processor_hash=hash_of_processor,
+        engine=engine,
+        feed=Feed(
+            make_collator(policy, processor, replay.fetch_images),
+            engine.rank,
+            engine.world_size,
+            config.learner.micro_batch_tokens,
+            lambda: stopping.check(stop),
+        ),
+        replay=replay,
+        curriculum=curriculum,
+        taker=BatchTaker(config, curriculum, replay, engine.rank == 0, hash_of_processor),
+        checkpoints=CheckpointStore(
+            folder.checkpoints, model_folder, _layout(config, engine), config.learner.keep_checkpoints
+        ),
+        canary=make_canary(
+            policy,
+            processor,
+            sizing,
+            config.agent.image_width or config.desktop.width,
+            config.agent.image_height or config.desktop.height,
+        ),
+        publisher=Publisher(
+            _replica_addresses(config), TOLERANCE_FLOAT32 if exact else TOLERANCE_BFLOAT16, stop, on_outcome
+        ),
+        results=Results(folder, tasks),
+    )
+
+
+def _layout(config: RunConfig, engine: Engine) -> dict[str, Any]:
+    """What a checkpoint's engine state depends on, by the names of the configuration."""
+    return {
+        "learner.num_processes": engine.world_size,
+        "learner.zero_stage": config.learner.zero_stage,
+        "learner.dtype": config.learner.dtype,
+    }
+
+
+def _replica_addresses(config: RunConfig) -> list[str]:
+    """Replicas count the port of the first one up."""
+    host, _, port = config.inference.address.rpartition(":")
+    return [f"{host}:{int(port) + index}" for index in range(config.inference.num_replicas)]
+
+
+def _read_tasks(folder: RunFolder) -> Mapping[str, Mapping[str, Any]]:
+    """Task files by id, in the order of the task list; the launcher writes them before any role starts."""
+    path = folder.root / "tasks.json"
+    try:
+        tasks: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})", "start the run with `deskrl up`") from error
+    if not tasks:
+        raise UserError(f"{path} names no task", "name at least one in tasks.tasks")
+    return tasks

@@ -1,0 +1,122 @@
+"""The learner's side of the replay contract: plans, groups, commits, screenshots. Knows gRPC; decides nothing.
+
+A replay service that restarts is waited for; while waiting, a stop is noticed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import grpc
+
+from deskrl.core import rpc
+from deskrl.core.lifetime import StopEvent
+from deskrl.learner import stopping
+from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc
+
+WAIT_S = 2.0
+"""How long one TakeGroup waits on the server."""
+RESTART_S = 60.0
+"""How long a replay service may be away."""
+_POLL_S = 0.2
+
+
+class ReplayClient:
+    """Calls of one learner rank.
+
+    Args:
+        address: of the replay service.
+        name: of this rank, for the service's log.
+        stop: ends any wait with `Stopped`.
+    """
+
+    def __init__(self, address: str, name: str, stop: StopEvent) -> None:
+        self._channel = rpc.connect_sync(address)
+        self._stub = replay_pb2_grpc.ReplayServiceStub(self._channel)
+        self._peer = rpc.peer("learner", name)
+        self._stop = stop
+
+    def plan(self, groups: Sequence[replay_pb2.GroupPlan]) -> None:
+        """Add work; groups that exist already stay as they are."""
+        if groups:
+            self._call(self._stub.PlanGroups, replay_pb2.PlanGroupsRequest(peer=self._peer, groups=groups))
+
+    def set_policy_version(self, version: common_pb2.PolicyVersion, num_updates: int) -> None:
+        """Tell which version acts from now on."""
+        request = replay_pb2.SetPolicyVersionRequest(version=version, num_updates=num_updates)
+        self._call(self._stub.SetPolicyVersion, request)
+
+    def take_group(
+        self, queue: str, batch_id: str, ordinal: int, dropped: Sequence[str], while_waiting: Callable[[], None]
+    ) -> replay_pb2.Group:
+        """The group at a place of a batch; waits for it as long as it takes.
+
+        Args:
+            queue: to take from.
+            batch_id: of the batch.
+            ordinal: place in the batch.
+            dropped: groups of this batch that are known to be dropped, all of them.
+            while_waiting: called whenever no group has come for `WAIT_S`.
+        """
+        request = replay_pb2.TakeGroupRequest(
+            peer=self._peer,
+            queue=queue,
+            batch_id=batch_id,
+            ordinal=ordinal,
+            wait_s=WAIT_S,
+            dropped_group_ids=dropped,
+        )
+        while True:
+            response: replay_pb2.TakeGroupResponse = self._call(self._stub.TakeGroup, request)
+            if response.HasField("group"):
+                return response.group
+            while_waiting()
+
+    def commit(
+        self,
+        queue: str,
+        batch_id: str,
+        verdicts: Sequence[replay_pb2.GroupVerdict],
+        version: common_pb2.PolicyVersion,
+    ) -> None:
+        """End a batch whose learning is on disk."""
+        request = replay_pb2.CommitBatchRequest(
+            peer=self._peer, queue=queue, batch_id=batch_id, verdicts=verdicts, version=version
+        )
+        self._call(self._stub.CommitBatch, request)
+
+    def fetch_images(self, hashes: Iterable[str]) -> dict[str, bytes]:
+        """Bytes of screenshots by hash."""
+        images: dict[str, bytes] = {}
+        stopping.check(self._stop)
+        request = replay_pb2.FetchImagesRequest(hashes=sorted(set(hashes)))
+        for response in self._stub.FetchImages(request, timeout=RESTART_S, wait_for_ready=True):
+            images[response.image.hash] = response.image.data
+        return images
+
+    def status(self) -> replay_pb2.GetReplayStatusResponse:
+        """Counters of the service."""
+        response: replay_pb2.GetReplayStatusResponse = self._call(
+            self._stub.GetReplayStatus, replay_pb2.GetReplayStatusRequest()
+        )
+        return response
+
+    def num_closed_train_groups(self) -> int:
+        """Planned groups of the training queue that faults have closed: they will never be taken."""
+        return int(self.status().dropped.get("faults", 0))
+
+    def close(self) -> None:
+        """End the connection."""
+        self._channel.close()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        """A unary call that a restart of the service delays, and a stop ends."""
+        future = method.future(request, timeout=RESTART_S, wait_for_ready=True)
+        while True:
+            try:
+                return future.result(timeout=_POLL_S)
+            except grpc.FutureTimeoutError:
+                if self._stop.is_set():
+                    future.cancel()
+                    raise stopping.Stopped from None

@@ -1,0 +1,63 @@
+"""What becomes of a group: learnt from, mended by a stored success, or dropped with a cause. Pure functions.
+
+Replay keeps the successes and offers one; the decision is made here. Knows no tokens and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deskrl.core.trajectory import Span
+from deskrl.learner.advantages import has_spread
+from deskrl.learner.trajectories import TaskGroup, Trajectory
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A group after the decision; `dropped_because` is empty if it is learnt from."""
+
+    group_id: str
+    task_id: str
+    trajectories: tuple[Trajectory, ...]
+    dropped_because: str = ""
+    used_candidate: bool = False
+
+
+def select(
+    group: TaskGroup,
+    distance: Callable[[Span], int | None],
+    max_staleness: int,
+    success_above: float,
+    replay_successes: bool,
+) -> Selection:
+    """Decide about one group.
+
+    Args:
+        group: complete, as replay gave it.
+        distance: optimizer steps between the version of a span and the one that learns; None if unknown.
+        max_staleness: a group whose oldest token is farther than this is dropped.
+        success_above: rewards above this are successes.
+        replay_successes: where all fail, let the offered success take a member's place.
+    """
+    members = group.members
+    if len(members) < 2:
+        return _drop(group, "faults")
+    if any(staleness is None or staleness > max_staleness for staleness in map(distance, _spans(members))):
+        return _drop(group, "stale")
+    all_failed = max(member.reward for member in members) <= success_above
+    if all_failed and replay_successes and group.candidate is not None:
+        # Which failure makes room is of no account: within the group they differ by their seeds alone.
+        swapped = (group.candidate, *members[1:])
+        return Selection(group.group_id, group.task_id, swapped, used_candidate=True)
+    if not has_spread([member.reward for member in members]):
+        return _drop(group, "all_failed" if all_failed else "all_succeeded")
+    return Selection(group.group_id, group.task_id, members)
+
+
+def _drop(group: TaskGroup, cause: str) -> Selection:
+    return Selection(group.group_id, group.task_id, (), dropped_because=cause)
+
+
+def _spans(members: tuple[Trajectory, ...]) -> list[Span]:
+    return [span for member in members for step in member.steps for span in step.spans]
