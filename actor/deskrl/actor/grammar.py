@@ -16,6 +16,7 @@ from deskrl.actor.actions import Action, ActionKind
 
 SCROLL_NOTCHES = 5
 WAIT_S = 5.0
+_FARTHEST = 1e6  # no screen is this wide; far larger numbers would not even be finite
 
 _POINTER_NAMES = {
     "click": ActionKind.CLICK,
@@ -56,9 +57,11 @@ _NAMED_KEYS = frozenset(
     + [f"f{number}" for number in range(1, 13)]
 )
 
+_ACTION_LINE = re.compile(r"^\s*Action:", re.MULTILINE)
+_ACTION_MARK = re.compile(r"Action:")
 _CALL = re.compile(r"\s*(\w+)\s*\((.*)\)\s*", re.DOTALL)
 _ARGUMENT = re.compile(
-    r"""\s*(\w+)\s*=\s*(?:(?P<quote>['"])(?P<quoted>.*?)(?P=quote)|(?P<bare>[(\[<].*?[)\]>]|\w+))\s*(?=,\s*\w+\s*=|$)""",
+    r"""\s*(\w+)\s*=\s*(?:(?P<quote>['"])(?P<quoted>(?:\\.|[^\\])*?)(?P=quote)|(?P<bare>[(\[<].*?[)\]>]|\w+))\s*(?=,\s*\w+\s*=|$)""",
     re.DOTALL,
 )
 _MARKUP = re.compile(r"<\|?/?(?:box_start|box_end|point|bbox)\|?>")
@@ -66,7 +69,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 _NEXT_CALL = re.compile(
-    r"\)\s*\n\s*(?:Action:\s*)?(?:click|left_double|right_single|drag|hotkey|type|scroll|wait|finished|call_user)\s*\("
+    r"\)\s*\n\s*(?:click|left_double|right_single|drag|hotkey|type|scroll|wait|finished|call_user)\s*\("
 )
 
 
@@ -84,11 +87,13 @@ class Turn:
 
 def parse_turn(text: str) -> Turn:
     """The thought and the action in a policy's answer; raises FormatError for anything else than one action."""
-    head, found, call = text.rpartition("Action:")
-    if not found:
+    marks = list(_ACTION_LINE.finditer(text)) or list(_ACTION_MARK.finditer(text))[:1]
+    if not marks:
         raise FormatError('there is no "Action:"')
-    if _NEXT_CALL.search(call):
+    call = text[marks[0].end() :]
+    if len(marks) > 1 or _NEXT_CALL.search(call):
         raise FormatError("there is more than one action")
+    head = text[: marks[0].start()]
     return Turn(head.partition("Thought:")[2].strip() or head.strip(), parse_action(call))
 
 
@@ -112,7 +117,7 @@ def parse_action(call: str) -> Action:
         case "hotkey" | "press":
             return Action(ActionKind.HOTKEY, keys=_keys(arguments.get("key", arguments.get("hotkey", ""))))
         case "type":
-            return Action(ActionKind.TYPE, text=_unescape(_required(arguments, "content", name)))
+            return Action(ActionKind.TYPE, text=_typed(_required(arguments, "content", name)))
         case "wait":
             return Action(ActionKind.WAIT, seconds=WAIT_S)
         case "finished":
@@ -175,7 +180,7 @@ def _point(arguments: dict[str, str], key: str, name: str) -> tuple[int, int]:
     written = _required(arguments, key, name)
     bare = _MARKUP.sub(" ", written).strip()
     numbers = [float(number) for number in _NUMBER.findall(bare)]
-    if _NUMBER.sub("", bare).strip("()[], ") or len(numbers) not in (2, 4):
+    if _NUMBER.sub("", bare).strip("()[], ") or len(numbers) not in (2, 4) or max(map(abs, numbers)) > _FARTHEST:
         raise FormatError(f"{name}: {key} {_short(written)} is no point (x,y)")
     half = len(numbers) // 2
     return round(sum(numbers[0::2]) / half), round(sum(numbers[1::2]) / half)
@@ -206,6 +211,14 @@ def _keys(written: str) -> tuple[str, ...]:
         if key not in _NAMED_KEYS and not (len(key) == 1 and key.isprintable()):
             raise FormatError(f"hotkey: there is no key {_short(key)}")
     return keys
+
+
+def _typed(written: str) -> str:
+    text = _unescape(written)
+    for character in text:
+        if not character.isprintable() and character not in "\n\t":
+            raise FormatError(f"type: no key enters {character!r}")
+    return text
 
 
 def _escape(text: str) -> str:

@@ -1,0 +1,174 @@
+"""Task files: OSWorld's are read as they are, damaged ones are refused by file and key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.evaluators import require_supported, unsupported
+from deskrl.actor.setup_steps import asset_path
+from deskrl.actor.tasks import SMOKE_TASKS, load_list, load_tasks, parse_task, read_task
+from deskrl.core.errors import UserError
+
+OSWORLD = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples"
+needs_osworld = pytest.mark.skipif(not OSWORLD.is_dir(), reason=f"OSWorld's task files are not at {OSWORLD}")
+
+TASK: dict[str, Any] = {
+    "id": "press-it",
+    "instruction": "Press it.",
+    "related_apps": ["chromium"],
+    "config": [{"type": "launch", "parameters": {"command": ["chromium"]}}],
+    "evaluator": {
+        "func": "exact_match",
+        "result": {"type": "vm_command_line", "command": ["true"]},
+        "expected": {"type": "rule", "rules": {"expected": ""}},
+    },
+    "deskrl": {
+        "solution": [
+            {"thought": "Press it.", "action": {"kind": "click", "box": [10, 20, 30, 40]}},
+            {"thought": "Save.", "action": {"kind": "hotkey", "keys": ["ctrl", "s"]}},
+            {"thought": "Done.", "action": {"kind": "finished"}},
+        ],
+        "evaluate_within_s": 1,
+    },
+}
+
+
+def changed(path: str, value: Any) -> bytes:
+    """TASK with the item at a dotted path replaced, or removed where `value` is None."""
+    task = json.loads(json.dumps(TASK))
+    *folders, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place = task
+    for folder in folders:
+        place = place[folder]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return json.dumps(task).encode()
+
+
+def test_a_task_file_is_read_whole() -> None:
+    data = json.dumps(TASK).encode()
+    task = parse_task(data, "press-it.json")
+    assert (task.id, task.domain, task.instruction, task.evaluate_within_s) == (
+        "press-it",
+        "chromium",
+        "Press it.",
+        1.0,
+    )
+    assert task.config[0].type == "launch"
+    assert task.evaluator.checks[0].func == "exact_match"
+    assert task.data == data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "refusal"),
+    [
+        ("id", None, "t.json: id: is missing"),
+        ("instruction", 3, "t.json: instruction: is int, not str"),
+        ("config", {}, "t.json: config: is dict, not list"),
+        ("config.0", 1, "t.json: config[0]: is no object"),
+        ("config.0.type", None, "t.json: config[0].type: is missing"),
+        ("evaluator", None, "t.json: evaluator: is missing"),
+        ("evaluator.func", None, "t.json: evaluator.func: is neither"),
+        ("evaluator.func", [], "t.json: evaluator.func: is neither"),
+        ("evaluator.func", ["a", "b"], "t.json: evaluator.result: is not a list of 2"),
+        ("evaluator.result", None, "t.json: evaluator.result: is missing for exact_match"),
+        ("evaluator.conj", "xor", 't.json: evaluator.conj: is "xor"'),
+        ("deskrl.evaluate_within_s", "long", "t.json: deskrl.evaluate_within_s: is str, not float"),
+        ("deskrl.solution.1.thought", None, "t.json: deskrl.solution[1].thought: is missing"),
+        ("deskrl.solution.1.action.kind", "smash", "t.json: deskrl.solution[1].action.kind: is missing or not one of"),
+        ("deskrl.solution.1.action.kez", "s", "t.json: deskrl.solution[1].action.kez: is no field of an action"),
+        ("deskrl.solution.1.action.keys", "s", "t.json: deskrl.solution[1].action.keys: is str, not list"),
+        ("deskrl.solution.0.action.box", [1, 2], "t.json: deskrl.solution[0].action.box: is not [left, top"),
+    ],
+)
+def test_a_damaged_task_file_is_refused_by_file_and_key(path: str, value: Any, refusal: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_task(changed(path, value), "t.json")
+    assert str(refused.value).startswith(refusal)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[]"])
+def test_what_is_no_json_object_is_refused(data: bytes) -> None:
+    with pytest.raises(UserError, match=r"t\.json:? is no|t\.json is no object"):
+        parse_task(data, "t.json")
+
+
+def test_a_solution_is_drawn_by_its_seed() -> None:
+    task = parse_task(json.dumps(TASK).encode(), "t.json")
+    assert task.solve(7) == task.solve(7)
+    assert len({task.solve(seed)[0][1] for seed in range(20)}) > 10
+    for seed in range(20):
+        press, save, done = [action for _, action in task.solve(seed)]
+        assert (press.kind, 10 <= press.x <= 30, 20 <= press.y <= 40) == (ActionKind.CLICK, True, True)
+        assert (save, done) == (Action(ActionKind.HOTKEY, keys=("ctrl", "s")), Action(ActionKind.FINISHED))
+
+
+def test_the_suite_has_its_tasks_by_domain_and_the_smoke_tasks_are_of_four() -> None:
+    tasks = load_tasks()
+    assert len(tasks) >= 8
+    assert [task.id for task in load_tasks(ids=SMOKE_TASKS)] == list(SMOKE_TASKS)
+    assert len({task.domain for task in load_tasks(ids=SMOKE_TASKS)}) == 4
+    assert len({app for task in tasks for app in task.related_apps}) >= 4
+    require_supported(tasks)
+
+
+def test_solutions_of_the_suite_are_short_and_say_so_plainly() -> None:
+    for task in load_tasks():
+        steps = task.solve(0)
+        assert 1 <= len(steps) <= 5, task.id
+        assert steps[-1][1].ends_episode, task.id
+        assert all(1 <= len(thought.split()) <= 6 for thought, _ in steps), task.id
+
+
+def test_an_unknown_task_is_refused_with_some_that_exist() -> None:
+    with pytest.raises(UserError, match=r"no task nonsense; choose from its \d+ tasks"):
+        load_tasks(ids=["nonsense"])
+
+
+def test_a_folder_without_tasks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no examples"):
+        load_tasks(tmp_path)
+
+
+def test_a_list_that_names_a_missing_task_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('{"os": ["gone"]}')
+    with pytest.raises(UserError, match="os: gone: there is no"):
+        load_list(tmp_path / "list.json")
+
+
+def test_what_cannot_be_played_is_refused_before_anything_runs() -> None:
+    task = parse_task(changed("evaluator.func", "compare_table"), "t.json")
+    assert unsupported(task) == ["metric compare_table is not built in"]
+    with pytest.raises(UserError, match="task press-it: metric compare_table is not built in"):
+        require_supported([task])
+
+
+def test_downloads_come_from_a_local_copy_or_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = "https://example.org/files/a.txt"
+    step = {"type": "download", "parameters": {"files": [{"url": url, "path": "a.txt"}]}}
+    task = parse_task(changed("config", [step]), "t.json")
+    assert unsupported(task) == [f"no local copy of {url}"]
+    copy = asset_path(task.id, url)
+    copy.parent.mkdir(parents=True)
+    copy.write_text("a")
+    assert unsupported(task) == []
+
+
+@needs_osworld
+def test_every_task_file_of_osworld_is_read() -> None:
+    files = sorted(OSWORLD.glob("examples*/*/*.json"))
+    assert len(files) > 300
+    for file in files:
+        read_task(file)
+
+
+@needs_osworld
+@pytest.mark.parametrize(("name", "num_tasks"), [("test_all", 369), ("train_all_128", 128), ("test_infeasible", 28)])
+def test_lists_of_osworld_are_read(name: str, num_tasks: int) -> None:
+    assert len(load_list(OSWORLD / f"{name}.json")) == num_tasks
