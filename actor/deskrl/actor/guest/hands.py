@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from Xlib import XK, X
@@ -25,8 +25,8 @@ _DRAG_MOVES = 12
 _DRAG_MOVE_S = 0.012
 _DOUBLE_CLICK_S = 0.5
 _DOUBLE_CLICK_PIXELS = 8
-_REMAP_S = 0.06
-"""How long applications get to fetch a mapping that replaced one in use."""
+_REMAP_S = 0.25
+"""How long applications get to read what was typed with mappings that are about to be replaced."""
 _MAX_NOTCHES = 100
 
 
@@ -129,51 +129,72 @@ class Hands:
         symbols = [symbol for name in names if (symbol := keysym_of_name(name)) is not None]
         if len(symbols) != len(names):
             return
+        self._lend_keycodes(symbols)
         pressed: list[int] = []
         for symbol in symbols:
-            keycode, shifted = self._key_for(symbol)
+            keycode, shifted = self._keys[symbol]
             if shifted and self._shift not in pressed:
                 self._press(self._shift, pressed)
             self._press(keycode, pressed)
-        for keycode in reversed(pressed):
-            xtest.fake_input(self._display, X.KeyRelease, keycode)
+        self._release(pressed)
         self._display.sync()
 
     def type_text(self, text: str) -> None:
         """Enter text as written; newlines are Return, control characters that no key enters are left out."""
-        for start in range(0, len(text), batch := max(1, len(self._lent))):
-            symbols = [keysym_of_character(character) for character in text[start : start + batch]]
-            keys = [self._key_for(symbol) for symbol in symbols if symbol is not None]
-            self._display.sync()
-            for keycode, shifted in keys:
+        symbols = [symbol for character in text if (symbol := keysym_of_character(character)) is not None]
+        for start in range(0, len(symbols), len(self._lent)):  # no more at once than there are keycodes to lend
+            batch = symbols[start : start + len(self._lent)]
+            self._lend_keycodes(batch)
+            for symbol in batch:
+                keycode, shifted = self._keys[symbol]
                 pressed: list[int] = []
                 if shifted:
                     self._press(self._shift, pressed)
                 self._press(keycode, pressed)
-                for code in reversed(pressed):
-                    xtest.fake_input(self._display, X.KeyRelease, code)
+                self._release(pressed)
             self._display.sync()
 
     def _press(self, keycode: int, pressed: list[int]) -> None:
         xtest.fake_input(self._display, X.KeyPress, keycode)
         pressed.append(keycode)
 
+    def _release(self, pressed: list[int]) -> None:
+        for keycode in reversed(pressed):
+            xtest.fake_input(self._display, X.KeyRelease, keycode)
+
     def _button(self, button: int) -> None:
         xtest.fake_input(self._display, X.ButtonPress, button)
         xtest.fake_input(self._display, X.ButtonRelease, button)
 
-    def _key_for(self, symbol: int) -> tuple[int, bool]:
-        """Keycode and whether Shift is needed; lends the symbol a keycode if the layout has none for it."""
-        if symbol in self._keys:
-            keycode, shifted = self._keys[symbol]
-            if keycode in self._lent:
-                self._lent.move_to_end(keycode)
-            return keycode, shifted
-        keycode, replaced = self._lent.popitem(last=False)
-        if replaced is not None:
-            time.sleep(_REMAP_S)  # what was typed with the old mapping must have been read
-            del self._keys[replaced]
-        self._display.change_keyboard_mapping(keycode, [[symbol, symbol]])
-        self._lent[keycode] = symbol
-        self._keys[symbol] = (keycode, False)
-        return keycode, False
+    def _lend_keycodes(self, symbols: Iterable[int]) -> None:
+        """Give each symbol that has no keycode one of those that serve in turn, the longest unused first."""
+        wanted = dict.fromkeys(symbols)
+        for symbol in wanted:
+            if symbol in self._keys and self._keys[symbol][0] in self._lent:
+                self._lent.move_to_end(self._keys[symbol][0])
+        changed: dict[int, int] = {}
+        must_wait = False
+        for symbol in wanted:
+            if symbol not in self._keys:
+                keycode, replaced = self._lent.popitem(last=False)
+                if replaced is not None:
+                    del self._keys[replaced]
+                    must_wait = True
+                changed[keycode] = self._lent[keycode] = symbol
+                self._keys[symbol] = (keycode, False)
+        if must_wait:
+            time.sleep(_REMAP_S)
+        for run in _consecutive(sorted(changed)):
+            self._display.change_keyboard_mapping(run[0], [[changed[keycode]] * 2 for keycode in run])
+        self._display.sync()
+
+
+def _consecutive(numbers: Iterable[int]) -> list[list[int]]:
+    """Ascending numbers cut into runs without gaps: each run is one request, and one notice to every application."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs

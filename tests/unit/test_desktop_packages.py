@@ -1,0 +1,34 @@
+"""A machine without the system packages is told their names."""
+
+from pathlib import Path
+
+import pytest
+
+from deskrl.actor.desktops.packages import missing_packages
+from deskrl.actor.desktops.provider import make_desktop
+from deskrl.core.config import DesktopConfig
+from deskrl.core.errors import UserError
+
+
+@pytest.fixture
+def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_missing_programs_are_named_by_their_debian_packages() -> None:
+    assert {"bubblewrap", "xvfb", "openbox", "dbus", "mousepad"} <= set(missing_packages())
+    assert "mousepad" not in missing_packages(applications=False)
+
+
+@pytest.mark.usefixtures("bare_machine")
+def test_a_desktop_is_refused_with_the_command_that_installs_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"apt-get install .*bubblewrap.*xvfb"):
+        make_desktop(DesktopConfig(), "desktop", tmp_path)
+
+
+def test_a_folder_too_deep_for_the_name_of_a_socket_is_refused(tmp_path: Path) -> None:
+    if missing_packages(applications=False):
+        pytest.skip("the packages of the embedded desktop are not installed")
+    with pytest.raises(UserError, match="too long"):
+        make_desktop(DesktopConfig(), "desktop", tmp_path / ("x" * 100))
