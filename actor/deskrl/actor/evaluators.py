@@ -21,13 +21,14 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.desktops.base import Desktop
+from deskrl.actor.desktops.base import CommandResult, Desktop
 from deskrl.actor.setup_steps import asset_path, read_asset, run_steps, unsupported_steps
 from deskrl.actor.tasks import Check, Task, TypedItem
 from deskrl.core.errors import UserError
 
 _POLL_S = 0.1
 _EVIDENCE_CHARACTERS = 400
+_NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # what `Desktop.execute` says, as a shell does
 
 _Value = Any  # what a getter fetched: text, bytes, a rule of the task file, or None
 
@@ -147,12 +148,23 @@ async def _vm_file(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> 
         return None
 
 
-async def _vm_command_line(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> str:
-    return (await desktop.execute(parameters["command"], shell=bool(parameters.get("shell")))).stdout
+async def _vm_command_line(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> str | None:
+    result = await _run(desktop, task, parameters)
+    return None if result is None else result.stdout
 
 
-async def _vm_command_error(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> str:
-    return (await desktop.execute(parameters["command"], shell=bool(parameters.get("shell")))).stderr
+async def _vm_command_error(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> str | None:
+    result = await _run(desktop, task, parameters)
+    return None if result is None else result.stderr
+
+
+async def _run(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> CommandResult | None:
+    """A command that ran; None if it could not be run in what the policy left, such as no room for a process."""
+    command, shell = parameters["command"], bool(parameters.get("shell"))
+    result = await desktop.execute(command, shell=shell)
+    if not shell and result.returncode == _NOT_FOUND:
+        raise EvaluatorError(f"{task.id}: the desktop has no program for {command!r}")
+    return None if not shell and result.returncode == _NOT_EXECUTABLE else result
 
 
 async def _rule(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> _Value:

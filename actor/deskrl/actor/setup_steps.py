@@ -63,8 +63,9 @@ async def run_steps(desktop: Desktop, task_id: str, steps: Sequence[TypedItem], 
             raise SetupError(f"{task_id}: setup step {index} has the unknown type {step.type}")
         try:
             await do(context, step.parameters)
-        except (KeyError, TypeError, ValueError) as error:
-            raise SetupError(f"{task_id}: setup step {index} ({step.type}): {error!r}") from error
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise SetupError(f"{task_id}: setup step {index} ({step.type}): {reason}") from error
 
 
 def unsupported_steps(task: Task) -> list[str]:

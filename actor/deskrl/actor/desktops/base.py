@@ -67,7 +67,10 @@ class Desktop(ABC):
     async def execute(
         self, command: str | Sequence[str], *, shell: bool = False, timeout_s: float = 30.0
     ) -> CommandResult:
-        """Run a command in the desktop's session to its end, as its user."""
+        """Run a command in the desktop's session to its end, as its user.
+
+        A program that cannot be started is 127 (there is none) or 126 (no right, no room for a process), as in a shell.
+        """
 
     @abstractmethod
     async def launch(self, command: str | Sequence[str], *, shell: bool = False) -> None:
@@ -79,7 +82,7 @@ class Desktop(ABC):
 
     @abstractmethod
     async def read_file(self, path: str) -> bytes:
-        """Read a file inside the desktop; raises FileNotFoundError if there is none."""
+        """Read a file inside the desktop; raises FileNotFoundError if there is none that can be read."""
 
     @abstractmethod
     async def open_path(self, path: str) -> None:

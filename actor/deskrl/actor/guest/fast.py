@@ -5,6 +5,7 @@ Screenshots are raw pixels (BGRX, row by row), the size in the headers X-Width a
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 from deskrl.actor.guest.commands import Commands, NoApplication
@@ -54,7 +55,9 @@ def fast_routes(desk: Desk, commands: Commands) -> Routes:
 
     def read_file(request: Request) -> Response:
         path = commands.expand(request.query["path"])
-        return Response(path.read_bytes()) if path.is_file() else json_response({"error": "no such file"}, 404)
+        if not (os.access(path, os.R_OK) and path.is_file()):  # made unreadable is the policy's doing, as is removed
+            return json_response({"error": "no such file"}, 404)
+        return Response(path.read_bytes())
 
     def open_path(request: Request) -> Response:
         data = request.json()

@@ -1,0 +1,224 @@
+"""Evaluators on a real desktop: OSWorld's verdicts, their evidence, and what is a fault rather than a verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.desktops.base import Desktop
+from deskrl.actor.desktops.embedded import EmbeddedDesktop
+from deskrl.actor.evaluators import Evaluation, EvaluatorError, evaluate_task
+from deskrl.actor.setup_steps import asset_path
+from deskrl.actor.tasks import parse_task
+from deskrl.core.config import DesktopConfig
+
+FINISHED, GAVE_UP = Action(ActionKind.FINISHED), Action(ActionKind.INFEASIBLE)
+Json = dict[str, Any]
+
+
+class Stage:
+    """A desktop with the event loop that it lives on."""
+
+    def __init__(self, runner: asyncio.Runner, desktop: Desktop) -> None:
+        self._runner = runner
+        self._desktop = desktop
+
+    def write(self, path: str, data: bytes) -> None:
+        self._runner.run(self._desktop.write_file(path, data))
+
+    def launch(self, command: str) -> None:
+        self._runner.run(self._desktop.launch(command, shell=True))
+
+    def evaluate(self, evaluator: Json, final: Action | None = FINISHED, within_s: float = 0) -> Evaluation:
+        record = {"id": "t", "instruction": "-", "evaluator": evaluator, "deskrl": {"evaluate_within_s": within_s}}
+        task = parse_task(json.dumps(record).encode(), "t")
+        return self._runner.run(evaluate_task(self._desktop, task, final))
+
+    def reward(self, evaluator: Json, final: Action | None = FINISHED) -> float:
+        return self.evaluate(evaluator, final).reward
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    desktop = EmbeddedDesktop(DesktopConfig(), "d", tmp_path_factory.mktemp("evaluate"))
+    with asyncio.Runner() as runner:
+        runner.run(desktop.start())
+        yield Stage(runner, desktop)
+        runner.run(desktop.close())
+
+
+def rule(**rules: Any) -> Json:
+    return {"type": "rule", "rules": rules}
+
+
+def output(command: str) -> Json:
+    return {"type": "vm_command_line", "command": command, "shell": True}
+
+
+def file(path: str) -> Json:
+    return {"type": "vm_file", "path": path, "dest": "x"}
+
+
+@pytest.mark.parametrize(
+    ("func", "result", "expected", "reward"),
+    [
+        ("exact_match", output("echo yes"), rule(expected="yes\n"), 1.0),
+        ("exact_match", output("echo no"), rule(expected="yes\n"), 0.0),
+        ("exact_match", {"type": "vm_command_line", "command": ["echo", "$HOME"]}, rule(expected="$HOME\n"), 1.0),
+        (
+            "exact_match",
+            {"type": "vm_command_error", "command": "echo e >&2", "shell": True},
+            rule(expected="e\n"),
+            1.0,
+        ),
+        ("match_in_list", output("printf b"), rule(expected=["a", "b"]), 1.0),
+        ("match_in_list", output("printf c"), rule(expected=["a", "b"]), 0.0),
+        ("is_in_list", output("echo some words"), rule(expected="words"), 1.0),
+        ("check_include_exclude", output("echo a b"), rule(include=["a"], exclude=["c"]), 1.0),
+        ("check_include_exclude", output("echo a c"), rule(include=["a"], exclude=["c"]), 0.0),
+        ("check_include_exclude", output("echo b"), rule(include=["a"]), 0.0),
+        ("file_contains", file("~/poem.txt"), rule(expected=["Rose", "red"]), 1.0),
+        ("file_contains", file("~/poem.txt"), rule(expected=["Rose", "blue"]), 0.0),
+        ("check_list", file("~/poem.txt"), rule(expect=["^A Rose", "r.d"], unexpect=["blue"]), 1.0),
+        ("check_list", file("~/poem.txt"), rule(expect=["^A Rose"], unexpect=["r.d"]), 0.0),
+        ("compare_text_file", file("~/poem.txt"), file("~/poem.txt"), 1.0),
+        ("compare_text_file", file("~/poem.txt"), file("~/other.txt"), 0.0),
+        ("compare_text_file", file("~/gone.txt"), file("~/poem.txt"), 0.0),
+        ("compare_text_file", file("~/poem.txt"), file("~/gone.txt"), 0.0),
+        ("file_contains", file("~/gone.txt"), rule(expected=[]), 0.0),
+        ("file_contains", file("~/Documents"), rule(expected=[]), 0.0),
+        ("file_contains", file("/etc/shadow"), rule(expected=[]), 0.0),
+        ("exact_match", {"type": "vm_command_line", "command": ["/etc"]}, rule(expected=""), 0.0),
+    ],
+)
+def test_metrics_judge_what_getters_fetch(stage: Stage, func: str, result: Json, expected: Json, reward: float) -> None:
+    stage.write("~/poem.txt", b"A Rose\nis red\n")
+    stage.write("~/other.txt", b"a rose  is red")
+    assert stage.reward({"func": func, "result": result, "expected": expected}) == reward
+
+
+def test_text_files_are_compared_as_their_options_say(stage: Stage) -> None:
+    stage.write("~/poem.txt", b"A Rose\nis red\n")
+    stage.write("~/other.txt", b"a rose  is red")
+    evaluator = {"func": "compare_text_file", "result": file("~/poem.txt"), "expected": file("~/other.txt")}
+    assert stage.reward({**evaluator, "options": {"ignore_blanks": True}}) == 0.0
+    assert stage.reward({**evaluator, "options": {"ignore_blanks": True, "ignore_case": True}}) == 1.0
+
+
+def test_a_file_is_compared_with_the_local_copy_of_a_cloud_file(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    url = "https://example.org/gold.txt"
+    evaluator = {
+        "func": "compare_text_file",
+        "result": file("~/poem.txt"),
+        "expected": {"type": "cloud_file", "path": url, "dest": "gold.txt"},
+    }
+    asset_path("t", url).parent.mkdir(parents=True)
+    asset_path("t", url).write_bytes(b"gold")
+    stage.write("~/poem.txt", b"gold")
+    assert stage.reward(evaluator) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("func", "rules", "reward"),
+    [
+        ("check_image_size", {"width": 30, "height": 20}, 1.0),
+        ("check_image_size", {"height": 30}, 0.0),
+        ("check_image_pixels", {"size": [30, 20], "pixels": [{"at": [3, 4], "rgb": [250, 0, 0]}]}, 1.0),
+        ("check_image_pixels", {"pixels": [{"at": [3, 4], "rgb": [246, 4, 0]}], "tolerance": 4}, 1.0),
+        ("check_image_pixels", {"pixels": [{"at": [3, 4], "rgb": [246, 5, 0]}], "tolerance": 4}, 0.0),
+        ("check_image_pixels", {"pixels": [{"at": [30, 4], "rgb": [250, 0, 0]}]}, 0.0),
+        ("check_image_pixels", {"size": [20, 30], "pixels": []}, 0.0),
+    ],
+)
+def test_pictures_are_judged_by_size_and_pixels(stage: Stage, func: str, rules: Json, reward: float) -> None:
+    picture = io.BytesIO()
+    Image.new("RGBA", (30, 20), (250, 0, 0, 255)).save(picture, "PNG")
+    evaluator = {"func": func, "result": file("~/picture.png"), "expected": rule(**rules)}
+    stage.write("~/picture.png", picture.getvalue())
+    assert stage.reward(evaluator) == reward
+    for not_a_picture in (b"", b"no picture", picture.getvalue()[:40]):
+        stage.write("~/picture.png", not_a_picture)
+        assert stage.reward(evaluator) == 0.0
+
+
+def both(conj: str, *commands: str) -> Json:
+    return {
+        "func": ["exact_match"] * len(commands),
+        "conj": conj,
+        "result": [output(command) for command in commands],
+        "expected": [rule(expected="1")] * len(commands),
+    }
+
+
+@pytest.mark.parametrize(
+    ("conj", "commands", "reward"),
+    [
+        ("and", ["printf 1", "printf 1"], 1.0),
+        ("and", ["printf 1", "printf 0"], 0.0),
+        ("or", ["printf 0", "printf 1"], 1.0),
+        ("or", ["printf 0", "printf 0"], 0.0),
+    ],
+)
+def test_several_metrics_are_joined(stage: Stage, conj: str, commands: list[str], reward: float) -> None:
+    assert stage.reward(both(conj, *commands)) == reward
+
+
+def test_giving_up_is_right_only_where_the_task_cannot_be_done(stage: Stage) -> None:
+    true = {"func": "exact_match", "result": output("printf 1"), "expected": rule(expected="1")}
+    assert [stage.reward(true, final) for final in (FINISHED, None, GAVE_UP)] == [1.0, 1.0, 0.0]
+    assert [stage.reward({"func": "infeasible"}, final) for final in (FINISHED, None, GAVE_UP)] == [0.0, 0.0, 1.0]
+
+
+def test_postconfig_comes_before_the_verdict(stage: Stage) -> None:
+    step = {"type": "execute", "parameters": {"command": ["touch", "~/after"]}}
+    evaluator = {"func": "exact_match", "result": output("ls after"), "expected": rule(expected="after\n")}
+    assert stage.reward({**evaluator, "postconfig": [step]}) == 1.0
+
+
+def test_a_late_effect_is_waited_for_as_long_as_the_task_says(stage: Stage) -> None:
+    stage.launch("sleep 0.3; echo late > late.txt")
+    evaluator = {"func": "file_contains", "result": file("~/late.txt"), "expected": rule(expected=["late"])}
+    evaluation = stage.evaluate(evaluator, within_s=20)
+    assert (evaluation.reward, evaluation.evidence["asked"] > 1) == (1.0, True)
+
+
+def test_the_evidence_shows_what_was_compared(stage: Stage) -> None:
+    evaluator = {"func": "exact_match", "result": output("printf %01000d 7"), "expected": rule(expected="yes")}
+    evaluation = stage.evaluate(evaluator)
+    [check] = json.loads(evaluation.evidence_json)["checks"]
+    assert (check["func"], check["score"], check["expected"]) == ("exact_match", 0.0, {"expected": "yes"})
+    assert check["result"].startswith("0000")
+    assert len(check["result"]) < 500
+
+
+@pytest.mark.parametrize(
+    "evaluator",
+    [
+        {"func": "compare_table", "result": output("true")},
+        {"func": "exact_match", "result": {"type": "vlc_config"}},
+        {"func": "exact_match", "result": output("true"), "expected": rule()},
+        {"func": "exact_match", "result": output("true")},
+        {"func": "exact_match", "result": {"type": "vm_command_line"}, "expected": rule(expected="")},
+        {
+            "func": "exact_match",
+            "result": {"type": "vm_command_line", "command": ["gone"]},
+            "expected": rule(expected=""),
+        },
+        {"func": "check_list", "result": file("~/poem.txt"), "expected": rule(expect=["("])},
+    ],
+)
+def test_an_evaluator_that_cannot_judge_raises(stage: Stage, evaluator: Json) -> None:
+    stage.write("~/poem.txt", b"A Rose\n")
+    with pytest.raises(EvaluatorError):
+        stage.evaluate(evaluator)
