@@ -86,6 +86,7 @@ class Sandbox:
             raise DesktopError(f"the sandbox did not start: {log.text or process.wait()}") from error
         except asyncio.CancelledError:
             process.kill()  # what it has started by now dies with it
+            process.wait()
             raise
         return cls(process, init_fd, log)
 
@@ -102,10 +103,11 @@ class Sandbox:
     async def kill(self) -> None:
         """End every process of it, stopped ones too; returns when none is left. To be called once."""
         # The first process of a process namespace ends only after all others have: waiting for it is waiting for all.
-        _send_kill(self._init_fd)
+        _send(self._init_fd, signal.SIGKILL)
         await _wait_readable(self._init_fd)
+        # bubblewrap outside then ends by itself; killed, it would leave the machine's init a zombie to wait for.
         process_fd = os.pidfd_open(self._process.pid)  # ours and not waited for, so the id is still its own
-        _send_kill(process_fd)
+        _send(process_fd, signal.SIGCONT)
         await _wait_readable(process_fd)
         self._process.wait()
         os.close(process_fd)
@@ -132,9 +134,9 @@ class _LogTail(asyncio.Protocol):
         return " ".join(line.strip() for line in lines if line.strip())
 
 
-def _send_kill(pidfd: int) -> None:
+def _send(pidfd: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, number)
 
 
 async def _wait_readable(descriptor: int) -> None:
