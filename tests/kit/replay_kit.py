@@ -122,7 +122,9 @@ class ReplayClient:
 class ReplayProcess:
     """One run's replay service, which can be killed and started again over the same folder."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, prefix: Sequence[str] = ()) -> None:
+        """Start it; `prefix` is a command that runs the rest of its line."""
+        self._prefix = prefix
         self.config = config
         self.folder = config.folder / "replay"
         self._config_path = config.folder / "config.json"
@@ -132,7 +134,7 @@ class ReplayProcess:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "deskrl.core.cli", "replay", str(self._config_path)]
+        command = [*self._prefix, sys.executable, "-m", "deskrl.core.cli", "replay", str(self._config_path)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         with rpc.connect_sync(self.config.replay.address) as channel:
             grpc.channel_ready_future(channel).result(timeout=_DEADLINE_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 from collections.abc import Sequence
 
 import grpc
@@ -17,6 +18,9 @@ from grpc_reflection.v1alpha import reflection
 
 from deskrl.core.errors import UserError
 from deskrl.proto.v1 import common_pb2
+
+# gRPC's core would write lines of its own to standard error beside the one line that a person is meant to read.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 PROTOCOL = 1
 """Version of the contracts; peers with another one refuse each other."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -25,6 +26,7 @@ Operation = Callable[[sqlite3.Connection], T]
 _log = logging.getLogger("deskrl.replay")
 
 _MAX_COMMIT_OPERATIONS = 256
+_FULL_REPORT_PERIOD_S = 60.0
 _FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
 
 
@@ -61,7 +63,7 @@ class Writer:
         self._before_commit = before_commit
         self._after_commit = after_commit
         self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
-        self._is_full = False
+        self._full_reported_s = -math.inf
         self._thread = threading.Thread(target=self._serve, name="replay-writer")
         self._thread.start()
 
@@ -114,9 +116,6 @@ class Writer:
         except Exception as error:
             self._fail(entries, error)
             return
-        if self._is_full:
-            self._is_full = False
-            _log.warning("there is space on the disk again: going on")
         self._after_commit(Commit(len(entries), time.perf_counter() - start_s))
         for entry in entries:
             if entry.refusal is not None:
@@ -139,11 +138,16 @@ class Writer:
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
         if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in _FULL_CODES:
-            if not self._is_full:
-                self._is_full = True
-                _log.error("the disk is full: refusing writes until there is space (%s)", error)
+            self._report_full(error)
             error = StoreFull("the replay store's disk is full; free some space, nothing acknowledged is lost")
         else:
             _log.exception("a transaction failed")
         for entry in entries:
             entry.future.set_exception(error)
+
+    def _report_full(self, error: sqlite3.Error) -> None:
+        """Say it once in a while: small writes may still fit in between, so nothing marks the end of it."""
+        now_s = time.monotonic()
+        if now_s - self._full_reported_s >= _FULL_REPORT_PERIOD_S:
+            self._full_reported_s = now_s
+            _log.error("the disk is full: what does not fit is refused until there is space (%s)", error)

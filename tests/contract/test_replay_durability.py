@@ -1,0 +1,253 @@
+"""What survives: kill -9 in the middle of writing, a restart, a full disk; and what is refused before that."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import grpc
+import pytest
+from replay_kit import (
+    ME,
+    OpenStream,
+    ReplayClient,
+    ReplayProcess,
+    StartReplay,
+    begin,
+    replay_config,
+    result,
+    screenshot,
+    steps,
+)
+
+from deskrl.core.trajectory import decode_step
+from deskrl.proto.v1 import rollout_pb2
+
+NUM_KILLS = 5
+NUM_WRITERS = 3
+SHOT_BYTES = 100_000
+
+
+def write_until_killed(
+    client: ReplayClient, acked_steps: dict[str, int], closed: set[str], enough: threading.Event
+) -> None:
+    """Play episodes one after another, noting what was acknowledged, until the service is gone."""
+    try:
+        while lease := client.acquire():
+            name = lease.rollout.episode_id
+            requests = [begin(lease), *steps(lease, range(6), SHOT_BYTES), result(1, 6)]
+            for response in client.rollout.StreamEpisode(iter(requests), timeout=20):
+                acked_steps[name] = response.acked_steps
+                if response.closed:
+                    closed.add(name)
+                if len(acked_steps) >= 2 * NUM_WRITERS:
+                    enough.set()
+    except grpc.RpcError:
+        enough.set()
+
+
+def test_nothing_acknowledged_is_lost_to_kill_9_in_the_middle_of_writing(start_replay: StartReplay) -> None:
+    process = start_replay()
+    process.client().plan("eval/0", num=400)
+    closed: set[str] = set()
+    for _ in range(NUM_KILLS):
+        acked_steps: dict[str, int] = {}
+        enough = threading.Event()
+        writers = [
+            threading.Thread(target=write_until_killed, args=(process.client(), acked_steps, closed, enough))
+            for _ in range(NUM_WRITERS)
+        ]
+        for writer in writers:
+            writer.start()
+        assert enough.wait(20)
+        process.kill()
+        for writer in writers:
+            writer.join()
+        with sqlite3.connect(process.folder / "replay.sqlite") as database:
+            stored = dict(database.execute("SELECT episode_id, num_steps FROM rollouts WHERE num_steps > 0"))
+            num_rows = dict(
+                database.execute("SELECT episode_id, count(*) FROM steps JOIN rollouts r ON r.id = rollout GROUP BY 1")
+            )
+        database.close()
+        assert num_rows == stored
+        assert {name: num for name, num in acked_steps.items() if stored.get(name, 0) < num} == {}
+        process.start()
+        client = process.client()
+        finished = {episode.episode_id: episode for episode in client.episodes()}
+        assert closed <= finished.keys()
+    for episode in list(finished.values())[-5:]:
+        assert len(episode.steps) == 6
+        shots = client.fetch(decode_step(payload).screenshot for payload in episode.steps)
+        assert [len(shot) for shot in shots] == [SHOT_BYTES] * 6
+
+
+def test_a_running_episode_outlives_a_restart_of_replay(start_replay: StartReplay) -> None:
+    process = start_replay()
+    client = process.client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    stream = OpenStream(client)
+    stream.send(begin(lease), *steps(lease, range(2)))
+    stream.read_until(2)
+    process.kill()
+    stream.break_off()
+    process.start()
+
+    client = process.client()
+    assert client.extend(lease.lease_id) == [lease.lease_id]
+    assert not client.acquire().lease_id, "the work is still leased"
+    acks = client.stream([begin(lease), *steps(lease, range(2, 4)), result(1, 4)])
+    assert (acks[0], acks[-1]) == ((2, False), (4, True))
+    (episode,) = client.episodes()
+    shots = client.fetch(decode_step(payload).screenshot for payload in episode.steps)
+    assert shots == [screenshot(lease, index) for index in range(4)]
+
+
+def test_a_lease_whose_holder_died_with_replay_runs_out_after_the_restart(start_replay: StartReplay) -> None:
+    process = start_replay(lease_ttl_s=0.5)
+    client = process.client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    process.kill()
+    process.start()
+    assert process.client().acquire(wait_s=20).rollout == lease.rollout
+
+
+def test_pacing_and_versions_outlive_a_restart(start_replay: StartReplay) -> None:
+    process = start_replay(staleness=0)
+    client = process.client()
+    client.plan("train/1")
+    client.play_group("train/0", [0, 1])
+    client.take("train", "batch", 0)
+    client.set_updates(1)
+    process.kill()
+    process.start()
+    client = process.client()
+    assert client.acquire().lease_id and client.acquire().lease_id
+    client.plan("train/2")
+    assert not client.acquire().lease_id
+
+
+def test_sigterm_ends_it_cleanly_even_with_callers_waiting(start_replay: StartReplay) -> None:
+    process = start_replay()
+    client = process.client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    request = rollout_pb2.AcquireLeaseRequest(peer=ME, request_id="waits for an hour", wait_s=3600)
+    waiting = client.rollout.AcquireLease.future(request)
+    stream = OpenStream(client)
+    stream.send(begin(lease), *steps(lease, [0]))
+    stream.read_until(1)
+    status, log = process.stop()
+    assert status == 0
+    assert "Traceback" not in log
+    assert not waiting.result(timeout=20).lease_id, "told that there is no work, rather than cut off"
+    stream.break_off()
+
+
+def refused_start(process: ReplayProcess) -> str:
+    """Start the service by hand over a folder; it must refuse. Returns what it says."""
+    command = [sys.executable, "-m", "deskrl.core.cli", "replay", str(process.config.folder / "config.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 2, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    return line
+
+
+def test_a_truncated_database_is_refused_and_left_as_it_is(start_replay: StartReplay) -> None:
+    process = start_replay()
+    client = process.client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    client.stream([begin(lease), *steps(lease, range(5), SHOT_BYTES), result(1, 5)])
+    process.stop()
+    path = process.folder / "replay.sqlite"
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:100], b"", b"not a database at all" * 1000):
+        path.write_bytes(damaged)
+        Path(f"{path}-wal").unlink(missing_ok=True)
+        if not damaged:
+            Path(f"{path}-wal").write_bytes(b"a log without its database")
+        line = refused_start(process)
+        assert str(path) in line and "restore the file" in line
+        assert path.read_bytes() == damaged
+    Path(f"{path}-wal").unlink(missing_ok=True)
+    path.write_bytes(whole)
+    process.start()
+    assert len(process.client().episodes()) == 1
+
+
+def test_a_database_of_something_else_is_refused_and_left_as_it_is(start_replay: StartReplay) -> None:
+    process = start_replay()
+    process.stop()
+    path = process.folder / "replay.sqlite"
+    path.unlink()
+    with sqlite3.connect(path) as foreign:
+        foreign.execute("CREATE TABLE photographs (id INTEGER)")
+    foreign.close()
+    before = path.read_bytes()
+    assert "something else" in refused_start(process)
+    assert path.read_bytes() == before
+
+
+def test_a_taken_port_and_a_store_in_use_are_refused(start_replay: StartReplay) -> None:
+    process, other = start_replay(), start_replay()
+    assert "is served by another process" in refused_start(process)
+    other.stop()
+    address = process.config.replay.address
+    taken = other.config.model_copy(update={"replay": other.config.replay.model_copy(update={"address": address})})
+    (other.config.folder / "config.json").write_text(taken.model_dump_json())
+    assert f"{address} cannot be listened on" in refused_start(other)
+
+
+def small_disk(folder: Path) -> list[str]:
+    """A command prefix that runs the rest with a 24 MB disk at `folder`, in a mount namespace of its own."""
+    mount = f'mount -t tmpfs -o size=24m,mode=0777 tmpfs "{folder}" && exec "$@"'
+    prefix = [
+        "unshare",
+        *([] if os.getuid() == 0 else ["--map-root-user", "--user"]),
+        "--mount",
+        "sh",
+        "-c",
+        mount,
+        "sh",
+    ]
+    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("this machine grants no mount namespace, so there is no small disk to fill")
+    return prefix
+
+
+def test_on_a_full_disk_nothing_is_acknowledged_and_it_goes_on_once_there_is_space(tmp_path: Path) -> None:
+    config = replay_config(tmp_path)
+    (config.folder / "replay").mkdir(parents=True)
+    process = ReplayProcess(config, prefix=small_disk(config.folder / "replay"))
+    try:
+        client = process.client()
+        client.plan("eval/0", num=1)
+        lease = client.acquire()
+        ballast = Path(f"/proc/{process.process.pid}/root{config.folder}/replay/ballast")
+        ballast.write_bytes(bytes(16 * 1024**2))
+        requests = [begin(lease), *steps(lease, range(15), 1_000_000), result(1, 15)]
+        num_acked = 0
+        with pytest.raises(grpc.RpcError) as refusal:
+            for response in client.rollout.StreamEpisode(iter(requests), timeout=20):
+                num_acked = response.acked_steps
+        assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "free some space" in str(refusal.value.details())
+        for _ in range(2):
+            with pytest.raises(grpc.RpcError):
+                client.stream(requests)
+        assert client.extend(lease.lease_id) == [lease.lease_id], "the service lives on"
+        ballast.unlink()
+        acks = client.stream([begin(lease), *steps(lease, range(num_acked, 4), 1_000_000), result(1, 4)])
+        assert acks[-1] == (4, True)
+        status, log = process.stop()
+        assert status == 0
+        assert log.count("the disk is full") == 1, "said once"
+    finally:
+        process.close()
