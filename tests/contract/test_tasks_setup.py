@@ -58,11 +58,13 @@ def test_files_are_uploaded_inline_as_text_or_base64_or_from_a_local_path(stage:
     (tmp_path / "local.txt").write_bytes(b"local")
     files = [
         {"path": "~/folder/text.txt", "content": "ä\n"},
+        {"path": "~/lines.txt", "content": ["a", "b", ""]},
         {"path": "~/bytes.bin", "base64": base64.b64encode(b"\0\xff").decode()},
         {"path": "~/local.txt", "local_path": str(tmp_path / "local.txt")},
     ]
     stage.set_up(("upload_file", {"files": files}))
     assert stage.read("~/folder/text.txt").decode() == "ä\n"
+    assert stage.read("~/lines.txt") == b"a\nb\n"
     assert stage.read("~/bytes.bin") == b"\0\xff"
     assert stage.read("/home/user/local.txt") == b"local"
 

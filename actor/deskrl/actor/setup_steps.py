@@ -1,8 +1,8 @@
 """Bringing a desktop to a task's first state: OSWorld's setup steps. Knows no evaluator and no policy.
 
 Steps mean what they mean in OSWorld, with two differences. `upload_file` also takes its files inline, as `content`
-(text) or `base64`, in place of `local_path`, so that a task file stands alone. `download` reads a local asset folder
-laid out as OSWorld's cache, `<task id>/<uuid5 of the address>_<file name>`, and never the network.
+(text, or a list of its lines) or `base64`, in place of `local_path`, so that a task file stands alone. `download` reads
+a local asset folder laid out as OSWorld's cache, `<task id>/<uuid5 of the address>_<file name>`, and never the network.
 
 In commands {SCREEN_WIDTH}, {SCREEN_HEIGHT}, their halves {SCREEN_WIDTH_HALF}, {SCREEN_HEIGHT_HALF}, {CLIENT_PASSWORD}
 and {SEED}, the rollout's seed, are replaced.
@@ -188,7 +188,8 @@ async def _close_window(context: SetupContext, parameters: dict[str, Any]) -> No
 async def _upload_file(context: SetupContext, parameters: dict[str, Any]) -> None:
     for file in parameters["files"]:
         if "content" in file:
-            data = file["content"].encode()
+            content = file["content"]
+            data = (content if isinstance(content, str) else "\n".join(content)).encode()
         elif "base64" in file:
             data = base64.b64decode(file["base64"], validate=True)
         else:
