@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import grpc
 import grpc.aio
 
-from deskrl.actor.replay_client import Pauses
+from deskrl.actor.retries import TRANSIENT, Pauses
 from deskrl.core import ids, rpc
 from deskrl.core.config import InferenceConfig
 from deskrl.core.errors import UserError
@@ -24,17 +24,6 @@ _AVOIDED_FOR_S = 5.0
 # The first request, and one with all screenshots; the rest is for replicas that fail in between.
 _MAX_ROUNDS = 4
 _log = logging.getLogger(__name__)
-
-# What another replica, or the same one a moment later, may answer differently.
-_ELSEWHERE = frozenset(
-    {
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.ABORTED,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.INTERNAL,
-    }
-)
 
 
 class InferenceFailed(RuntimeError):
@@ -91,7 +80,7 @@ class PolicyClient:
                 return number, await replica.stub.Act(request, timeout=left_s)
             except grpc.aio.AioRpcError as error:
                 reason = f"{replica.address}: {error.code().name}: {error.details()}"
-                if error.code() not in _ELSEWHERE:
+                if error.code() not in TRANSIENT:
                     raise InferenceFailed(reason) from error
             if pauses.are_new:
                 _log.warning("no action from %s", reason)

@@ -16,10 +16,13 @@ from deskrl.actor import metrics
 from deskrl.actor.agent import Agent
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.episode import Episode, Fault, answers, describe
+from deskrl.actor.episode_stream import EpisodeStream
+from deskrl.actor.leases import Lease, LeaseLost, ReplayRefused
 from deskrl.actor.metrics import DesktopState
 from deskrl.actor.players import Player, SampledPlayer, ScriptedPlayer
 from deskrl.actor.policy_client import PolicyClient
-from deskrl.actor.replay_client import EpisodeStream, Lease, LeaseLost, Pauses, ReplayClient, ReplayRefused
+from deskrl.actor.replay_client import ReplayClient
+from deskrl.actor.retries import Pauses
 from deskrl.actor.tasks import Task, parse_task
 from deskrl.core.config import DesktopConfig
 from deskrl.core.errors import UserError
