@@ -305,7 +305,7 @@ def test_an_unreachable_policy_is_a_fault() -> None:
 
 
 def scripted(**changes: Any) -> ScriptedPlayer:
-    return ScriptedPlayer(parse_task(json.dumps({**TASK, **changes}).encode(), "task"), seed=1)
+    return ScriptedPlayer(parse_task(json.dumps({**TASK, **changes}).encode(), "task"))
 
 
 def test_a_scripted_episode_carries_the_conversation_that_is_to_be_imitated() -> None:

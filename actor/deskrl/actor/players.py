@@ -80,8 +80,8 @@ class SampledPlayer(Player):
 class ScriptedPlayer(Player):
     """The task's solution, said in the policy's words, so that it can be imitated."""
 
-    def __init__(self, task: Task, seed: int) -> None:
-        self._solution = task.solve(seed)
+    def __init__(self, task: Task) -> None:
+        self._solution = task.demonstrate()
 
     async def decide(self, conversation: Conversation, screenshot: common_pb2.Image, index: int) -> Decision:
         """Say the next action of the script.

@@ -16,7 +16,8 @@ from deskrl.actor.tasks import Task, load_tasks
 from deskrl.core.config import RunConfig
 from deskrl.core.runfolder import write_atomically, write_json
 
-_NUM_SOLUTIONS = 8
+_NUM_REPEATS = 8
+"""The tokenizer merges what comes often: the tasks' own words before the numbers that no task needs."""
 
 
 def main(config: RunConfig) -> None:
@@ -28,13 +29,11 @@ def main(config: RunConfig) -> None:
 
 
 def _texts(task: Task, config: RunConfig) -> list[str]:
-    """The prompt of a task, and the answers of some of its scripted solutions."""
+    """The prompt of a task, and the answers of its scripted solution."""
     conversation = make_agent(config.agent).begin(task.instruction)
     conversation.observe(Image.new("RGB", (config.desktop.width, config.desktop.height)))
-    prompt = [content.text for message in conversation.prompt().messages for content in message.contents if content.text]
-    answers = [
-        conversation.render(Turn(thought, action))
-        for seed in range(_NUM_SOLUTIONS)
-        for thought, action in task.solve(seed)
+    prompt = [
+        content.text for message in conversation.prompt().messages for content in message.contents if content.text
     ]
-    return prompt * _NUM_SOLUTIONS + answers
+    answers = [conversation.render(Turn(thought, action)) for thought, action in task.demonstrate()]
+    return (prompt + answers) * _NUM_REPEATS

@@ -97,6 +97,10 @@ class Task:
         drawn = random.Random(derive_seed("solution", self.id, seed))
         return [(step.thought, _draw(step, drawn)) for step in self.solution]
 
+    def demonstrate(self) -> list[tuple[str, Action]]:
+        """The scripted solution as (thought, action), aimed at the middle of its boxes: what a policy imitates."""
+        return [(step.thought, _aim(step)) for step in self.solution]
+
 
 def load_tasks(suite: Path | None = None, ids: Sequence[str] = ()) -> list[Task]:
     """Tasks of a suite, sorted by domain and id, or exactly those named, in that order.
@@ -267,6 +271,13 @@ def _draw(step: SolutionStep, drawn: random.Random) -> Action:
         return step.action
     left, top, right, bottom = step.box
     return replace(step.action, x=drawn.randint(left, right), y=drawn.randint(top, bottom))
+
+
+def _aim(step: SolutionStep) -> Action:
+    if step.box is None:
+        return step.action
+    left, top, right, bottom = step.box
+    return replace(step.action, x=(left + right) // 2, y=(top + bottom) // 2)
 
 
 def _task_files(suite: Path) -> dict[str, Path]:

@@ -145,7 +145,7 @@ class Worker:
 
     def _player(self, rollout: rollout_pb2.Rollout, task: Task) -> Player:
         if rollout.acting_policy == rollout_pb2.ACTING_POLICY_SCRIPTED:
-            return ScriptedPlayer(task, rollout.seed)
+            return ScriptedPlayer(task)
         session = self._policy.open_session(rollout.episode_id, rollout.temperature)
         return SampledPlayer(session, rollout.temperature, rollout.seed)
 
