@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from deskrl.core import ids, rpc
-from deskrl.core.config import RunConfig, dump_config
+from deskrl.core.config import ReplayConfig, RunConfig, dump_config
 from deskrl.core.report import write_report
 from deskrl.core.runfolder import RunFolder, write_json
 from deskrl.core.trajectory import Span, Step, encode_step
@@ -146,7 +147,9 @@ def _events(lease: rollout_pb2.AcquireLeaseResponse, play: Play) -> Iterator[rol
 
 
 def make_run(root: Path, **settings: Any) -> tuple[RunFolder, RunConfig]:
-    config = RunConfig(name="synthetic", runs=root, replay={"address": free_address(), "max_faults": 0}, **settings)
+    config = RunConfig(
+        name="synthetic", runs=root, replay=ReplayConfig(address=free_address(), max_faults=0), **settings
+    )
     folder = RunFolder(config.folder)
     folder.create()
     dump_config(config, folder.config)
@@ -191,13 +194,13 @@ def write_metrics(folder: RunFolder, num_updates: int = 6) -> None:
         return {"note": {"n": n, "success": round(n * rate)}, "paint": {"n": n, "success": round(n * rate / 2)}}
 
     # Times are given, so that phases have a length.
-    folder.append_metrics("phase", unix_s=1_000.0, phase="warm_start")
+    folder.append_metrics("phase", unix_s=1_000.0, phase="imitation")
     for update in range(1, 4):
         folder.append_metrics(
             "imitation", unix_s=1_010.0 + update, update=update, loss=2.0 / update, likelihood=0.1 * update
         )
     folder.append_metrics("eval", unix_s=1_050.0, when="before", episodes=96, successes=36, per_task=per_task(48, 0.5))
-    folder.append_metrics("phase", unix_s=1_060.0, phase="grpo")
+    folder.append_metrics("phase", unix_s=1_060.0, phase="training")
     for update in range(1, num_updates + 1):
         rate = 0.3 + 0.1 * update
         folder.append_metrics(
@@ -215,8 +218,7 @@ def write_metrics(folder: RunFolder, num_updates: int = 6) -> None:
             dropped={"all_failed": 1},
             replayed=1,
             per_task=per_task(8, rate),
-            wait_s=2.5,
-            learn_s=0.5,
+            seconds={"wait": 2.5, "learn": 0.5},
         )
     folder.append_metrics("eval", unix_s=1_190.0, when="after", episodes=96, successes=77, per_task=per_task(48, 0.95))
     folder.append_metrics("phase", unix_s=1_200.0, phase="finished")
@@ -268,7 +270,7 @@ def test_page_tells_the_run(tmp_path: Path, replay_of: Any) -> None:
     assert "no file" in text
     assert "desktop lost 1" in text
     assert "Never solved in this run." in text
-    assert "warm start 1 min 00 s 30%" in text and "grpo 2 min 20 s 70%" in text
+    assert "imitation 1 min 00 s 30%" in text and "training 2 min 20 s 70%" in text
     assert "wait 2.50 s" in text
     # The click lies where the screen was clicked, in pixels of the screen rather than of the smaller screenshot.
     assert f'viewBox="0 0 {config.desktop.width} {config.desktop.height}"' in html
@@ -295,6 +297,24 @@ def test_page_needs_nothing_else_and_what_the_policy_wrote_is_only_text(tmp_path
     assert not page.handlers
     assert all(link.startswith(("#i-", "data:image/")) for link in page.links), page.links
     assert "default-src 'none'" in html
+
+
+def test_a_browser_runs_the_page_without_complaint(tmp_path: Path, replay_of: Any) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    folder, config = make_run(tmp_path)
+    replay = replay_of(config)
+    replay.play("eval/before", "note", [Play([(EVIL, click(9, 9))]), Play([("Action: x", click(5, 5))], 1.0)])
+    write_metrics(folder)
+    page = write_report(folder, config, replay.address)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=1000"]
+
+    seen = subprocess.run([browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=60)
+
+    assert "synthetic" in seen.stdout
+    assert "CONSOLE" not in seen.stderr, "a script failed, or the page asked for what its policy forbids"
 
 
 def test_large_screenshots_are_scaled_to_a_small_page(tmp_path: Path, replay_of: Any) -> None:

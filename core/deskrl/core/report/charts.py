@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from deskrl.core.report.history import Points
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+# Ticks of an axis of shares, for a tall chart and for a small one.
+_SHARES = ([0.0, 0.25, 0.5, 0.75, 1.0], [0.0, 0.5, 1.0])
 _LABEL_GAP = 13.0
-_TOP, _RIGHT, _BOTTOM, _LEFT = 10.0, 14.0, 36.0, 46.0
+_TOP, _RIGHT, _BOTTOM, _LEFT = 10.0, 14.0, 38.0, 46.0
+# A wide chart is scaled down on a narrow screen, its labels are not.
+_WIDE, _WIDE_LEFT = 500.0, 58.0
 _LABEL_ROOM = 34.0
 
 
@@ -147,13 +151,12 @@ def line_chart(
         lines = [Line([(x, y if y and y > 0 else None) for x, y in it.points], it.label, it.faint) for it in lines]
         values = [value for value in values if value > 0]
     label_room = _LABEL_ROOM if any(line.label for line in lines) else 0
+    left = _WIDE_LEFT if width >= _WIDE else _LEFT
     right, bottom = width - _RIGHT - label_room, height - _BOTTOM
     # A line without a single value is not drawn, but its updates still span the horizontal axis.
     xs = [x for line in lines for x, _ in line.points] + [whisker.x for whisker in whiskers]
-    y_values = log_ticks(values) if log else ([0, 0.25, 0.5, 0.75, 1] if percent else linear_ticks(values, y_from))
-    x_scale = Scale(
-        min(xs, default=0), max(xs, default=0) if len(set(xs)) > 1 else min(xs, default=0) + 1, _LEFT, right
-    )
+    y_values = log_ticks(values) if log else (_SHARES[height < 200] if percent else linear_ticks(values, y_from))
+    x_scale = Scale(min(xs, default=0), max(xs, default=0) if len(set(xs)) > 1 else min(xs, default=0) + 1, left, right)
     y_scale = Scale(y_values[0], y_values[-1], bottom, _TOP, log)
     drawn = [_draw(line, x_scale, y_scale) for line in lines if any(y is not None for _, y in line.points)]
     return Chart(
@@ -163,7 +166,7 @@ def line_chart(
         x_title=x_title,
         width=width,
         height=height,
-        left=_LEFT,
+        left=left,
         right=right,
         top=_TOP,
         bottom=bottom,

@@ -32,13 +32,26 @@ def draw_curves(history: History) -> Curves:
             line_chart("Loss", [Line(curve(updates, "loss"))]),
             line_chart("Entropy", [Line(curve(updates, "entropy"))], unit="nats per token", y_from=0),
             line_chart("Gradient norm", [Line(curve(updates, "gradient_norm"))], unit="before clipping", y_from=0),
-            line_chart("Staleness", _mean_and_max(updates, "staleness"), unit="versions", y_from=0),
-            line_chart("Mismatch at lag 0", _mean_and_max(updates, "mismatch"), unit="|Δ logprob|", log=True),
+            line_chart(
+                "Staleness",
+                [Line(curve(updates, "staleness_mean"), "mean"), Line(curve(updates, "staleness_max"), "max", True)],
+                unit="versions",
+                y_from=0,
+            ),
+            line_chart("Mismatch at lag 0", _mismatch(history), unit="|Δ logprob|", log=True),
             line_chart("Clipped tokens", [Line(curve(updates, "clip_fraction"))], unit="share", y_from=0),
         ],
         imitation=[
-            line_chart("Imitation loss", [Line(curve(history.imitation, "loss"))], unit="nats", y_from=0),
-            line_chart("Likelihood of a demonstration", [Line(curve(history.imitation, "likelihood"))], percent=True),
+            line_chart(
+                "Imitation loss", [Line(curve(history.imitation, "loss"))], unit="nats", y_from=0, width=560, height=200
+            ),
+            line_chart(
+                "Likelihood of a demonstrated episode",
+                [Line([point for point in curve(history.imitation, "likelihood") if point[1] is not None])],
+                percent=True,
+                width=560,
+                height=200,
+            ),
         ]
         if history.imitation
         else [],
@@ -48,8 +61,8 @@ def draw_curves(history: History) -> Curves:
 def _success(history: History) -> Chart:
     """Training success, between the evaluations before and after."""
     points = curve(history.updates, "success_rate")
-    first, last = (points[0][0], points[-1][0]) if points else (1.0, 1.0)
-    room = max(1.0, (last - first) / 25)
+    first, last = _ends(points)
+    room = max(1.0, (last - first) / 40)
     whiskers = []
     for when, x in (("before", first - room), ("after", last + room)):
         evaluation = history.evaluations.get(when)
@@ -58,7 +71,7 @@ def _success(history: History) -> Chart:
             whiskers.append(Whisker(x, rate, low, high, when, hollow=when == "before"))
     title = "Success rate over updates"
     lines = _smoothed(points)
-    return line_chart(title, lines, percent=True, whiskers=whiskers, width=560, height=300)
+    return line_chart(title, lines, percent=True, whiskers=whiskers, width=560, height=350)
 
 
 def _smoothed(points: Points) -> list[Line]:
@@ -72,8 +85,20 @@ def _tasks(updates: Sequence[Record]) -> list[str]:
 def _task_success(updates: Sequence[Record], task: str) -> Chart:
     counts = [(float(record["update"]), task_counts(record).get(task)) for record in updates]
     points: Points = [(update, count.rate if count else None) for update, count in counts]
-    return line_chart(task, _smoothed(points), percent=True, height=160)
+    return line_chart(task, _smoothed(points), percent=True, width=240, height=150)
 
 
-def _mean_and_max(updates: Sequence[Record], name: str) -> list[Line]:
-    return [Line(curve(updates, f"{name}_mean"), "mean"), Line(curve(updates, f"{name}_max"), "max", faint=True)]
+def _mismatch(history: History) -> list[Line]:
+    """Over updates, and at both ends in the evaluations, which always act at the learner's version."""
+    mean, largest = curve(history.updates, "mismatch_mean"), curve(history.updates, "mismatch_max")
+    first, last = _ends(mean)
+    for when, place, x in (("before", 0, first - 1), ("after", len(mean) + 1, last + 1)):
+        if evaluation := history.evaluations.get(when):
+            mean.insert(place, (x, evaluation.mismatch_mean))
+            largest.insert(place, (x, evaluation.mismatch_max))
+    return [Line(mean, "mean"), Line(largest, "max", faint=True)]
+
+
+def _ends(points: Points) -> tuple[float, float]:
+    """First and last update."""
+    return (points[0][0], points[-1][0]) if points else (1.0, 1.0)

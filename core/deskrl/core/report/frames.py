@@ -108,7 +108,7 @@ def badge_of(action: Mapping[str, Any]) -> tuple[str, str]:
         return f"wait {number(action, 'seconds') or 0:g} s", "plain"
     if kind in ("finished", "infeasible"):
         return _TURNS.get(kind, kind), "end"
-    if kind == "click":
+    if kind in ("click", "drag"):
         return "", "plain"
     return (_TURNS.get(kind, kind), "plain") if kind else ("not an action", "end")
 

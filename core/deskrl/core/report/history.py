@@ -41,10 +41,12 @@ class Count:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation, overall and by task."""
+    """One evaluation, overall and by task; how far its logprobs were from the learner's."""
 
     overall: Count
     per_task: dict[str, Count]
+    mismatch_mean: float | None
+    mismatch_max: float | None
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def _count(successes: float | None, n: float | None) -> Count | None:
 def _evaluation(line: Record) -> Evaluation:
     per_task = task_counts(line)
     summed = Count(sum(count.successes for count in per_task.values()), sum(count.n for count in per_task.values()))
-    return Evaluation(_count(number(line, "successes"), number(line, "episodes")) or summed, per_task)
+    overall = _count(number(line, "successes"), number(line, "episodes")) or summed
+    return Evaluation(overall, per_task, number(line, "mismatch_mean"), number(line, "mismatch_max"))
 
 
 def _last_of_each(lines: Sequence[Record], kind: str) -> list[Record]:

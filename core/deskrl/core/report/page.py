@@ -4,6 +4,7 @@ words; reads no file, asks no service, writes no markup.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -204,7 +205,6 @@ def task_strips(evidence: Evidence, history: History, config: RunConfig) -> list
     for task in evidence.tasks:
         failed, solved = (_strip(shown, config) for shown in (task.failed, task.solved))
         num_failed, num_solved = (len(strip.frames) if strip else 0 for strip in (failed, solved))
-        columns = round(4 * num_failed / ((num_failed + num_solved) or 1))
         rows.append(
             TaskStrips(
                 task.task_id,
@@ -213,10 +213,20 @@ def task_strips(evidence: Evidence, history: History, config: RunConfig) -> list
                 solved,
                 task.num_failed,
                 task.num_solved,
-                min(3, max(1, columns)),
+                split_columns(num_failed, num_solved),
             )
         )
     return rows
+
+
+def split_columns(num_failed: int, num_solved: int) -> int:
+    """How many of the four columns the failed episode gets, so that both are about as tall."""
+
+    def heights(columns: int) -> tuple[int, int]:
+        failed, solved = math.ceil(num_failed / columns), math.ceil(num_solved / (4 - columns))
+        return max(failed, solved), abs(failed - solved)
+
+    return min((2, 1, 3), key=heights)
 
 
 def _strip(shown: ShownEpisode | None, config: RunConfig) -> Strip | None:
@@ -250,10 +260,10 @@ def _versions(seen: Iterable[tuple[str, int]]) -> str:
 def span_text(seconds: float) -> str:
     """A duration: 4.2 s, 48 s, 9 min 12 s, 3 h 05 min."""
     if seconds < 10:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{whole}\N{NO-BREAK SPACE}s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
