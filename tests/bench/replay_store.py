@@ -1,0 +1,271 @@
+"""The replay service against bare SQLite: episodes of 15 screenshots inserted and read back.
+
+Both sides store the same bytes, durably, with the same settings and the same number of commits: the service runs
+first in each turn and its commits are counted (by its own metric), then as many are spread over the bare inserts. The
+service's time includes everything that a caller waits for: the wire, checking hashes and steps, leases, groups.
+Prints one JSON line; `ratio` is bare time over the service's time, writing and reading together, median of the turns.
+
+    python tests/bench/replay_store.py [--turns 5] [--episodes 32] [--actors 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from deskrl.core import ids, rpc
+from deskrl.core.config import RunConfig, dump_config
+from deskrl.core.trajectory import Span, Step, decode_step, encode_step
+from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc, rollout_pb2, rollout_pb2_grpc
+
+STEPS = 15
+SHOT_BYTES = 200_000
+PROMPT_TOKENS = 1500
+ACTION_TOKENS = 40
+GROUP = 8
+ME = rpc.peer("actor", "bench")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of one side in one turn."""
+
+    write_s: float
+    read_s: float
+
+
+Episode = list[tuple[bytes, str, bytes]]
+"""For each step: screenshot, its hash, the step in msgpack."""
+
+
+def make_episode() -> Episode:
+    """An episode of incompressible screenshots."""
+    episode = []
+    for index in range(STEPS):
+        shot = os.urandom(SHOT_BYTES)
+        name = ids.image_hash(shot)
+        step = Step(
+            index=index,
+            screenshot=name,
+            images=(name,),
+            text="click(start_box='(10,10)')",
+            prompt_ids=tuple(range(PROMPT_TOKENS)),
+            action_ids=tuple(range(ACTION_TOKENS)),
+            logprobs=(-0.5,) * ACTION_TOKENS,
+            spans=(Span("bench", 1, 0, ACTION_TOKENS),),
+        )
+        episode.append((shot, name, encode_step(step)))
+    return episode
+
+
+class Service:
+    """A replay process over a fresh folder, and its callers."""
+
+    def __init__(self, folder: Path) -> None:
+        ports = [free_port(), free_port()]
+        config = RunConfig.model_validate(
+            {"runs": folder, "replay": {"address": f"127.0.0.1:{ports[0]}", "metrics_port": ports[1]}}
+        )
+        config.folder.mkdir(parents=True)
+        dump_config(config, config.folder / "config.json")
+        command = [sys.executable, "-m", "deskrl.core.cli", "replay", str(config.folder / "config.json")]
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self._address = config.replay.address
+        self._metrics = f"http://127.0.0.1:{ports[1]}/metrics"
+        with rpc.connect_sync(self._address) as channel:
+            grpc.channel_ready_future(channel).result(timeout=30)
+
+    def close(self) -> None:
+        """Stop the process."""
+        self._process.terminate()
+        self._process.wait()
+
+    def num_commits(self) -> int:
+        """Transactions so far, as the service counts them."""
+        with urllib.request.urlopen(self._metrics) as page:
+            lines = page.read().decode().splitlines()
+        return int(
+            float(next(line for line in lines if line.startswith("deskrl_replay_commit_seconds_count")).split()[1])
+        )
+
+    def turn(self, episodes: list[Episode], queue: str, num_actors: int) -> tuple[Turn, int]:
+        """Write and read the episodes; returns the times and the number of commits of the writing."""
+        return asyncio.run(self._turn(episodes, queue, num_actors))
+
+    async def _turn(self, episodes: list[Episode], queue: str, num_actors: int) -> tuple[Turn, int]:
+        async with rpc.connect(self._address) as channel:
+            rollout = rollout_pb2_grpc.RolloutServiceStub(channel)
+            replay = replay_pb2_grpc.ReplayServiceStub(channel)
+            num_groups = len(episodes) // GROUP
+            await replay.PlanGroups(plan(queue, num_groups))
+            num_before = self.num_commits()
+
+            start_s = time.perf_counter()
+            waiting = list(episodes)
+            async with asyncio.TaskGroup() as actors:
+                for _ in range(num_actors):
+                    actors.create_task(act(rollout, waiting))
+            write_s = time.perf_counter() - start_s
+            num_commits = self.num_commits() - num_before
+
+            start_s = time.perf_counter()
+            num_bytes = 0
+            for ordinal in range(num_groups):
+                num_bytes += await learn(replay, queue, ordinal)
+            read_s = time.perf_counter() - start_s
+            assert num_bytes == len(episodes) * STEPS * SHOT_BYTES
+            return Turn(write_s, read_s), num_commits
+
+
+def plan(queue: str, num_groups: int) -> replay_pb2.PlanGroupsRequest:
+    """Work for a turn."""
+    groups = [
+        replay_pb2.GroupPlan(
+            group_id=ids.group_id(queue, ordinal),
+            queue=queue,
+            task_id="task",
+            task_json=b"{}",
+            seeds=range(GROUP),
+            max_steps=STEPS,
+            acting_policy=rollout_pb2.ACTING_POLICY_SAMPLED,
+        )
+        for ordinal in range(num_groups)
+    ]
+    return replay_pb2.PlanGroupsRequest(peer=ME, groups=groups)
+
+
+async def act(stub: Any, waiting: list[Episode]) -> None:
+    """One actor: leases and streams episodes until none is left."""
+    while waiting:
+        episode = waiting.pop()
+        lease = await stub.AcquireLease(rollout_pb2.AcquireLeaseRequest(peer=ME, request_id=ids.new_id("request")))
+        call = stub.StreamEpisode()
+        begin = rollout_pb2.EpisodeBegin(peer=ME, lease_id=lease.lease_id, episode_id=lease.rollout.episode_id)
+        await call.write(rollout_pb2.StreamEpisodeRequest(begin=begin))
+        for index, (shot, name, payload) in enumerate(episode):
+            await call.write(rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=name, data=shot)))
+            step = rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=payload)
+            await call.write(rollout_pb2.StreamEpisodeRequest(step=step))
+        result = rollout_pb2.EpisodeResult(reward=1, num_steps=STEPS, termination=rollout_pb2.TERMINATION_FINISHED)
+        await call.write(rollout_pb2.StreamEpisodeRequest(result=result))
+        await call.done_writing()
+        closed = [response.closed async for response in call]
+        assert closed[-1]
+
+
+async def learn(stub: Any, queue: str, ordinal: int) -> int:
+    """The learner's side: a group, then its screenshots; returns their bytes."""
+    request = replay_pb2.TakeGroupRequest(peer=ME, queue=queue, batch_id=queue, ordinal=ordinal)
+    group = (await stub.TakeGroup(request)).group
+    names = [decode_step(payload).screenshot for episode in group.episodes for payload in episode.steps]
+    num_bytes = 0
+    async for response in stub.FetchImages(replay_pb2.FetchImagesRequest(hashes=names)):
+        num_bytes += len(response.image.data)
+    return num_bytes
+
+
+def bare_turn(path: Path, episodes: list[Episode], num_commits: int) -> Turn:
+    """The same bytes straight into and out of SQLite: a row for each screenshot and each step."""
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("PRAGMA page_size = 65536")
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = FULL")
+    database.execute("CREATE TABLE images (hash TEXT PRIMARY KEY, data BLOB)")
+    database.execute("CREATE TABLE steps (episode INTEGER, step INTEGER, payload BLOB, PRIMARY KEY (episode, step))")
+    num_rows = len(episodes) * STEPS
+    start_s = time.perf_counter()
+    database.execute("BEGIN IMMEDIATE")
+    row = 0
+    for number, episode in enumerate(episodes):
+        for index, (shot, name, payload) in enumerate(episode):
+            database.execute("INSERT INTO images VALUES (?, ?)", (name, shot))
+            database.execute("INSERT INTO steps VALUES (?, ?, ?)", (number, index, payload))
+            row += 1
+            if row * num_commits // num_rows > (row - 1) * num_commits // num_rows and row < num_rows:
+                database.execute("COMMIT")
+                database.execute("BEGIN IMMEDIATE")
+    database.execute("COMMIT")
+    write_s = time.perf_counter() - start_s
+
+    start_s = time.perf_counter()
+    num_bytes = 0
+    for number in range(len(episodes)):
+        steps = database.execute("SELECT payload FROM steps WHERE episode = ? ORDER BY step", (number,))
+        for (payload,) in steps.fetchall():
+            name = decode_step(payload).screenshot
+            num_bytes += len(database.execute("SELECT data FROM images WHERE hash = ?", (name,)).fetchone()[0])
+    read_s = time.perf_counter() - start_s
+    assert num_bytes == num_rows * SHOT_BYTES
+    database.close()
+    return Turn(write_s, read_s)
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    """Measure in turns, print one line."""
+    parser = argparse.ArgumentParser(description="the replay service against bare SQLite")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--episodes", type=int, default=32, help=f"in each turn, a multiple of {GROUP}")
+    parser.add_argument("--actors", type=int, default=4, help="episodes streamed at once")
+    options = parser.parse_args()
+
+    services, bares, commits = [], [], []
+    with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as folder:
+        service = Service(Path(folder))
+        try:
+            for turn in range(options.turns + 1):
+                episodes = [make_episode() for _ in range(options.episodes)]
+                through_service, num_commits = service.turn(episodes, f"bench{turn}", options.actors)
+                bare = bare_turn(Path(folder, f"bare{turn}.sqlite"), episodes, num_commits)
+                if turn > 0:  # the first one warms up
+                    services.append(through_service)
+                    bares.append(bare)
+                    commits.append(num_commits)
+        finally:
+            service.close()
+
+    megabytes = options.episodes * STEPS * SHOT_BYTES / 1e6
+
+    def median(values: list[float]) -> float:
+        return round(statistics.median(values), 3)
+
+    pairs = list(zip(bares, services, strict=True))
+    report = {
+        "bench": "replay_store",
+        "ratio": median([(bare.write_s + bare.read_s) / (ours.write_s + ours.read_s) for bare, ours in pairs]),
+        "write_ratio": median([bare.write_s / ours.write_s for bare, ours in pairs]),
+        "read_ratio": median([bare.read_s / ours.read_s for bare, ours in pairs]),
+        "service_write_mb_per_s": median([megabytes / ours.write_s for ours in services]),
+        "service_read_mb_per_s": median([megabytes / ours.read_s for ours in services]),
+        "bare_write_mb_per_s": median([megabytes / bare.write_s for bare in bares]),
+        "bare_read_mb_per_s": median([megabytes / bare.read_s for bare in bares]),
+        "commits": commits,
+        "turns": options.turns,
+        "episodes": options.episodes,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
