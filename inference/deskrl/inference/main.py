@@ -16,12 +16,12 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import prometheus_client
+import psutil
 
 from deskrl.core import lifetime, rpc
 from deskrl.core.config import RunConfig
@@ -49,22 +49,38 @@ def run(config: RunConfig, replica: int = 0) -> int:
     Raises:
         UserError: the model folder is incomplete, vLLM refuses the settings, or a port is taken.
     """
-    # An engine that starts cannot be asked to stop for seconds, so until it runs SIGTERM ends it as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    folder = _temporary_folder(config, replica)
+    # vLLM cannot be asked to stop while it starts, and has nothing to lose then.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: _end_at_once(folder))
     lifetime.die_with_parent()
     address = replica_address(config.inference.address, replica)
     rpc.refuse_exposure(address)
     check_model_folder(config.model_folder)
     _refuse_taken_ports(config, replica, address)
+    folder.mkdir(mode=0o700)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     try:
-        with _own_temporary_folder(config, replica):
-            return asyncio.run(_serve(config, replica, address))
-    except KeyboardInterrupt:
-        return 0
+        return asyncio.run(_serve(config, replica, address))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+def _temporary_folder(config: RunConfig, replica: int) -> Path:
+    """Where vLLM may leave its sockets; named so that a start clears away what a replica that was killed left there."""
+    digest = hashlib.sha256(str(config.folder).encode()).hexdigest()[:10]
+    folder = Path(tempfile.gettempdir(), f"deskrl-inference-{digest}-{replica}")
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def _end_at_once(folder: Path) -> NoReturn:
+    """End this process and all below it."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
 
 
 def _refuse_taken_ports(config: RunConfig, replica: int, address: str) -> None:
@@ -79,20 +95,6 @@ def _refuse_taken_ports(config: RunConfig, replica: int, address: str) -> None:
         except OSError as error:
             where = f"{endpoint[0]}:{endpoint[1]}"
             raise UserError(f"{where} cannot be listened on: {error.strerror}", f"change inference.{key}") from error
-
-
-@contextlib.contextmanager
-def _own_temporary_folder(config: RunConfig, replica: int) -> Iterator[None]:
-    """A folder for the sockets that vLLM leaves behind; named so that the next start finds what a killed one left."""
-    digest = hashlib.sha256(str(config.folder).encode()).hexdigest()[:10]
-    folder = Path(tempfile.gettempdir(), f"deskrl-inference-{digest}-{replica}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def replica_address(address: str, replica: int) -> str:
