@@ -45,13 +45,8 @@ def draw_curves(history: History) -> Curves:
             line_chart(
                 "Imitation loss", [Line(curve(history.imitation, "loss"))], unit="nats", y_from=0, width=560, height=200
             ),
-            line_chart(
-                "Likelihood of a demonstrated episode",
-                [Line([point for point in curve(history.imitation, "likelihood") if point[1] is not None])],
-                percent=True,
-                width=560,
-                height=200,
-            ),
+            # Logarithmic: a product over all of an episode's tokens starts next to nothing and grows by factors.
+            line_chart("Likelihood of a demonstrated episode", _likelihood(history), log=True, width=560, height=200),
         ]
         if history.imitation
         else [],
@@ -97,6 +92,11 @@ def _mismatch(history: History) -> list[Line]:
             mean.insert(place, (x, evaluation.mismatch_mean))
             largest.insert(place, (x, evaluation.mismatch_max))
     return [Line(mean, "mean"), Line(largest, "max", faint=True)]
+
+
+def _likelihood(history: History) -> list[Line]:
+    """Measured every few updates only, so that the measured ones are joined."""
+    return [Line([point for point in curve(history.imitation, "likelihood") if point[1] is not None])]
 
 
 def _ends(points: Points) -> tuple[float, float]:
