@@ -21,6 +21,9 @@ stop = stop_event()
 die_with_parent(grace_s=0.5)
 print("ready", flush=True)
 stop.wait(30)
+if "asks" in sys.argv:
+    print("draining", flush=True)
+    sys.stdin.readline()
 print("drained", flush=True)
 if "hangs" in sys.argv:
     import time
@@ -31,6 +34,7 @@ if "hangs" in sys.argv:
 def _start_role(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     role = subprocess.Popen(
         [sys.executable, "-c", _ROLE, *arguments],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **environment},
@@ -45,10 +49,13 @@ def _supervisor() -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_sets_the_event_and_a_second_one_changes_nothing(number: signal.Signals) -> None:
-    with _start_role() as role:
-        assert role.stdout is not None and role.stdout.readline() == "ready\n"
+    with _start_role("asks") as role:
+        assert role.stdin is not None and role.stdout is not None and role.stdout.readline() == "ready\n"
         role.send_signal(number)
+        assert role.stdout.readline() == "draining\n"
         role.send_signal(number)
+        role.stdin.write("go on\n")
+        role.stdin.flush()
         assert role.stdout.read() == "drained\n"
     assert role.returncode == 0
 
