@@ -60,8 +60,7 @@ def test_a_task_that_is_solved_already_or_never_or_not_scripted_fails_the_comman
     write_task(tmp_path, "already", "a\n", [{"kind": "finished"}])
     write_task(tmp_path, "never", "b\n", [{"kind": "finished"}])
     write_task(tmp_path, "unscripted", "b\n", [])
-    config = CONFIG.model_copy(update={"tasks": CONFIG.tasks.model_copy(update={"suite": tmp_path})})
-    assert main(config, num_times=1) == 1
+    assert main(tmp_path, num_times=1) == 1
     lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
     assert "fails" in lines["already"]
     assert "fails" in lines["never"]

@@ -26,7 +26,7 @@ from deskrl.actor.setup_steps import asset_path, read_asset, run_steps, unsuppor
 from deskrl.actor.tasks import Check, Task, TypedItem
 from deskrl.core.errors import UserError
 
-_POLL_S = 0.1
+_FIRST_POLL_S = 0.05  # doubled from one to the next: most effects are there at once, and an asking costs a process
 _EVIDENCE_CHARACTERS = 400
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # what `Desktop.execute` says, as a shell does
 
@@ -65,13 +65,16 @@ async def evaluate_task(desktop: Desktop, task: Task, final_action: Action | Non
         return Evaluation(reward, {"infeasible": task.evaluator.infeasible, "called_infeasible": gave_up})
     await run_steps(desktop, task.id, task.evaluator.postconfig)
     deadline = time.monotonic() + task.evaluate_within_s
+    pause_s = _FIRST_POLL_S
     num_asked = 0
     while True:
         reward, checks = await _judge(desktop, task)
         num_asked += 1
-        if reward >= 1.0 or time.monotonic() >= deadline:
+        left_s = deadline - time.monotonic()
+        if reward >= 1.0 or left_s <= 0:
             return Evaluation(reward, {"checks": checks, "asked": num_asked})
-        await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(min(pause_s, left_s))
+        pause_s *= 2
 
 
 def unsupported(task: Task) -> list[str]:

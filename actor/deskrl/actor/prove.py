@@ -54,10 +54,13 @@ class Proof:
         self.seconds[phase].append(time.monotonic() - started)
 
 
-def main(config: RunConfig, task_ids: Sequence[str] = (), num_times: int = 3) -> int:
-    """Prove tasks of the configured suite (all of them unless named), print a table; 1 if any proof fails."""
-    tasks = load_tasks(config.tasks.suite, task_ids or config.tasks.tasks)
-    proofs = asyncio.run(prove(tasks, config, num_times))
+def main(suite: Path | None = None, task_ids: Sequence[str] = (), num_times: int = 3) -> int:
+    """Prove tasks of a suite (deskrl's own unless named; all of it unless ids are named) and print a table.
+
+    Returns:
+        The exit status: 0 if every proof holds, else 1.
+    """
+    proofs = asyncio.run(prove(load_tasks(suite, task_ids), RunConfig(), num_times))
     print_proofs(proofs)
     return 0 if all(proof.holds for proof in proofs) else 1
 
