@@ -1,0 +1,241 @@
+"""The engine and the forward pass: the same loss and gradients however the work is packed, cut or shared out."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from learner_kit import SIZE, ToyPolicy, build_model, demonstrate, play
+from torch import Tensor
+
+from deskrl.core.config import LearnerConfig
+from deskrl.core.ids import image_hash
+from deskrl.core.rendering import image_sizing_of, suppressed_ids, vocab_size_of
+from deskrl.core.trajectory import Step
+from deskrl.learner.batch import Collator, MicroBatch
+from deskrl.learner.engine import Engine
+from deskrl.learner.feed import Feed
+from deskrl.learner.imitation import demonstration, image_sizes
+from deskrl.learner.losses import imitation_loss
+from deskrl.learner.model import Policy, Scores, load_policy, load_processor, make_collator
+from deskrl.learner.packing import Row, micro_batches, pack
+from deskrl.learner.trajectories import Trajectory
+
+Episode = tuple[list[Step], list[bytes], float]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def toy(folder: Path) -> ToyPolicy:
+    return ToyPolicy(folder)
+
+
+@pytest.fixture(scope="module")
+def episodes(toy: ToyPolicy) -> list[Episode]:
+    """Sampled by transformers' own forward pass from the untrained model; three steps, three screenshots each."""
+    return [play(toy, task_id, seed) for seed, task_id in enumerate(["red", "green", "blue", "grey", "red"])]
+
+
+def load(folder: Path) -> tuple[Policy, Collator]:
+    processor = load_processor(folder)
+    policy = load_policy(folder, suppressed_ids(processor.tokenizer, vocab_size_of(folder)), freeze_vision=False)
+    return policy, make_collator(policy, processor, lambda hashes: {name: SHOTS[name] for name in hashes})
+
+
+SHOTS: dict[str, bytes] = {}
+
+
+def rows_of(episodes: Sequence[Episode], share: bool = True) -> list[Row]:
+    SHOTS.update({image_hash(shot): shot for _, shots, _ in episodes for shot in shots})
+    return [
+        row
+        for index, (steps, _, _) in enumerate(episodes)
+        for row in pack(index, steps, [[0] * len(step.action_ids) for step in steps], share)
+    ]
+
+
+def gradients(folder: Path, rows: Sequence[Row], max_tokens: int) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one pass over rows, without any engine."""
+    policy, collator = load(folder)
+    total = 0.0
+    for batch in micro_batches([len(row.token_ids) for row in rows], max_tokens):
+        micro = collator.collate([rows[index] for index in batch])
+        loss = imitation_loss(policy(micro, 0.7).logprobs_N, 10.0)
+        torch.autograd.backward(loss)
+        total += float(loss.detach())
+    return total, {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def test_packed_and_unpacked_give_the_same_loss_and_gradients(folder: Path, episodes: list[Episode]) -> None:
+    packed, unpacked = rows_of(episodes), rows_of(episodes, share=False)
+    assert len(packed) == 5
+    assert len(unpacked) == 15
+    loss, gradient = gradients(folder, packed, max_tokens=4096)
+    other_loss, other_gradient = gradients(folder, unpacked, max_tokens=4096)
+    assert loss == pytest.approx(other_loss, rel=1e-6)
+    assert gradient.keys() == other_gradient.keys()
+    for name, value in gradient.items():
+        torch.testing.assert_close(value, other_gradient[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_token_budget_changes_nothing_but_the_work(folder: Path, episodes: list[Episode]) -> None:
+    rows = rows_of(episodes)
+    loss, gradient = gradients(folder, rows, max_tokens=4096)
+    other_loss, other_gradient = gradients(folder, rows, max_tokens=1)
+    assert loss == pytest.approx(other_loss, rel=1e-6)
+    for name, value in gradient.items():
+        torch.testing.assert_close(value, other_gradient[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_learner_gives_sampled_tokens_the_logprobs_that_they_were_sampled_with(
+    folder: Path, episodes: list[Episode]
+) -> None:
+    policy, collator = load(folder)
+    micro = collator.collate(rows_of(episodes))
+    with torch.no_grad():
+        logprobs_N, entropy_N = policy(micro, 1.0)
+    torch.testing.assert_close(logprobs_N, micro.behaviour_logprobs_N, rtol=0, atol=1e-5)
+    assert bool((entropy_N > 0).all())
+
+
+def test_suppressed_tokens_have_no_probability_and_temperature_divides_the_logits(
+    folder: Path, episodes: list[Episode], toy: ToyPolicy
+) -> None:
+    policy, collator = load(folder)
+    row = rows_of(episodes)[0]
+    micro = collator.collate([row])
+    with torch.no_grad():
+        at_half = policy(micro, 0.5).logprobs_N
+    images = [SHOTS[name] for name in row.images]
+    unscaled = toy.logprobs(row.token_ids, images)[[target - 1 for target in row.targets]]
+    expected = (
+        (unscaled / 0.5).log_softmax(-1).gather(1, torch.tensor([row.token_ids[t] for t in row.targets])[:, None])
+    )
+    torch.testing.assert_close(at_half, expected[:, 0], rtol=0, atol=1e-5)
+
+
+def test_another_number_of_image_tokens_than_the_screenshots_make_is_a_loud_error(
+    folder: Path, episodes: list[Episode]
+) -> None:
+    _, collator = load(folder)
+    row = rows_of(episodes)[0]
+    image_token = next(token for token in row.token_ids if row.token_ids.count(token) >= 12)
+    at = row.token_ids.index(image_token)
+    torn = Row(0, row.token_ids[:at] + row.token_ids[at + 1 :], row.images, (50,), (0.0,), (0,))
+    with pytest.raises(RuntimeError, match="different processors"):
+        collator.collate([torn])
+
+
+def test_a_demonstration_becomes_the_ids_that_the_policy_would_have_seen_and_sampled(
+    folder: Path, toy: ToyPolicy
+) -> None:
+    steps, shots, reward = demonstrate("blue")
+    sizes = image_sizes({image_hash(shot): shot for shot in shots})
+    assert set(sizes.values()) == {SIZE}
+    demo = demonstration(
+        Trajectory("demo", "blue", reward, tuple(steps)), toy.tokenizer, image_sizing_of(folder), sizes
+    )
+    first, second = demo.steps
+    assert toy.tokenizer.decode(first.action_ids) == "press blue<|im_end|>"
+    sampled_prompt = list(first.prompt_ids) + list(first.action_ids)
+    assert list(second.prompt_ids[: len(sampled_prompt)]) == sampled_prompt
+    assert len(pack(0, demo.steps, [[0] * len(step.action_ids) for step in demo.steps])) == 1
+
+
+# Optimizer steps, in processes of their own: torch.distributed is once a process.
+_STEPS = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = json.loads(sys.argv[1])
+import test_learner_engine as t
+print("RESULT" + json.dumps(t.take_steps(Path(sys.argv[2]), json.loads(sys.argv[3]))))
+"""
+
+
+def take_steps(folder: Path, cases: list[tuple[int, bool]]) -> list[dict[str, Any]]:
+    """In a child process: for each (ZeRO stage, spoilt), one optimizer step of a fresh engine; what came of it."""
+    toy = ToyPolicy(folder)
+    rows = rows_of([play(toy, task_id, seed) for seed, task_id in enumerate(["red", "green", "blue"])])
+    results = []
+    for zero_stage, spoilt in cases:
+        policy, collator = load(folder)
+        grpo = {"learning_rate": 1e-2}
+        engine = Engine(
+            policy, LearnerConfig.model_validate({"dtype": "float32", "zero_stage": zero_stage, "grpo": grpo})
+        )
+        feed = Feed(collator, engine.rank, engine.world_size, 64, lambda: None)
+        share = feed.share(rows)
+        denominator = math.nan if spoilt else 10.0
+
+        def loss_of(index: int, micro: MicroBatch, scores: Scores, denominator: float = denominator) -> Tensor:
+            return imitation_loss(scores.logprobs_N, denominator)
+
+        outcome = engine.update(feed.batches(share), len(share), 1.0, loss_of)
+        weights = engine.weights()
+        results.append(
+            {
+                "applied": outcome.applied,
+                "norm": outcome.gradient_norm,
+                "probe": weights["model.layers.0.mlp.up_proj.weight"].flatten()[:64].tolist(),
+                "names": sorted(weights),
+            }
+        )
+    engine.close()
+    return results
+
+
+def run_steps(folder: Path, num_ranks: int, cases: list[tuple[int, bool]]) -> list[list[dict[str, Any]]]:
+    """For each rank, the result of each case."""
+    here = Path(__file__).resolve().parent
+    paths = json.dumps([str(here), str(here.parent / "kit")])
+    launcher = [sys.executable]
+    if num_ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    script = folder.parent / "steps.py"
+    script.write_text(_STEPS)
+    command = [*launcher, str(script), paths, str(folder), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line.split("RESULT")[1]) for line in done.stdout.splitlines() if "RESULT" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[dict[str, Any]]:
+    """One rank: a good step, then steps from a gradient that is not a number, under ZeRO 0 and 1."""
+    return run_steps(folder, 1, [(1, False), (0, True), (1, True)])[0]
+
+
+def test_two_ranks_take_the_same_step_as_one_under_every_zero_stage(folder: Path, alone: list[dict[str, Any]]) -> None:
+    ranks = run_steps(folder, 2, [(stage, False) for stage in (0, 1, 2, 3)])
+    assert len(ranks) == 2
+    for result in (result for rank in ranks for result in rank):
+        assert result["applied"]
+        assert result["norm"] == pytest.approx(alone[0]["norm"], rel=1e-4)
+        assert result["probe"] == pytest.approx(alone[0]["probe"], rel=1e-3, abs=1e-5)
+
+
+def test_published_names_are_those_of_the_model_folder(folder: Path, alone: list[dict[str, Any]]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert alone[0]["names"] == sorted(file.keys())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(folder: Path, alone: list[dict[str, Any]]) -> None:
+    policy, _ = load(folder)
+    untouched = policy.model.model.language_model.layers[0].mlp.up_proj.weight.flatten()[:64].tolist()
+    for spoilt in alone[1:]:
+        assert not spoilt["applied"]
+        assert spoilt["probe"] == untouched
+    assert alone[0]["probe"] != untouched

@@ -1,0 +1,153 @@
+"""Plays the toy task for a learner under test: takes its weights over the contract, leases work from a real replay.
+
+A thread plays with the weights that were last committed; a gRPC server takes weights and proves them. It can be told to
+refuse updates, or to prove weights that it does not have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from learner_kit import ToyPolicy, demonstrate, play
+from replay_kit import ReplayClient, begin, image, result
+from safetensors.torch import save_file
+
+from deskrl.core import ids
+from deskrl.core.trajectory import Step, encode_step
+from deskrl.proto.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
+
+
+class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
+    """The receiving end of weights.proto over transformers."""
+
+    def __init__(self, address: str, model_folder: Path, scratch: Path) -> None:
+        self._model_folder = model_folder
+        self._scratch = scratch
+        self.policy: ToyPolicy | None = None
+        self.version = ("", 0)
+        self.versions: list[tuple[str, int]] = []
+        self.refuse = threading.Event()
+        self.lie = threading.Event()
+        self._lock = threading.Lock()
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        weights_pb2_grpc.add_WeightServiceServicer_to_server(self, self._server)
+        healthy = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(healthy, self._server)
+        healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._server.add_insecure_port(address)
+        self._server.start()
+
+    def UpdateWeights(
+        self, requests: Iterator[weights_pb2.UpdateWeightsRequest], context: Any
+    ) -> Iterator[weights_pb2.UpdateWeightsResponse]:
+        begun = next(requests).begin
+        if self.refuse.is_set():
+            context.abort(grpc.StatusCode.UNAVAILABLE, "told to refuse")
+        yield weights_pb2.UpdateWeightsResponse(ready=weights_pb2.UpdateReady())
+        data = bytearray()
+        while len(data) < sum(spec.num_bytes for spec in begun.tensors):
+            data += next(requests).chunk
+        tensors = _split(data, begun.tensors)
+        yield weights_pb2.UpdateWeightsResponse(received=weights_pb2.UpdateReceived(receive_ms=1.0))
+        assert next(requests).WhichOneof("event") == "commit"
+        policy = self._load(tensors)
+        version = (begun.version.lineage, begun.version.step)
+        with self._lock:
+            self.policy, self.version = policy, version
+            self.versions.append(version)
+        committed = weights_pb2.UpdateCommitted(
+            version=begun.version, canary_logprobs=self._canary(policy, begun.canary), phases_ms={"load": 1.0}
+        )
+        yield weights_pb2.UpdateWeightsResponse(committed=committed)
+
+    def served(self) -> tuple[ToyPolicy, tuple[str, int]]:
+        with self._lock:
+            assert self.policy is not None
+            return self.policy, self.version
+
+    def close(self) -> None:
+        self._server.stop(None).wait()
+
+    def _load(self, tensors: dict[str, torch.Tensor]) -> ToyPolicy:
+        """By way of a model folder: what is published must load as any checkpoint does."""
+        folder = self._scratch / ids.new_id("served")
+        shutil.copytree(self._model_folder, folder)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        policy = ToyPolicy(folder)
+        shutil.rmtree(folder)
+        return policy
+
+    def _canary(self, policy: ToyPolicy, canary: weights_pb2.Canary) -> list[float]:
+        prompt, continuation = policy.prompt_ids(canary.messages), list(canary.continuation_ids)
+        rows = policy.logprobs([*prompt, *continuation], [picture.data for picture in canary.images], suppress=False)
+        at = range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
+        logprobs = [float(rows[position, token]) for position, token in zip(at, continuation, strict=True)]
+        return [value - 0.5 for value in logprobs] if self.lie.is_set() else logprobs
+
+
+def _split(data: bytes | bytearray, specs: Any) -> dict[str, torch.Tensor]:
+    tensors, offset = {}, 0
+    for spec in specs:
+        part = bytes(data[offset : offset + spec.num_bytes])
+        assert hashlib.sha256(part).hexdigest() == spec.checksum
+        tensors[spec.name] = torch.frombuffer(bytearray(part), dtype=getattr(torch, spec.dtype)).view(*spec.shape)
+        offset += spec.num_bytes
+    return tensors
+
+
+class ToyPlayer:
+    """An actor in a thread: leases rollouts and plays them, until it is closed."""
+
+    def __init__(self, client: ReplayClient, replica: ToyReplica) -> None:
+        self._client = client
+        self._replica = replica
+        self._closed = threading.Event()
+        self.num_played = 0
+        self._thread = threading.Thread(target=self._run, name="toy-player", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join(timeout=60)
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            try:
+                lease = self._client.acquire(wait_s=1.0)
+            except grpc.RpcError:  # the service is away: a test restarts it
+                self._closed.wait(0.2)
+                continue
+            if lease.lease_id:
+                self._play(lease)
+                self.num_played += 1
+
+    def _play(self, lease: rollout_pb2.AcquireLeaseResponse) -> None:
+        rollout = lease.rollout
+        if rollout.acting_policy == rollout_pb2.ACTING_POLICY_SCRIPTED:
+            steps, shots, reward = demonstrate(rollout.task_id)
+        else:
+            policy, version = self._replica.served()
+            steps, shots, reward = play(policy, rollout.task_id, rollout.seed, version, rollout.max_steps)
+        self._client.stream(episode_requests(lease, steps, shots, reward))
+
+
+def episode_requests(
+    lease: rollout_pb2.AcquireLeaseResponse, steps: list[Step], shots: list[bytes], reward: float
+) -> Iterator[rollout_pb2.StreamEpisodeRequest]:
+    """A whole episode as an actor streams it."""
+    yield begin(lease)
+    for step, shot in zip(steps, shots, strict=True):
+        yield image(shot)
+        payload = encode_step(step)
+        message = rollout_pb2.EpisodeStep(index=step.index, image_hashes=step.images, payload=payload)
+        yield rollout_pb2.StreamEpisodeRequest(step=message)
+    yield result(reward, len(steps))
