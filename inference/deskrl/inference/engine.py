@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from deskrl.core import lifetime
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.inference.versions import INITIAL, Span, SpanCounter, Version
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from vllm import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
+
+
+TRANSFER_BACKEND = "deskrl_file"
+"""Name of the weight-transfer engine that `transfer` registers with vLLM."""
 
 
 class EngineDead(Exception):
@@ -82,6 +87,8 @@ class Engine:
 
         if current_platform.is_cpu():
             _set_environment(_CPU_ENVIRONMENT)
+        # Who the processes below follow is this role, which follows its own supervisor.
+        os.environ |= lifetime.supervised_environment()
         try:
             engine_config = AsyncEngineArgs(**engine_arguments(config)).create_engine_config()
         except (TypeError, ValueError) as error:
@@ -209,8 +216,6 @@ def engine_arguments(config: RunConfig) -> dict[str, Any]:
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
-    from deskrl.inference.transfer import BACKEND, TransferExtension
-
     inference = config.inference
     arguments: dict[str, Any] = {
         "model": str(config.model_folder),
@@ -226,8 +231,8 @@ def engine_arguments(config: RunConfig) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
-        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
-        "worker_extension_cls": f"{TransferExtension.__module__}.{TransferExtension.__qualname__}",
+        "weight_transfer_config": WeightTransferConfig(backend=TRANSFER_BACKEND),
+        "worker_extension_cls": "deskrl.inference.transfer.TransferExtension",
     }
     if current_platform.is_cpu():
         # One process beside this one, as on a single GPU: a worker of its own would start 8 s later, cost half a

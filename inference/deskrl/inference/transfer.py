@@ -1,7 +1,8 @@
-"""How new weights get into the engine's workers: a vLLM weight-transfer engine that reads a safetensors file.
+"""What deskrl puts into vLLM's worker processes: how new weights get in, and that none outlives the role.
 
-Runs inside vLLM's worker processes. vLLM imports this module there because the engine names `TransferExtension` as its
-worker extension; importing it registers the transfer engine under `BACKEND`. Knows nothing of gRPC, versions or caches.
+vLLM imports this module there because the engine names `TransferExtension` as its worker extension. Importing it
+registers the transfer engine and follows the role's process; nothing else imports it. The transfer engine reads a
+safetensors file, and knows nothing of gRPC, versions or caches.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-BACKEND = "deskrl_file"
+from deskrl.core import lifetime
+from deskrl.inference.engine import TRANSFER_BACKEND
 
 
 @dataclass
@@ -75,4 +77,6 @@ class TransferExtension:
     """Mixed into vLLM's workers so that they import this module."""
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, FileTransferEngine)
+WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, FileTransferEngine)
+# vLLM's processes would go on for ever if the role's were killed: its engine process waits for requests, not for us.
+lifetime.die_with_parent()
