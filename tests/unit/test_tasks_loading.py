@@ -83,6 +83,7 @@ def test_a_task_file_is_read_whole() -> None:
         ("deskrl.solution.1.action.kind", "smash", "t.json: deskrl.solution[1].action.kind: is missing or not one of"),
         ("deskrl.solution.1.action.kez", "s", "t.json: deskrl.solution[1].action.kez: is no field of an action"),
         ("deskrl.solution.1.action.keys", "s", "t.json: deskrl.solution[1].action.keys: is str, not list"),
+        ("deskrl.solution.0.action.box", [9, 1, 2, 3], "t.json: deskrl.solution[0].action.box: is not [left, top"),
         ("deskrl.solution.0.action.box", [1, 2], "t.json: deskrl.solution[0].action.box: is not [left, top"),
     ],
 )
@@ -106,6 +107,11 @@ def test_a_solution_is_drawn_by_its_seed() -> None:
         press, save, done = [action for _, action in task.solve(seed)]
         assert (press.kind, 10 <= press.x <= 30, 20 <= press.y <= 40) == (ActionKind.CLICK, True, True)
         assert (save, done) == (Action(ActionKind.HOTKEY, keys=("ctrl", "s")), Action(ActionKind.FINISHED))
+
+
+def test_a_demonstration_aims_at_the_middle() -> None:
+    (thought, press), *_ = parse_task(json.dumps(TASK).encode(), "t.json").demonstrate()
+    assert (thought, press) == ("Press it.", Action(ActionKind.CLICK, x=20, y=30))
 
 
 def test_the_suite_has_its_tasks_by_domain_and_the_smoke_tasks_are_of_four() -> None:

@@ -1,8 +1,8 @@
 """Proof that tasks can be solved and are not solved already: `deskrl tasks prove`. Knows no policy and no service.
 
 Each task is played on a real desktop: once with nothing done, where its evaluator must say 0.0, and several times by
-its scripted solution, where it must say 1.0. The solution takes the way of a demonstration (through the agent's text
-and its coordinates), so what is proven is what the policy will imitate.
+its scripted solution, where it must say 1.0: first as it is demonstrated, then at points drawn from its targets. All
+go through the agent's text and its coordinates, so what is proven is what the policy will imitate.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ async def prove(tasks: Sequence[Task], config: RunConfig, num_times: int = 3) ->
     Args:
         tasks: what to prove.
         config: sections `desktop` and `agent`, and the seed of the first time.
-        num_times: how often each scripted solution is played, with a seed of its own each time.
+        num_times: how often a solution drawn from its boxes is played, each time another, after the demonstration.
     """
     waiting = list(reversed(tasks))
     proofs: dict[str, Proof] = {}
@@ -101,27 +101,30 @@ async def _prove_task(desktop: Desktop, task: Task, config: RunConfig, num_times
         return proof
     try:
         untimed = Proof(task.id)  # an evaluator that waits in vain is no measure of one that does not
-        proof.untouched = await _play(desktop, task, config, None, untimed)
-        for number in range(num_times):
-            proof.solved.append(await _play(desktop, task, config, config.seed + number, proof))
+        proof.untouched = await _play(desktop, task, config, [], untimed)
+        drawn = [task.solve(config.seed + number) for number in range(num_times)]
+        for solution in [task.demonstrate(), *drawn]:
+            proof.solved.append(await _play(desktop, task, config, solution, proof))
     except (DesktopError, SetupError, EvaluatorError, TimeoutError) as error:
         proof.problems.append(f"{type(error).__name__}: {error}")
     return proof
 
 
-async def _play(desktop: Desktop, task: Task, config: RunConfig, seed: int | None, proof: Proof) -> float:
-    """One episode: by the scripted solution drawn with `seed`, or nothing done where that is None."""
+async def _play(
+    desktop: Desktop, task: Task, config: RunConfig, solution: Sequence[tuple[str, Action]], proof: Proof
+) -> float:
+    """One episode by a scripted solution, or with nothing done where that is empty."""
     limits = config.desktop
     with proof.timed("reset"):
         async with asyncio.timeout(limits.start_timeout_s):
             await desktop.reset()
     with proof.timed("setup"):
         async with asyncio.timeout(limits.setup_timeout_s):
-            await setup_task(desktop, task, seed or 0)
+            await setup_task(desktop, task, config.seed)
             screenshot = await desktop.settle()
     conversation = make_agent(config.agent).begin(task.instruction)
     last = Action(ActionKind.FINISHED)
-    for thought, action in task.solve(seed) if seed is not None else []:
+    for thought, action in solution:
         conversation.observe(screenshot)
         said = conversation.render(Turn(thought, action))
         conversation.respond(said)

@@ -246,7 +246,7 @@ class _Reader:
             self.refuse(key, "is no object")
         values = dict(self.get(raw, "action", dict, prefix=f"{key}."))
         box = values.pop("box", None)
-        if box is not None and not (isinstance(box, list) and len(box) == 4 and all(type(n) is int for n in box)):
+        if box is not None and not _is_box(box):
             self.refuse(f"{key}.action.box", "is not [left, top, right, bottom]")
         thought = self.get(raw, "thought", str, prefix=f"{key}.")
         return SolutionStep(thought, self._action(values, f"{key}.action"), tuple(box) if box else None)
@@ -264,6 +264,13 @@ class _Reader:
             self.get(values, name, list if isinstance(default, tuple) else type(default), prefix=f"{key}.")
         values["keys"] = tuple(values.get("keys", ()))
         return Action(kind, **values)
+
+
+def _is_box(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 4 or not all(type(side) is int for side in value):
+        return False
+    left, top, right, bottom = value
+    return bool(left <= right and top <= bottom)
 
 
 def _draw(step: SolutionStep, drawn: random.Random) -> Action:
