@@ -20,7 +20,7 @@ CONFIG = RunConfig(desktop=DesktopConfig(num_envs=2))
 
 
 def test_every_task_of_the_suite_can_be_solved_and_is_not_solved_already() -> None:
-    proofs = asyncio.run(prove(load_tasks(), CONFIG, num_times=2))
+    proofs = asyncio.run(prove(load_tasks(), CONFIG, num_times=1))
     assert [proof.task_id for proof in proofs if not proof.holds] == []
 
 
