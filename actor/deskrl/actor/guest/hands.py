@@ -23,7 +23,7 @@ _BUTTON_LEFT, _BUTTON_RIGHT = 1, 3
 _WHEEL_UP, _WHEEL_DOWN, _WHEEL_LEFT, _WHEEL_RIGHT = 4, 5, 6, 7
 _DRAG_MOVES = 12
 _DRAG_MOVE_S = 0.012
-_DOUBLE_CLICK_S = 0.5
+_DOUBLE_CLICK_S = 0.55  # a little more than the longest in use
 _DOUBLE_CLICK_PIXELS = 8
 _BETWEEN_CLICKS_S = 0.03
 """Between the clicks of a double click: Chromium takes two presses of one millisecond for one event seen twice."""

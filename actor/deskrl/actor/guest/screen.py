@@ -11,6 +11,8 @@ import struct
 import time
 from pathlib import Path
 
+from deskrl.actor.guest.activity import anything_runs
+
 _HEADER = struct.Struct(">25I")  # XWDFileHeader, big-endian as Xvfb writes it
 _COLOR_BYTES = 12
 
@@ -35,15 +37,15 @@ class Screen:
         return self._map[self._start : self._end]
 
     def settle(self, quiet_s: float, limit_s: float) -> bytes:
-        """Wait until the pixels have not changed for `quiet_s`, at most `limit_s`; the last pixels seen."""
+        """Wait until no pixel has changed and no program was at work for `quiet_s`, at most `limit_s`; the pixels."""
         poll_s = max(0.005, quiet_s / 4)
-        started = unchanged_since = time.monotonic()
+        started = quiet_since = time.monotonic()
         last = self.grab()
         while True:
             now = time.monotonic()
-            if now - unchanged_since >= quiet_s or now - started >= limit_s:
+            if now - quiet_since >= quiet_s or now - started >= limit_s:
                 return last
-            time.sleep(min(poll_s, limit_s - (now - started), quiet_s - (now - unchanged_since)))
+            time.sleep(min(poll_s, limit_s - (now - started), quiet_s - (now - quiet_since)))
             current = self.grab()
-            if current != last:
-                last, unchanged_since = current, time.monotonic()
+            if current != last or anything_runs():
+                last, quiet_since = current, time.monotonic()

@@ -1,0 +1,308 @@
+"""Action to settled screenshot: our fast path against OSWorld's own guest server driven its client's way.
+
+Both sides do the same actions in the same editor on an X server of the same size, and wait by the same rule: a screen
+is settled when it has not changed for `settle_quiet_s`. Pauses of the clients (2 s a step in OSWorld's) are left out;
+PyAutoGUI's own pause after each call is part of an action, and the ratio without it stands beside.
+
+    python tests/bench/desktop.py [--osworld FOLDER] [--rounds N] [--desktops N]
+
+FOLDER holds OSWorld's guest server (`main.py`). It runs in an environment of its own, made under .cache/ when absent,
+without a network: this program starts itself again inside bubblewrap and tells that copy when to act.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = REPOSITORY / ".cache" / "bench-osworld"
+REQUIREMENTS = ["flask", "requests", "lxml", "numpy", "Pillow<11", "python3-xlib==0.15", "PyAutoGUI==0.9.54"]
+GUEST_SERVER = "http://127.0.0.1:5000"
+WIDTH, HEIGHT = 1280, 720
+QUIET_S, LIMIT_S = 0.08, 1.0
+POLL_S = 0.02
+WARM_UP_ROUNDS = 2
+NO_DEBUG = """
+import runpy, sys, flask
+run = flask.Flask.run
+flask.Flask.run = lambda app, **options: run(app, host="127.0.0.1")
+sys.path.insert(0, ".")
+runpy.run_path("main.py", run_name="__main__")
+"""
+"""Starts OSWorld's server without the debugger that its last line asks for, which would only slow it."""
+ACTIONS = ("type", "click", "hotkey")
+CLICK_AT = ((500, 300), (700, 400))
+
+
+class Ours:
+    """An embedded desktop over its fast path."""
+
+    def __init__(self, run_root: Path) -> None:
+        from deskrl.actor.desktops.embedded import EmbeddedDesktop
+        from deskrl.core.config import DesktopConfig
+
+        config = DesktopConfig(width=WIDTH, height=HEIGHT, settle_quiet_s=QUIET_S, settle_limit_s=LIMIT_S)
+        self.desktops = (EmbeddedDesktop(config, f"desktop-{number}", run_root) for number in range(1_000_000))
+        self.desktop = next(self.desktops)
+
+    async def start(self) -> None:
+        await self.desktop.start()
+        await self.desktop.launch("mousepad")
+        await self.desktop.wait_for_window("mousepad")
+        await self.desktop.settle()
+
+    async def step(self, number: int) -> float:
+        """Seconds from the action to its settled screenshot."""
+        from deskrl.actor.actions import Action, ActionKind
+
+        x, y = CLICK_AT[number // len(ACTIONS) % 2]
+        action = {
+            "type": Action(ActionKind.TYPE, text="hello"),
+            "click": Action(ActionKind.CLICK, x=x, y=y),
+            "hotkey": Action(ActionKind.HOTKEY, keys=("ctrl", "a")),
+        }[ACTIONS[number % len(ACTIONS)]]
+        started = time.perf_counter()
+        await self.desktop.act(action)
+        image = await self.desktop.settle()
+        assert image.size == (WIDTH, HEIGHT)
+        return time.perf_counter() - started
+
+    async def reset_s(self, rounds: int) -> float:
+        """Median seconds of a reset."""
+        return statistics.median([await _timed(self.desktop.reset()) for _ in range(rounds)])
+
+    async def run_at_once(self, num_desktops: int) -> dict[str, float]:
+        """Start desktops together, each with an editor, and see that all answer: seconds, and megabytes of each."""
+        desktops = [next(self.desktops) for _ in range(num_desktops)]
+        available = _available_mb()
+
+        async def start(desktop) -> None:  # type: ignore[no-untyped-def]
+            await desktop.start()
+            await desktop.launch("mousepad")
+            await desktop.wait_for_window("mousepad")
+
+        try:
+            started_s = await _timed(asyncio.gather(*map(start, desktops)))
+            num_alive = sum(await asyncio.gather(*(desktop.is_alive() for desktop in desktops)))
+            each_mb = (available - _available_mb()) / num_desktops
+        finally:
+            await asyncio.gather(*(desktop.close() for desktop in desktops))
+        return {"desktops_at_once": num_alive, "start_together_s": round(started_s, 2), "each_mb": round(each_mb)}
+
+
+async def _timed(operation) -> float:  # type: ignore[no-untyped-def]
+    started = time.perf_counter()
+    await operation
+    return time.perf_counter() - started
+
+
+def _available_mb() -> float:
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
+
+
+class Theirs:
+    """The copy of this program that drives OSWorld's guest server, one step a line."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._stdin: IO[str] = process.stdin
+        self._stdout: IO[str] = process.stdout
+        self._read()
+
+    def step(self, number: int, *, with_pause: bool) -> float:
+        """Seconds from the action to its settled screenshot."""
+        print(number, int(with_pause), file=self._stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> float:
+        line = self._stdout.readline()
+        if not line:
+            raise SystemExit("OSWorld's guest server did not come up: see above")
+        return float(line)
+
+
+@contextmanager
+def osworld(folder: Path) -> Iterator[Theirs]:
+    """OSWorld's guest server, running in a place where it hurts nobody."""
+    if not ENVIRONMENT.exists():
+        make_environment()
+    with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as scratch:
+        command = ["bwrap", "--die-with-parent", "--unshare-pid", "--unshare-net", "--dev-bind", "/", "/"]
+        command += ["--proc", "/proc", "--tmpfs", "/tmp", "--bind", scratch, "/run"]
+        command += ["--setenv", "HOME", "/tmp", "--setenv", "DISPLAY", ":0", "--", sys.executable, __file__]
+        process = subprocess.Popen(
+            [*command, "--drive", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            yield Theirs(process)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def make_environment() -> None:
+    """A virtual environment of the system's Python, which has pyatspi and tkinter (python3-pyatspi, python3-tk)."""
+    try:
+        subprocess.run(["/usr/bin/python3", "-c", "import pyatspi, tkinter"], check=True)
+        subprocess.run(["/usr/bin/python3", "-m", "venv", "--system-site-packages", str(ENVIRONMENT)], check=True)
+        pip = [str(ENVIRONMENT / "bin" / "pip"), "install", "--quiet", *REQUIREMENTS]
+        subprocess.run(pip, check=True, stdout=sys.stderr)
+    except (OSError, subprocess.CalledProcessError):
+        subprocess.run(["rm", "-rf", str(ENVIRONMENT)], check=True)
+        raise SystemExit("OSWorld's server needs: apt-get install python3-venv python3-tk python3-pyatspi") from None
+
+
+def drive(folder: Path) -> None:
+    """Inside bubblewrap: bring up a desktop with OSWorld's server, then do one step for each line read."""
+    environment = os.environ | {"PATH": f"{ENVIRONMENT}/bin:{os.environ['PATH']}", "NO_AT_BRIDGE": "1"}
+    # With this program in sight PyAutoGUI takes screenshots in its own process, as on OSWorld's image: its fastest way.
+    (ENVIRONMENT / "bin" / "gnome-screenshot").unlink(missing_ok=True)
+    (ENVIRONMENT / "bin" / "gnome-screenshot").symlink_to("/bin/true")
+    Path("/tmp/.gtkrc-2.0").touch()
+    settings = Path("/tmp/.config/gtk-3.0/settings.ini")
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[Settings]\ngtk-cursor-blink=false\n")
+
+    def spawn(*command: str, cwd: Path = Path("/tmp")) -> None:
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd)
+
+    spawn("Xvfb", ":0", "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp", "-ac")
+    # The server writes beside itself, so it runs from a copy.
+    copy = Path("/tmp/server")
+    subprocess.run(["cp", "-r", "--no-preserve=mode", str(folder), str(copy)], check=True)
+    subprocess.run(["touch", "/tmp/.Xauthority"], check=True)
+    while not Path("/tmp/.X11-unix/X0").exists():
+        time.sleep(0.05)
+    spawn("openbox")
+    spawn("mousepad")
+    server = (
+        "import runpy, flask; run = flask.Flask.run; flask.Flask.run = lambda app, **o: run(app, host='127.0.0.1')\n"
+    )
+    server += "import sys; sys.path.insert(0, '.'); runpy.run_path('main.py', run_name='__main__')"
+    spawn("python", "-c", server, cwd=copy)
+    for _ in range(300):
+        try:
+            settled_png()
+            break
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.1)
+    else:
+        raise SystemExit("OSWorld's guest server does not answer")
+    print(0, flush=True)
+    for line in sys.stdin:
+        number, with_pause = map(int, line.split())
+        print(their_step(number, with_pause=bool(with_pause)), flush=True)
+
+
+def their_step(number: int, *, with_pause: bool) -> float:
+    """One action as OSWorld's client sends it, then screenshots until one is settled."""
+    x, y = CLICK_AT[number // len(ACTIONS) % 2]
+    call = {
+        "type": "pyautogui.write('hello')",
+        "click": f"pyautogui.click({x}, {y})",
+        "hotkey": "pyautogui.hotkey('ctrl', 'a')",
+    }[ACTIONS[number % len(ACTIONS)]]
+    pause = "" if with_pause else "pyautogui.PAUSE = 0; "
+    code = f"import pyautogui; import time; pyautogui.FAILSAFE = False; {pause}{call}"
+    started = time.perf_counter()
+    body = json.dumps({"command": ["python", "-c", code], "shell": False}).encode()
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{GUEST_SERVER}/execute", body, headers)) as answer:
+        done = json.load(answer)
+    if done["returncode"] != 0:
+        raise SystemExit(f"the action failed: {done}")
+    image = Image.open(io.BytesIO(settled_png())).convert("RGB")
+    assert image.size == (WIDTH, HEIGHT)
+    return time.perf_counter() - started
+
+
+def settled_png() -> bytes:
+    """The rule of `deskrl.actor.guest.screen`, as far as a client can keep it: poll until nothing has changed."""
+    started = quiet_since = time.perf_counter()
+    last = get_png()
+    while True:
+        now = time.perf_counter()
+        if now - quiet_since >= QUIET_S or now - started >= LIMIT_S:
+            return last
+        time.sleep(min(POLL_S, QUIET_S - (now - quiet_since)))
+        current = get_png()
+        if current != last:
+            last, quiet_since = current, time.perf_counter()
+
+
+def get_png() -> bytes:
+    """One screenshot."""
+    with urllib.request.urlopen(f"{GUEST_SERVER}/screenshot") as answer:
+        data: bytes = answer.read()
+    return data
+
+
+async def compare(folder: Path, rounds: int, num_desktops: int) -> dict[str, object]:
+    """All figures; a round is every action once on each side, the sides in turns."""
+    times: dict[str, list[float]] = {"ours": [], "theirs": [], "theirs_without_pause": []}
+    with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as scratch, osworld(folder) as theirs:
+        ours = Ours(Path(scratch) / "desktops")
+        try:
+            await ours.start()
+            for number in range(len(ACTIONS) * (rounds + WARM_UP_ROUNDS)):
+                step = {
+                    "ours": await ours.step(number),
+                    "theirs": theirs.step(number, with_pause=True),
+                    "theirs_without_pause": theirs.step(number, with_pause=False),
+                }
+                if number >= len(ACTIONS) * WARM_UP_ROUNDS:
+                    for side, seconds in step.items():
+                        times[side].append(seconds)
+            reset_s = await ours.reset_s(rounds)
+            many = await ours.run_at_once(num_desktops)
+        finally:
+            await ours.desktop.close()
+    median = {side: statistics.median(seconds) for side, seconds in times.items()}
+    return {
+        "bench": "desktop",
+        "ratio": round(median["theirs"] / median["ours"], 2),
+        "ratio_without_pyautogui_pause": round(median["theirs_without_pause"] / median["ours"], 2),
+        **{f"{side}_ms": round(1000 * seconds, 1) for side, seconds in median.items()},
+        "of_which_quiet_ms": 1000 * QUIET_S,
+        "reset_ms": round(1000 * reset_s),
+        **many,
+    }
+
+
+def main() -> None:
+    """Print the figures as one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("DESKRL_OSWORLD", str(REPOSITORY.parent / "shared" / "osworld" / "guest_server"))
+    parser.add_argument("--osworld", type=Path, default=Path(default), help="folder of OSWorld's guest server")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--desktops", type=int, default=16, help="how many desktops to run at once")
+    parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.drive:
+        drive(options.drive)
+        return
+    if not (options.osworld / "main.py").is_file():
+        raise SystemExit(f"{options.osworld}/main.py: no such file; name OSWorld's guest server with --osworld")
+    print(json.dumps(asyncio.run(compare(options.osworld, options.rounds, options.desktops))))
+
+
+if __name__ == "__main__":
+    main()
