@@ -167,7 +167,7 @@ class _UiTarsConversation(Conversation):
 
 def smart_resize(width: int, height: int) -> tuple[int, int]:
     """The size at which Qwen2.5-VL's processor presents an image: sides in multiples of 28, area within bounds."""
-    seen = [max(_SIDE_FACTOR, round(side / _SIDE_FACTOR) * _SIDE_FACTOR) for side in (width, height)]
+    seen = [round(side / _SIDE_FACTOR) * _SIDE_FACTOR for side in (width, height)]
     area = seen[0] * seen[1]
     if area > _MAX_PIXELS:
         shrink = (width * height / _MAX_PIXELS) ** 0.5
