@@ -21,6 +21,7 @@ _APPLICATIONS = {
     "xterm": "xterm",
 }
 _FILES = {
+    "/usr/bin/python3": "python3",
     "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf": "fonts-dejavu-core",
     "/usr/share/mime/packages/freedesktop.org.xml": "shared-mime-info",
 }

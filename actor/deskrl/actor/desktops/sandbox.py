@@ -30,6 +30,7 @@ from pathlib import Path
 
 from deskrl.actor.desktops.base import DesktopError
 from deskrl.actor.desktops.limits import ControlGroups, supports_process_limit
+from deskrl.core.errors import UserError
 
 TAG = "DESKRL_DESKTOP_FOLDER"
 _GUEST_UID = 61001
@@ -83,7 +84,8 @@ class Sandbox:
             init_fd = os.pidfd_open(json.loads(status.text)["child-pid"])
         except (ValueError, ProcessLookupError) as error:
             await log.closed.wait()
-            raise DesktopError(f"the sandbox did not start: {log.text or process.wait()}") from error
+            process.wait()
+            raise _refusal(log.text) from error
         except asyncio.CancelledError:
             process.kill()  # what it has started by now dies with it
             process.wait()
@@ -132,6 +134,17 @@ class _LogTail(asyncio.Protocol):
     def text(self) -> str:
         lines = self._data.decode("utf-8", "replace").splitlines()
         return " ".join(line.strip() for line in lines if line.strip())
+
+
+def _refusal(reason: str) -> Exception:
+    """Why there is no sandbox: this machine forbids them, or something that may be over the next time."""
+    if any(words in reason for words in ("Permission denied", "Operation not permitted", "No permissions")):
+        return UserError(
+            f"this machine lets nobody make a sandbox ({reason})",
+            "allow user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0, or a container's seccomp "
+            "and capability settings)",
+        )
+    return DesktopError(f"the sandbox did not start: {reason}")
 
 
 def _send(pidfd: int, number: signal.Signals) -> None:
