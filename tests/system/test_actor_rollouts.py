@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -281,13 +282,18 @@ def once(do: Callable[[], object]) -> Callable[[], None]:
 def test_scripted_rollouts_become_demonstrations(run: Run) -> None:
     tasks = (TASK, "fill-the-disc")
     run.plan("demo", rollout_pb2.ACTING_POLICY_SCRIPTED, num_rollouts=2, tasks=tasks)
-    run.start("actor", desktop__num_envs=2)
+    (metrics_port,) = free_ports(1)
+    run.start("actor", desktop__num_envs=2, actor__metrics_port=metrics_port)
     groups = {group.task_id: group for group in (run.take("demo", ordinal) for ordinal in range(len(tasks)))}
     assert groups.keys() == set(tasks)
     for group in groups.values():
         assert len(group.episodes) == 2 and group.num_faulted == 0
         for episode in group.episodes:
             assert_demonstration(run, episode)
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics") as page:
+        metrics = page.read().decode()
+    assert 'deskrl_actor_episodes_total{termination="finished"} 4.0' in metrics
+    assert 'deskrl_actor_desktops{state="idle"}' in metrics
 
 
 def assert_demonstration(run: Run, episode: replay_pb2.Episode) -> None:

@@ -96,12 +96,15 @@ async def _run(config: RunConfig, actor: int, num_desktops: int, stop: StopEvent
         await asyncio.wait({stopping, heartbeat, *running}, return_when=asyncio.FIRST_COMPLETED)
         return _status([heartbeat, *running])
     finally:
-        async with asyncio.timeout(DRAIN_S):
-            await _drain(running, replay)
-            heartbeat.cancel()
-            stopping.cancel()
-            await asyncio.gather(*(worker.close() for worker in workers))
-            await asyncio.gather(replay.close(), policy.close())
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await _drain(running, replay)
+                await asyncio.gather(*(worker.close() for worker in workers))
+        except TimeoutError:
+            _log.warning("not all was given back and closed in time: leases run out, desktops end with this process")
+        heartbeat.cancel()
+        stopping.cancel()
+        await asyncio.gather(replay.close(), policy.close())
 
 
 def _status(tasks: list[asyncio.Task[None]]) -> int:

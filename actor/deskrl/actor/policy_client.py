@@ -35,7 +35,7 @@ class _Replica:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.channel = rpc.connect(address)
+        self.channel = rpc.connect(address, retry=False)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.avoided_until_s = 0.0
 

@@ -103,9 +103,8 @@ class Worker:
         stream = self._replay.open_episode(lease)
         try:
             end = await self._play_while_leased(lease, stream)
-            async with asyncio.TaskGroup() as both:
-                both.create_task(self._deliver(lease, stream, end))
-                both.create_task(self._renew() if _leaves_desktop(end) else self._replace())
+            renewal = self._renew() if _leaves_desktop(end) else self._replace()
+            await asyncio.gather(self._deliver(lease, stream, end), renewal)
         finally:
             await stream.abandon()
 
@@ -187,7 +186,9 @@ class Worker:
     async def _renew(self) -> None:
         """Reset the desktop, or start a fresh one where there is none or it fails."""
         pauses = Pauses()
-        for _ in range(MAX_FAILED_STARTS):
+        for attempt in range(MAX_FAILED_STARTS):
+            if attempt:
+                await pauses.take()
             self._gauge.enter(DesktopState.RESETTING if self._desktop else DesktopState.REPLACING)
             desktop = self._desktop = self._desktop or self._make_desktop()
             started_s = time.monotonic()
@@ -197,7 +198,6 @@ class Worker:
             except (DesktopError, OSError) as error:  # a full disk, a time-out
                 _log.warning("a desktop did not come up: %s", describe(error))
                 self._discard()
-                await pauses.take()
                 continue
             reset_s = time.monotonic() - started_s
             self._reset_ms = 1000 * reset_s

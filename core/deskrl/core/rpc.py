@@ -69,7 +69,6 @@ _CHANNEL_OPTIONS: list[tuple[str, object]] = [
     # A role that was restarted is back within seconds: look often (the default grows to two minutes between looks).
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.enable_retries", 1),
     ("grpc.service_config", _SERVICE_CONFIG),
 ]
 
@@ -97,9 +96,14 @@ def protocol_refusal(caller: common_pb2.Peer) -> str | None:
     )
 
 
-def connect(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port`; connects when first used and reconnects by itself."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def connect(address: str, *, retry: bool = True) -> grpc.aio.Channel:
+    """A channel to `host:port`; connects when first used and reconnects by itself.
+
+    Args:
+        address: of the server.
+        retry: repeat idempotent calls that find it unavailable; False where the caller rather asks another server.
+    """
+    return grpc.aio.insecure_channel(address, options=[*_CHANNEL_OPTIONS, ("grpc.enable_retries", int(retry))])
 
 
 def connect_sync(address: str) -> grpc.Channel:
