@@ -13,6 +13,7 @@ command line (`TAG`), by which `orphans.py` finds what is left of a run that was
 from __future__ import annotations
 
 import asyncio
+import compileall
 import contextlib
 import importlib.util
 import json
@@ -244,14 +245,16 @@ def _bubblewrap(spec: SandboxSpec, passed: dict[str, int], staged: list[tuple[st
 
 
 def _guest(spec: SandboxSpec, listener: int) -> list[str]:
+    limits_processes = spec.groups.limits_processes or not supports_process_limit()
+    options = {
+        "listener": listener,
+        "width": spec.width,
+        "height": spec.height,
+        "max_processes": None if limits_processes else spec.max_processes,
+        "max_data_bytes": None if spec.groups.limits_memory else spec.memory_bytes,
+    }
     interpreter = str(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
-    arguments = [interpreter, "-S", "-s", "-B", "-m", "deskrl.actor.guest.server", "--listener", str(listener)]
-    arguments += ["--width", str(spec.width), "--height", str(spec.height)]
-    if not spec.groups.limits_processes and supports_process_limit():
-        arguments += ["--max-processes", str(spec.max_processes)]
-    if not spec.groups.limits_memory:
-        arguments += ["--max-data-bytes", str(spec.memory_bytes)]
-    return arguments
+    return [interpreter, "-S", "-s", "-B", "-m", "deskrl.actor.guest.server", json.dumps(options)]
 
 
 @cache
@@ -270,6 +273,7 @@ def _sources() -> dict[Path, Path]:
         if module == "PIL" and libraries.is_dir():
             sources[libraries] = _LIBRARY / libraries.name
     guest = Path(__file__).resolve().parent.parent / "guest"
+    compileall.compile_dir(guest, quiet=2)  # inside it is read-only, and compiling would be half of a start
     sources[guest] = _LIBRARY / "deskrl" / "actor" / "guest"
     return sources
 

@@ -1,12 +1,15 @@
 """The guest server's entry: brings the session up, then answers on the socket that it was handed.
 
-Run inside the sandbox as `python -m deskrl.actor.guest.server`. Its end ends the sandbox.
+Run inside the sandbox as `python -m deskrl.actor.guest.server OPTIONS`, its options a JSON object: `listener` (the
+descriptor of a listening socket), `width`, `height`, and `max_processes` and `max_data_bytes`, null where a control
+group of the host sees to them. Its end ends the sandbox.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import socket
+import sys
 
 from Xlib.display import Display
 
@@ -25,14 +28,9 @@ _BACKGROUND = 0x2E5266
 
 def main() -> None:
     """Start everything, serve for ever."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--listener", type=int, required=True, help="descriptor of a listening socket")
-    parser.add_argument("--width", type=int, required=True)
-    parser.add_argument("--height", type=int, required=True)
-    parser.add_argument("--max-processes", type=int)
-    parser.add_argument("--max-data-bytes", type=int)
-    options = parser.parse_args()
-    session = Session(options.width, options.height, Limits(options.max_processes, options.max_data_bytes))
+    options = json.loads(sys.argv[1])
+    limits = Limits(options["max_processes"], options["max_data_bytes"])
+    session = Session(options["width"], options["height"], limits)
     framebuffer = session.wait_for_x_server()
     session.start_window_manager()
     display = Display(DISPLAY)
@@ -44,7 +42,7 @@ def main() -> None:
     screen = Screen(framebuffer)
     desk = Desk(screen, Hands(Display(DISPLAY), screen.width, screen.height), windows, commands)
     routes = {**osworld_routes(desk, commands), **fast_routes(desk, commands)}
-    Server(socket.socket(fileno=options.listener), routes).serve_forever()
+    Server(socket.socket(fileno=options["listener"]), routes).serve_forever()
 
 
 def paint_background(display: Display) -> None:
