@@ -115,8 +115,8 @@ class Service:
             await replay.PlanGroups(plan(queue, num_groups))
             num_before = self.num_commits()
 
+            waiting = [requests_of(episode) for episode in episodes]
             start_s = time.perf_counter()
-            waiting = list(episodes)
             async with asyncio.TaskGroup() as actors:
                 for _ in range(num_actors):
                     actors.create_task(act(rollout, waiting))
@@ -149,20 +149,27 @@ def plan(queue: str, num_groups: int) -> replay_pb2.PlanGroupsRequest:
     return replay_pb2.PlanGroupsRequest(peer=ME, groups=groups)
 
 
-async def act(stub: Any, waiting: list[Episode]) -> None:
+def requests_of(episode: Episode) -> list[rollout_pb2.StreamEpisodeRequest]:
+    """What an actor sends after its begin; made beforehand, as the bare side's rows are."""
+    requests = []
+    for index, (shot, name, payload) in enumerate(episode):
+        requests.append(rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=name, data=shot)))
+        step = rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=payload)
+        requests.append(rollout_pb2.StreamEpisodeRequest(step=step))
+    result = rollout_pb2.EpisodeResult(reward=1, num_steps=STEPS, termination=rollout_pb2.TERMINATION_FINISHED)
+    return [*requests, rollout_pb2.StreamEpisodeRequest(result=result)]
+
+
+async def act(stub: Any, waiting: list[list[rollout_pb2.StreamEpisodeRequest]]) -> None:
     """One actor: leases and streams episodes until none is left."""
     while waiting:
-        episode = waiting.pop()
+        requests = waiting.pop()
         lease = await stub.AcquireLease(rollout_pb2.AcquireLeaseRequest(peer=ME, request_id=ids.new_id("request")))
         call = stub.StreamEpisode()
         begin = rollout_pb2.EpisodeBegin(peer=ME, lease_id=lease.lease_id, episode_id=lease.rollout.episode_id)
         await call.write(rollout_pb2.StreamEpisodeRequest(begin=begin))
-        for index, (shot, name, payload) in enumerate(episode):
-            await call.write(rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=name, data=shot)))
-            step = rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=payload)
-            await call.write(rollout_pb2.StreamEpisodeRequest(step=step))
-        result = rollout_pb2.EpisodeResult(reward=1, num_steps=STEPS, termination=rollout_pb2.TERMINATION_FINISHED)
-        await call.write(rollout_pb2.StreamEpisodeRequest(result=result))
+        for request in requests:
+            await call.write(request)
         await call.done_writing()
         closed = [response.closed async for response in call]
         assert closed[-1]

@@ -93,14 +93,15 @@ class EpisodeStream:
                     await self._context.write(response)
 
     def _receive_image(self, image: common_pb2.Image) -> None:
-        if len(image.data) > MAX_IMAGE_BYTES:
-            raise Malformed(f"a screenshot of {len(image.data)} bytes is over the limit of {MAX_IMAGE_BYTES}")
-        if image_hash(image.data) != image.hash:
+        data = image.data  # a copy each time it is asked for
+        if len(data) > MAX_IMAGE_BYTES:
+            raise Malformed(f"a screenshot of {len(data)} bytes is over the limit of {MAX_IMAGE_BYTES}")
+        if image_hash(data) != image.hash:
             raise Malformed(f"a screenshot's bytes do not have the hash {image.hash[:80]!r}")
-        self._received.append(images.Received(images.parse_hash(image.hash), image.data))
+        self._received.append(images.Received(images.parse_hash(image.hash), data))
         if sum(len(one.data) for one in self._received) > MAX_UNNAMED_BYTES:
             raise Malformed(f"over {MAX_UNNAMED_BYTES} bytes of screenshots without a step")
-        self._coordinator.metrics.image_bytes.inc(len(image.data))
+        self._coordinator.metrics.image_bytes.inc(len(data))
 
     async def _receive_step(self, step: rollout_pb2.EpisodeStep) -> None:
         if len(step.payload) > MAX_STEP_BYTES:

@@ -6,7 +6,6 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from deskrl.replay import counters
 from deskrl.replay.refusals import Malformed, NotHeld
 
 HASH_BYTES = 32
@@ -58,11 +57,7 @@ def let_go(connection: sqlite3.Connection, rollout: int) -> None:
     used = connection.execute("DELETE FROM image_uses WHERE rollout = ? RETURNING image", (rollout,)).fetchall()
     for (image,) in used:
         if connection.execute("SELECT 1 FROM image_uses WHERE image = ? LIMIT 1", (image,)).fetchone() is None:
-            (num_bytes,) = connection.execute(
-                "DELETE FROM images WHERE id = ? RETURNING length(data)", (image,)
-            ).fetchone()
-            counters.add(connection, counters.IMAGES, -1)
-            counters.add(connection, counters.IMAGE_BYTES, -num_bytes)
+            connection.execute("DELETE FROM images WHERE id = ?", (image,))
 
 
 def read(connection: sqlite3.Connection, hashes: Sequence[bytes], max_bytes: int) -> list[bytes]:
@@ -84,16 +79,23 @@ def read(connection: sqlite3.Connection, hashes: Sequence[bytes], max_bytes: int
     return found
 
 
+def totals(connection: sqlite3.Connection) -> tuple[int, int]:
+    """Number of screenshots held, and their bytes; read off the index, not the screenshots."""
+    num_images, num_bytes = connection.execute(
+        "SELECT count(*), coalesce(sum(num_bytes), 0) FROM images INDEXED BY images_by_hash"
+    ).fetchone()
+    return num_images, num_bytes
+
+
 def _find(connection: sqlite3.Connection, value: bytes) -> int | None:
     row = connection.execute("SELECT id FROM images WHERE hash = ?", (value,)).fetchone()
     return None if row is None else int(row[0])
 
 
 def _insert(connection: sqlite3.Connection, image: Received) -> int:
-    counters.add(connection, counters.IMAGES)
-    counters.add(connection, counters.IMAGE_BYTES, len(image.data))
     row = connection.execute(
-        "INSERT INTO images (hash, data) VALUES (?, ?) RETURNING id", (image.hash, image.data)
+        "INSERT INTO images (hash, num_bytes, data) VALUES (?, ?, ?) RETURNING id",
+        (image.hash, len(image.data), image.data),
     ).fetchone()
     return int(row[0])
 

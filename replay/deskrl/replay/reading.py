@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Sequence
 
 from deskrl.proto.v1 import common_pb2, replay_pb2
-from deskrl.replay import counters, retention
+from deskrl.replay import counters, images, retention
 from deskrl.replay.refusals import Conflict
 
 _EPISODE_COLUMNS = (
@@ -120,14 +120,15 @@ def own_endings(connection: sqlite3.Connection, lease_ids: Sequence[str]) -> lis
 
 def status(connection: sqlite3.Connection, num_actors: int) -> replay_pb2.GetReplayStatusResponse:
     """Counters of the whole store."""
+    num_images, image_bytes = images.totals(connection)
     return replay_pb2.GetReplayStatusResponse(
         queues=_queues(connection),
         successes=_successes(connection),
         faults=counters.read_all(connection, counters.FAULT),
         dropped=counters.read_all(connection, counters.DROPPED),
         num_leases_expired=counters.read(connection, counters.EXPIRED_LEASES),
-        num_images=counters.read(connection, counters.IMAGES),
-        image_bytes=counters.read(connection, counters.IMAGE_BYTES),
+        num_images=num_images,
+        image_bytes=image_bytes,
         database_bytes=retention.used_bytes(connection),
         num_actors=num_actors,
     )

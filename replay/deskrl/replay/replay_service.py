@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from deskrl.core.rpc import CHUNK_BYTES
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc, rollout_pb2
 from deskrl.replay import batches, images, reading
 from deskrl.replay.answers import admit, refusing, wait_within
 from deskrl.replay.coordinator import Coordinator
 from deskrl.replay.pacing import PACED_QUEUE
 from deskrl.replay.refusals import Malformed, Refused
+
+_READ_AHEAD_BYTES = 4 * 1024**2
 
 
 class ReplayServicer(replay_pb2_grpc.ReplayServiceServicer):
@@ -61,15 +63,22 @@ class ReplayServicer(replay_pb2_grpc.ReplayServiceServicer):
         """Send screenshots in the order in which they are named."""
         try:
             hashes = [images.parse_hash(text) for text in request.hashes]
-            start = 0
-            while start < len(hashes):
-                part = partial(images.read, hashes=hashes[start:], max_bytes=CHUNK_BYTES)
-                for data in await self._coordinator.store.read(part):
-                    image = common_pb2.Image(hash=hashes[start].hex(), data=data)
-                    yield replay_pb2.FetchImagesResponse(image=image)
-                    start += 1
+            reading_ahead = self._read_images(hashes)
+            try:
+                while hashes:
+                    part = await reading_ahead
+                    names, hashes = hashes[: len(part)], hashes[len(part) :]
+                    reading_ahead = self._read_images(hashes)  # while this part is sent
+                    for name, data in zip(names, part, strict=True):
+                        yield replay_pb2.FetchImagesResponse(image=common_pb2.Image(hash=name.hex(), data=data))
+            finally:
+                reading_ahead.cancel()
         except Refused as refusal:
             await context.abort(refusal.code, str(refusal))
+
+    def _read_images(self, hashes: list[bytes]) -> asyncio.Task[list[bytes]]:
+        part = partial(images.read, hashes=hashes, max_bytes=_READ_AHEAD_BYTES)
+        return asyncio.create_task(self._coordinator.store.read(part))
 
     async def ListEpisodes(
         self, request: replay_pb2.ListEpisodesRequest, context: Any

@@ -96,7 +96,8 @@ CREATE TABLE steps (
     payload BLOB NOT NULL,
     UNIQUE (rollout, step)
 );
-CREATE TABLE images (id INTEGER PRIMARY KEY, hash BLOB NOT NULL UNIQUE, data BLOB NOT NULL);
+CREATE TABLE images (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, num_bytes INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE UNIQUE INDEX images_by_hash ON images (hash, num_bytes);
 CREATE TABLE image_uses (rollout INTEGER NOT NULL, image INTEGER NOT NULL, PRIMARY KEY (rollout, image)) WITHOUT ROWID;
 CREATE INDEX uses_by_image ON image_uses (image);
 
