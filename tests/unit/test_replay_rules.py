@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.request
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deskrl.core.errors import UserError
 from deskrl.replay import images
 from deskrl.replay.leases import LeaseClock
+from deskrl.replay.metrics import Metrics
 from deskrl.replay.pacing import Pacing
 from deskrl.replay.refusals import Malformed
 from deskrl.replay.successes import choose, threshold
+from deskrl.replay.writer import Commit
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,24 @@ def test_the_choice_among_successes_is_uniform_and_always_the_same() -> None:
     assert choices != [choose(4, seed=1, group_id=f"train/{ordinal:06d}") for ordinal in range(4000)]
     assert all(900 < num < 1100 for num in Counter(choices).values())
     assert choose(1, seed=0, group_id="any") == 0
+
+
+def test_metrics_are_served_and_a_taken_port_is_refused() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.listen()
+        with pytest.raises(UserError, match=f"metrics port {port} cannot be listened on"):
+            Metrics().expose(port)
+    metrics = Metrics()
+    metrics.committed(Commit(num_operations=3, duration_s=0.002))
+    metrics.faults.labels(kind="FAULT_KIND_EVALUATOR").inc()
+    metrics.expose(port)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    assert "deskrl_replay_commit_seconds_count 1.0" in lines
+    assert "deskrl_replay_operations_total 3.0" in lines
+    assert 'deskrl_replay_faults_total{kind="FAULT_KIND_EVALUATOR"} 1.0' in lines
 
 
 def test_a_reward_of_exactly_the_threshold_is_not_above_it() -> None:
