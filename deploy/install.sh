@@ -37,9 +37,16 @@ if [ -f "$stamp" ] && grep -qxF "$state $extras" "$stamp"; then
     exit 0
 fi
 
-python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "install.sh: $($python --version) is too old; install Python 3.11 or newer" >&2
+# A name on PATH may be a stub of a version manager: ask each whether it runs.
+python=
+for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "install.sh: there is no Python 3.11 or newer on PATH; install one" >&2
     exit 2
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
