@@ -381,6 +381,19 @@ def test_a_policy_that_ends_its_desktop_has_failed_and_the_next_episode_gets_a_f
     assert run.take("demo").episodes[0].result.reward == 1.0
 
 
+@pytest.mark.parametrize("command", [":(){ :|:& };:", "rm -rf --no-preserve-root / ~", "cat /dev/zero | tail"])
+def test_what_a_policy_does_to_its_desktop_is_never_a_fault(run: Run, command: str) -> None:
+    ruin = f"Thought: Let it end.\nAction: type(content='{command}\\n')"
+    policy = run.serve(PolicyDouble((ruin, "Thought: So.\nAction: wait()", MAKE_THE_FOLDER[-1])))
+    run.plan("eval/0", rollout_pb2.ACTING_POLICY_SAMPLED)
+    run.start("actor", desktop__memory_bytes=512 * 1024**2, desktop__step_timeout_s=10)
+    episode, steps = run.episode("eval/0")
+    assert (episode.result.reward, episode.num_faults) == (0.0, 0)
+    assert steps[0].action["text"] == f"{command}\n" and policy.answered[0].text == ruin
+    run.plan("demo", rollout_pb2.ACTING_POLICY_SCRIPTED)
+    assert run.take("demo").episodes[0].result.reward == 1.0, "the next episode has a desktop as good as new"
+
+
 def test_a_desktop_that_dies_by_itself_costs_the_policy_nothing(run: Run) -> None:
     def kill_the_desktop() -> None:
         for folder in run.desktops():
