@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them.
-# Usage: deploy/test.sh [pytest arguments]      e.g. deploy/test.sh -m long
+# Usage: deploy/test.sh [pytest arguments]      e.g. deploy/test.sh tests/system
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash deploy/install.sh test
@@ -10,4 +10,7 @@ ruff format --check --quiet .
 mypy core actor inference replay learner
 lint-imports
 buf lint proto
+if (($# == 0)); then
+    set -- tests/unit tests/contract
+fi
 exec pytest "$@"
