@@ -31,12 +31,14 @@ from typing import IO
 
 from PIL import Image
 
+from deskrl.core.config import DesktopConfig
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = REPOSITORY / ".cache" / "bench-osworld"
 REQUIREMENTS = ["flask", "requests", "lxml", "numpy", "Pillow<11", "python3-xlib==0.15", "PyAutoGUI==0.9.54"]
 GUEST_SERVER = "http://127.0.0.1:5000"
 WIDTH, HEIGHT = 1280, 720
-QUIET_S, LIMIT_S = 0.08, 1.0
+QUIET_S, LIMIT_S = DesktopConfig().settle_quiet_s, DesktopConfig().settle_limit_s
 POLL_S = 0.02
 WARM_UP_ROUNDS = 2
 NO_DEBUG = """
@@ -56,7 +58,6 @@ class Ours:
 
     def __init__(self, run_root: Path) -> None:
         from deskrl.actor.desktops.embedded import EmbeddedDesktop
-        from deskrl.core.config import DesktopConfig
 
         config = DesktopConfig(width=WIDTH, height=HEIGHT, settle_quiet_s=QUIET_S, settle_limit_s=LIMIT_S)
         self.desktops = (EmbeddedDesktop(config, f"desktop-{number}", run_root) for number in range(1_000_000))

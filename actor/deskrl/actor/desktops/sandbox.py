@@ -13,9 +13,7 @@ command line (`TAG`), by which `orphans.py` finds what is left of a run that was
 from __future__ import annotations
 
 import asyncio
-import compileall
 import contextlib
-import importlib.util
 import json
 import os
 import select
@@ -26,20 +24,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from deskrl.actor.desktops.base import DesktopError
 from deskrl.actor.desktops.limits import ControlGroups, supports_process_limit
+from deskrl.actor.desktops.mounts import LIBRARY, chrome_arguments, guest_sources, top_level_arguments
 from deskrl.core.errors import UserError
 
 TAG = "DESKRL_DESKTOP_FOLDER"
 _GUEST_UID = 61001
 """User of sandboxes that root starts: of no account, and in no range that systemd hands out."""
 _INSIDE_UID = 1000
-_LIBRARY = Path("/opt/deskrl/lib")
-_CHROME = Path("/opt/deskrl/chrome")
-_BROWSERS = ("/usr/lib/chromium/chromium", "/usr/lib/chromium-browser/chromium-browser", "/opt/google/chrome/chrome")
 _STAGE = Path("/mnt")
 _HOME_BYTES = 512 * 1024**2
 _SHARED_BYTES = 256 * 1024**2
@@ -200,7 +195,7 @@ def _identity_files(passed: dict[str, int]) -> Iterator[None]:
 def _command(spec: SandboxSpec, passed: dict[str, int]) -> list[str]:
     """The whole command line: join the control groups, stage, drop to the guest's user, bubblewrap, guest server."""
     as_root = os.geteuid() == 0
-    sources = _sources()
+    sources = guest_sources()
     script = [f"echo $$ > {shlex.quote(str(file))}" for file in spec.groups.membership_files]
     command = ["sh", "-c"]
     if as_root:
@@ -229,7 +224,7 @@ def _bubblewrap(spec: SandboxSpec, passed: dict[str, int], staged: list[tuple[st
     home, shared = str(_HOME_BYTES), str(_SHARED_BYTES)
     arguments = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
     arguments += ["--uid", str(_INSIDE_UID), "--gid", str(_INSIDE_UID), "--hostname", "desktop"]
-    arguments += ["--ro-bind", "/usr", "/usr", *_top_level_folders(), "--ro-bind", "/etc", "/etc"]
+    arguments += ["--ro-bind", "/usr", "/usr", *top_level_arguments(), "--ro-bind", "/etc", "/etc"]
     for optional in ("/opt/google", "/var/cache/fontconfig", "/var/lib/dbus"):
         arguments += ["--ro-bind-try", optional, optional]
     arguments += ["--ro-bind-data", str(passed["passwd"]), "/etc/passwd"]
@@ -239,8 +234,8 @@ def _bubblewrap(spec: SandboxSpec, passed: dict[str, int], staged: list[tuple[st
     arguments += ["--size", home, "--perms", "0755", "--tmpfs", "/home/user", "--chdir", "/home/user"]
     for source, destination in staged:
         arguments += ["--ro-bind", source, destination]
-    arguments += _chrome()
-    arguments += ["--clearenv", "--setenv", TAG, str(spec.folder), "--setenv", "PYTHONPATH", str(_LIBRARY)]
+    arguments += chrome_arguments()
+    arguments += ["--clearenv", "--setenv", TAG, str(spec.folder), "--setenv", "PYTHONPATH", str(LIBRARY)]
     return [*arguments, "--setenv", "PATH", "/usr/bin:/bin", "--info-fd", str(passed["info"]), "--"]
 
 
@@ -255,51 +250,3 @@ def _guest(spec: SandboxSpec, listener: int) -> list[str]:
     }
     interpreter = str(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
     return [interpreter, "-S", "-s", "-B", "-m", "deskrl.actor.guest.server", json.dumps(options)]
-
-
-@cache
-def _sources() -> dict[Path, Path]:
-    """What the guest server needs beyond /usr, and where it appears: the interpreter, three libraries, our code."""
-    sources: dict[Path, Path] = {}
-    if not Path(sys.base_prefix).is_relative_to("/usr"):
-        sources[Path(sys.base_prefix).resolve()] = Path(sys.base_prefix)
-    for module in ("Xlib", "six", "PIL"):
-        found = importlib.util.find_spec(module)
-        if found is None or found.origin is None:
-            raise DesktopError(f"the Python package {module} is not installed: install deskrl[actor]")
-        place = Path(found.origin).parent if found.submodule_search_locations else Path(found.origin)
-        sources[place] = _LIBRARY / place.name
-        libraries = place.parent / "pillow.libs"  # Pillow's wheels find their C libraries beside the package
-        if module == "PIL" and libraries.is_dir():
-            sources[libraries] = _LIBRARY / libraries.name
-    guest = Path(__file__).resolve().parent.parent / "guest"
-    compileall.compile_dir(guest, quiet=2)  # inside it is read-only, and compiling would be half of a start
-    sources[guest] = _LIBRARY / "deskrl" / "actor" / "guest"
-    return sources
-
-
-@cache
-def _chrome() -> tuple[str, ...]:
-    """Chromium's folder over again with its program named `chrome`: processes are called after the program's file,
-    and scripts look for them by that name."""
-    for program in map(Path, _BROWSERS):
-        if program.is_file():
-            links = [entry for entry in program.parent.iterdir() if entry != program]
-            arguments = ["--ro-bind", str(program), str(_CHROME / "chrome")]
-            for entry in links:
-                arguments += ["--symlink", str(entry), str(_CHROME / entry.name)]
-            return tuple(arguments)
-    return ()
-
-
-@cache
-def _top_level_folders() -> tuple[str, ...]:
-    """/bin and its like, as the machine has them: links into /usr, or folders of their own."""
-    arguments: list[str] = []
-    for name in ("bin", "lib", "lib32", "lib64", "libx32", "sbin"):
-        folder = Path("/", name)
-        if folder.is_symlink():
-            arguments += ["--symlink", os.readlink(folder), str(folder)]
-        elif folder.is_dir():
-            arguments += ["--ro-bind", str(folder), str(folder)]
-    return tuple(arguments)
