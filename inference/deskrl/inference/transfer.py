@@ -60,9 +60,15 @@ class FileTransferEngine(WeightTransferEngine[FileInit, FileUpdate]):  # type: i
 
     def finish_weight_update(self) -> None:
         """Repack what was loaded."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        # A head that is tied to the embedding owns no tensor of a checkpoint, so the reload passes it by: on a CPU it
+        # would go on with its packed copy of the old one.
+        for layer in self.model.modules():
+            if isinstance(layer, ParallelLMHead) and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+                layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         """Nothing to release."""

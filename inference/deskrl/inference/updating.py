@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 import grpc
@@ -60,10 +60,9 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
     ) -> AsyncIterator[weights_pb2.UpdateWeightsResponse]:
         """Carry one update; see weights.proto."""
         try:
-            if self._updating.locked():
-                raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, "another update is under way")
+            begin = await self._begin(requests)
             async with self._updating:
-                async for response in self._update(requests):
+                async for response in self._update(begin, requests):
                     yield response
         except UpdateRefused as error:
             metrics.UPDATES.labels("refused").inc()
@@ -75,28 +74,25 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             await context.abort(refusal.code, str(refusal))
 
     async def _update(
-        self, requests: AsyncIterator[weights_pb2.UpdateWeightsRequest]
+        self, begin: weights_pb2.UpdateBegin, requests: AsyncIterator[weights_pb2.UpdateWeightsRequest]
     ) -> AsyncIterator[weights_pb2.UpdateWeightsResponse]:
-        begin = await self._begin(requests)
         canary = await self._canary_prompt(begin.canary)
         yield weights_pb2.UpdateWeightsResponse(ready=weights_pb2.UpdateReady())
         started = time.perf_counter()
         with contextlib.closing(WeightFile(begin.tensors)) as file:
-            while not file.complete:
-                request = await _next(requests, "chunk")
-                # Hashing and copying a mebibyte takes a millisecond, which belongs to requests for actions.
-                await asyncio.to_thread(file.write, request.chunk)
+            await _receive(requests, file)
             receive_ms = (time.perf_counter() - started) * 1e3
             yield weights_pb2.UpdateWeightsResponse(received=weights_pb2.UpdateReceived(receive_ms=receive_ms))
             await _next(requests, "commit")
-            # From here on it is carried through, whether or not the learner is still there to hear of it.
-            committed = await asyncio.shield(asyncio.create_task(self._commit(begin, file, canary)))
+            committed = await _carried_through(self._commit(begin, file, canary))
         yield weights_pb2.UpdateWeightsResponse(committed=committed)
 
     async def _begin(self, requests: AsyncIterator[weights_pb2.UpdateWeightsRequest]) -> weights_pb2.UpdateBegin:
         begin = (await _next(requests, "begin")).begin
         if (refusal := protocol_refusal(begin.peer)) is not None:
             raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        if self._updating.locked():
+            raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, "another update is under way")
         if begin.model_fingerprint not in ("", self._processor_hash):
             raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, "the learner's processor is another one")
         try:
@@ -163,6 +159,16 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         )
 
 
+async def _carried_through(work: Coroutine[Any, Any, weights_pb2.UpdateCommitted]) -> weights_pb2.UpdateCommitted:
+    """Await `work` to its end even if the caller is cancelled: the learner may be gone, but a swap has no half-way."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
 class _PhaseClock:
     """Milliseconds between calls of `end`, by the phase that ended."""
 
@@ -174,6 +180,28 @@ class _PhaseClock:
         now_s = time.perf_counter()
         self.phases_ms[phase] = (now_s - self._last_s) * 1e3
         self._last_s = now_s
+
+
+async def _receive(requests: AsyncIterator[weights_pb2.UpdateWeightsRequest], file: WeightFile) -> None:
+    """Take all bytes of an update.
+
+    Raises:
+        UpdateRefused: what came is not what was announced. Raised only once all has come: a sender whose stream ends
+            while it writes is told of a broken connection instead of the reason.
+    """
+    refusal: UpdateRefused | None = None
+    num_missing = file.num_bytes
+    while num_missing > 0:
+        chunk = (await _next(requests, "chunk")).chunk
+        num_missing -= len(chunk)
+        if refusal is None:
+            try:
+                # Hashing and copying a mebibyte takes a millisecond, which belongs to requests for actions.
+                await asyncio.to_thread(file.write, chunk)
+            except UpdateRefused as error:
+                refusal = error
+    if refusal is not None:
+        raise refusal
 
 
 async def _next(requests: AsyncIterator[Any], expected: str) -> weights_pb2.UpdateWeightsRequest:

@@ -109,11 +109,6 @@ class WeightFile:
         """Where other processes of this user on this machine open the file."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
-    @property
-    def complete(self) -> bool:
-        """Whether every tensor has come, and matched its checksum."""
-        return self._current is None
-
     def write(self, chunk: bytes) -> None:
         """Take the next bytes.
 
@@ -133,7 +128,7 @@ class WeightFile:
                 if self._current.digest.hexdigest() != self._current.spec.checksum:
                     raise UpdateRefused(f"the checksum of {self._current.spec.name} differs")
                 self._next()
-        if self.complete:
+        if self._current is None:
             self._file.flush()
 
     def _next(self) -> None:

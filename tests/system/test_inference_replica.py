@@ -1,0 +1,413 @@
+"""An inference replica does what its contracts say: a real engine, judged by transformers' forward pass."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import psutil
+import pytest
+import torch
+from inference_kit import (
+    LEARNER,
+    PEER,
+    Reference,
+    Replica,
+    act_request,
+    replica_config,
+    running_replica,
+    sampled,
+    screenshot,
+    send,
+    system,
+    update_events,
+    user,
+)
+
+from deskrl.core import rpc
+from deskrl.proto.v1 import common_pb2, inference_pb2_grpc, weights_pb2, weights_pb2_grpc
+from deskrl.proto.v1 import inference_pb2 as pb
+
+# Engine and reference both compute in float32, in another order.
+TOLERANCE = 1e-4
+
+INSTRUCTION = [system("You use a computer."), user("Open the editor.")]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
+    """One replica for all of these tests: its engine takes most of a minute to start on a busy machine."""
+    folder = tmp_path_factory.mktemp("inference")
+    config = replica_config(folder, _free_port(), openai_port=_free_port())
+    with running_replica(config, folder / "replica.log") as running:
+        processes = running.descendants()
+        yield running
+    assert running.process.returncode == 0, "SIGTERM is how a replica is told to end"
+    _, left = psutil.wait_procs(processes, timeout=10)
+    assert not left, "no process of the engine is left"
+
+
+@pytest.fixture(scope="module")
+def reference(replica: Replica) -> Reference:
+    return Reference(replica.config.model_folder)
+
+
+class Client:
+    """Both services of the replica."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.weights = weights_pb2_grpc.WeightServiceStub(channel)
+
+    async def act(self, request: pb.ActRequest) -> pb.SampledAction:
+        reply = await self.inference.Act(request, timeout=120)
+        assert reply.WhichOneof("outcome") == "action"
+        action: pb.SampledAction = reply.action
+        return action
+
+    async def step(self) -> int:
+        status = await self.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=20)
+        return int(status.version.step)
+
+
+@pytest.fixture
+def run(replica: Replica) -> Callable[[Callable[[Client], Awaitable[Any]]], Any]:
+    """Runs a coroutine function against the replica."""
+
+    async def connected(scenario: Callable[[Client], Awaitable[Any]]) -> Any:
+        async with rpc.connect(replica.address) as channel:
+            return await scenario(Client(channel))
+
+    return lambda scenario: asyncio.run(connected(scenario))
+
+
+def test_ids_and_logprobs_are_those_of_the_model(run: Any, reference: Reference) -> None:
+    images = [screenshot(1), screenshot(2)]
+    messages = [system("You use a computer."), user("Open it.", images[0], "Then this:", images[1])]
+
+    async def scenario(client: Client) -> pb.SampledAction:
+        await send(client.weights, update_events(reference.original, step=1))
+        return await client.act(act_request(messages, images, temperature=0.7, max_tokens=20))
+
+    action = run(scenario)
+    assert list(action.prompt_ids) == reference.prompt_ids(messages)
+    expected = reference.logprobs(
+        action.prompt_ids, action.action_ids, images, reference.original, temperature=action_temperature(0.7)
+    )
+    assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
+    assert set(action.action_ids).isdisjoint(reference.suppressed_ids)
+
+
+def action_temperature(value: float) -> float:
+    """A temperature as it arrives: a float of 32 bits."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def test_a_missing_screenshot_is_named_and_then_kept(run: Any) -> None:
+    image = screenshot(3)
+    messages = [user("What is this?", image)]
+
+    async def scenario(client: Client) -> None:
+        without = await client.inference.Act(act_request(messages), timeout=20)
+        assert list(without.missing_images.hashes) == [image.hash]
+        first = await client.act(act_request(messages, [image]))
+        again = await client.act(act_request(messages))
+        assert list(again.action_ids) == list(first.action_ids)
+
+    run(scenario)
+
+
+def test_a_step_extends_prompt_and_action_of_the_step_before(run: Any) -> None:
+    before, after = screenshot(4), screenshot(5)
+
+    async def scenario(client: Client) -> None:
+        messages = [user("Open the editor.", before)]
+        first = await client.act(act_request(messages, [before]))
+        messages += [sampled(first.action_ids), user(after)]
+        second = await client.act(act_request(messages, [after]))
+        so_far = [*first.prompt_ids, *first.action_ids]
+        assert list(second.prompt_ids[: len(so_far)]) == so_far
+
+    run(scenario)
+
+
+def test_the_seed_decides_the_action(run: Any) -> None:
+    async def scenario(client: Client) -> None:
+        first, again, other = [await client.act(act_request(INSTRUCTION, seed=seed)) for seed in (7, 7, 8)]
+        assert list(first.action_ids) == list(again.action_ids)
+        assert list(first.action_ids) != list(other.action_ids)
+
+    run(scenario)
+
+
+def test_requests_at_once_get_what_each_would_get_alone(run: Any) -> None:
+    images = [screenshot(number) for number in range(6)]
+    requests = [act_request([user("Go on.", image)], [image], seed=seed) for seed, image in enumerate(images)]
+
+    async def scenario(client: Client) -> None:
+        together = await asyncio.gather(*(client.act(request) for request in requests))
+        alone = [await client.act(request) for request in requests]
+        for one, other in zip(together, alone, strict=True):
+            assert list(one.action_ids) == list(other.action_ids)
+            assert list(one.logprobs) == pytest.approx(list(other.logprobs), abs=TOLERANCE)
+
+    run(scenario)
+
+
+def test_temperature_zero_is_greedy(run: Any) -> None:
+    async def scenario(client: Client) -> None:
+        one, other = [await client.act(act_request(INSTRUCTION, temperature=0, seed=seed)) for seed in (1, 2)]
+        assert list(one.action_ids) == list(other.action_ids)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (pb.ActRequest(peer=PEER, messages=INSTRUCTION, max_tokens=0), grpc.StatusCode.INVALID_ARGUMENT),
+        (act_request(INSTRUCTION, max_tokens=401), grpc.StatusCode.INVALID_ARGUMENT),
+        (act_request(INSTRUCTION, temperature=0.001), grpc.StatusCode.INVALID_ARGUMENT),
+        (act_request([]), grpc.StatusCode.INVALID_ARGUMENT),
+        (act_request([user("word " * 3000)]), grpc.StatusCode.INVALID_ARGUMENT),
+        (
+            act_request([user(*[screenshot(n) for n in range(5)])], [screenshot(n) for n in range(5)]),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            act_request([user(screenshot(1))], [common_pb2.Image(hash=screenshot(1).hash, data=b"no image")]),
+            grpc.StatusCode.INVALID_ARGUMENT,
+        ),
+        (
+            act_request(INSTRUCTION, pinned_version=common_pb2.PolicyVersion(lineage="another", step=9)),
+            grpc.StatusCode.FAILED_PRECONDITION,
+        ),
+        (
+            pb.ActRequest(peer=common_pb2.Peer(role="actor", protocol=99), messages=INSTRUCTION, max_tokens=1),
+            grpc.StatusCode.FAILED_PRECONDITION,
+        ),
+    ],
+    ids=[
+        "no tokens", "too many tokens", "temperature", "no messages", "too long", "too many images", "wrong bytes",
+        "another version", "another protocol",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused(run: Any, request_: pb.ActRequest, code: grpc.StatusCode) -> None:
+    async def scenario(client: Client) -> grpc.StatusCode:
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await client.inference.Act(request_, timeout=20)
+        return refusal.value.code()
+
+    assert run(scenario) == code
+
+
+def test_requests_in_flight_go_on_under_the_new_weights(run: Any, reference: Reference) -> None:
+    image = screenshot(6)
+    messages = [user("Write a long text.", image)]
+    old, new = reference.perturbed(seed=1), reference.perturbed(seed=2)
+
+    async def scenario(client: Client) -> tuple[list[pb.SampledAction], weights_pb2.UpdateCommitted]:
+        await send(client.weights, update_events(old, step=1))
+        long_ones = [
+            asyncio.ensure_future(client.act(act_request(messages, [image], max_tokens=400, seed=seed)))
+            for seed in range(4)
+        ]
+        # First come, first served: when this one is answered, those before it are being sampled.
+        await client.act(act_request(messages, [image], max_tokens=1, seed=99))
+        committed = await send(client.weights, update_events(new, step=2))
+        return list(await asyncio.gather(*long_ones)), committed
+
+    actions, committed = run(scenario)
+    assert committed.num_requests_kept == 4
+    weights = {1: old, 2: new}
+    for action in actions:
+        spans = [(span.version.step, span.start, span.end) for span in action.versions]
+        assert [step for step, _, _ in spans] == [1, 2]
+        assert (spans[0][1], spans[0][2], spans[1][2]) == (0, spans[1][1], len(action.action_ids))
+        for step, start, end in spans:
+            expected = reference.logprobs(action.prompt_ids, action.action_ids, [image], weights[step])
+            assert list(action.logprobs[start:end]) == pytest.approx(expected[start:end], abs=TOLERANCE)
+
+
+def test_new_vision_weights_are_seen_at_once(run: Any, reference: Reference) -> None:
+    image = screenshot(7)
+    messages = [user("What do you see?", image)]
+    language, vision = reference.original, reference.perturbed(seed=3, prefix="visual")
+
+    async def scenario(client: Client) -> list[pb.SampledAction]:
+        actions = []
+        # The middle update leaves the vision tower alone, so that cached image embeddings outlive it.
+        for step, weights in enumerate((language, language, vision), start=1):
+            await send(client.weights, update_events(weights, step))
+            actions.append(await client.act(act_request(messages, [image])))
+        return actions
+
+    for action, weights in zip(run(scenario), (language, language, vision), strict=True):
+        expected = reference.logprobs(action.prompt_ids, action.action_ids, [image], weights)
+        assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_the_canary_tells_which_weights_answer(run: Any, reference: Reference) -> None:
+    image = screenshot(8)
+    messages = [user("The canary.", image)]
+    continuation = [300, 301, 302, 303]
+    weights = reference.perturbed(seed=4)
+    canary = weights_pb2.Canary(messages=messages, images=[image], continuation_ids=continuation)
+
+    committed = run(lambda client: send(client.weights, update_events(weights, 1, canary)))
+    prompt_ids = reference.prompt_ids(messages)
+    expected = reference.logprobs(prompt_ids, continuation, [image], weights, temperature=None)
+    assert list(committed.canary_logprobs) == pytest.approx(expected, abs=TOLERANCE)
+    assert set(committed.phases_ms) == {"pause", "load", "clear_caches", "resume", "canary"}
+
+
+def _without_a_tensor(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+    del events[0].begin.tensors[0]
+
+
+def _with_a_flipped_byte(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+    last = events[-2].chunk
+    events[-2].chunk = last[:-1] + bytes([last[-1] ^ 1])
+
+
+def _cut_short(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+    del events[-2:]
+
+
+def _with_bytes_too_many(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+    events[-2].chunk += b"more"
+
+
+def _of_another_processor(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+    events[0].begin.model_fingerprint = "another"
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (_without_a_tensor, grpc.StatusCode.INVALID_ARGUMENT),
+        (_with_a_flipped_byte, grpc.StatusCode.DATA_LOSS),
+        (_cut_short, grpc.StatusCode.ABORTED),
+        (_with_bytes_too_many, grpc.StatusCode.DATA_LOSS),
+        (_of_another_processor, grpc.StatusCode.FAILED_PRECONDITION),
+    ],
+)
+def test_a_broken_update_leaves_the_old_weights(
+    run: Any, reference: Reference, damage: Callable[[list[weights_pb2.UpdateWeightsRequest]], None], code: Any
+) -> None:
+    events = update_events(reference.perturbed(seed=5), step=2)
+    damage(events)
+
+    async def scenario(client: Client) -> None:
+        await send(client.weights, update_events(reference.original, step=1))
+        before = await client.act(act_request(INSTRUCTION))
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await send(client.weights, events)
+        assert refusal.value.code() == code
+        assert await client.step() == 1
+        after = await client.act(act_request(INSTRUCTION))
+        assert (list(after.action_ids), list(after.logprobs)) == (list(before.action_ids), list(before.logprobs))
+
+    run(scenario)
+
+
+def test_one_update_at_a_time(run: Any, reference: Reference) -> None:
+    begin, *rest = update_events(reference.original, step=1)
+
+    async def scenario(client: Client) -> None:
+        ready = asyncio.Event()
+        finish = asyncio.Event()
+
+        async def slow() -> AsyncIterator[weights_pb2.UpdateWeightsRequest]:
+            yield begin
+            await finish.wait()
+            for event in rest:
+                yield event
+
+        replies = client.weights.UpdateWeights(slow())
+
+        async def follow() -> None:
+            async for _ in replies:
+                ready.set()
+
+        following = asyncio.ensure_future(follow())
+        await ready.wait()
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await send(client.weights, update_events(reference.original, step=2))
+        assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        finish.set()
+        await following
+        assert await client.step() == 1
+
+    run(scenario)
+
+
+def test_a_learner_that_vanishes_at_the_commit_leaves_whole_weights(run: Any, reference: Reference) -> None:
+    image = screenshot(10)
+    messages = [user("And now?", image)]
+    weights = {1: reference.original, 2: reference.perturbed(seed=6)}
+    *arrival, commit = update_events(weights[2], step=2)
+
+    async def scenario(client: Client) -> tuple[int, pb.SampledAction]:
+        await send(client.weights, update_events(weights[1], step=1))
+        call = client.weights.UpdateWeights(timeout=120)
+        for event in arrival:
+            await call.write(event)
+        assert [(await call.read()).WhichOneof("event") for _ in range(2)] == ["ready", "received"]
+        await call.write(commit)
+        call.cancel()
+        status = weights_pb2.GetWeightStatusResponse(state="updating")
+        while status.state == "updating":
+            status = await client.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=20)
+        return status.version.step, await client.act(act_request(messages, [image]))
+
+    step, action = run(scenario)
+    expected = reference.logprobs(action.prompt_ids, action.action_ids, [image], weights[step])
+    assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_the_model_is_described(run: Any, replica: Replica) -> None:
+    info = run(lambda client: client.inference.GetModelInfo(pb.GetModelInfoRequest(peer=LEARNER), timeout=20))
+    assert info.model_path == str(replica.config.model_folder)
+    assert info.max_model_len == 2048
+    assert info.engine.startswith("vllm ")
+    assert len(info.processor_hash) == 64
+
+
+def test_the_openai_endpoint_answers_from_the_same_engine(replica: Replica) -> None:
+    base = f"http://127.0.0.1:{replica.config.inference.openai_port}"
+    with urllib.request.urlopen(f"{base}/health", timeout=20) as reply:
+        assert reply.status == 200
+    with urllib.request.urlopen(f"{base}/v1/models", timeout=20) as reply:
+        assert [model["id"] for model in json.load(reply)["data"]] == [replica.config.name]
+    picture = base64.b64encode(screenshot(9).data).decode()
+    content: Sequence[dict[str, Any]] = [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+    ]
+    body = {"model": "test", "messages": [{"role": "user", "content": content}], "max_tokens": 3}
+    request = urllib.request.Request(
+        f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        answer = json.load(reply)
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_its_temporary_folder_is_its_own(replica: Replica) -> None:
+    environment = Path(f"/proc/{replica.descendants()[-1].pid}/environ").read_bytes().split(b"\0")
+    assert any(entry.startswith(b"TMPDIR=") and b"deskrl-inference-" in entry for entry in environment)
