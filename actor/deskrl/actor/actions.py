@@ -28,8 +28,8 @@ class Action:
     """One action. Fields that a kind does not use stay at their defaults.
 
     Coordinates are screen pixels, origin top left. SCROLL moves `scroll_x`, `scroll_y` wheel notches, positive is
-    right and down, at (x, y). HOTKEY presses `keys` in order and releases them in reverse; names as X11 key symbols in lower
-    case plus the usual short ones ("ctrl", "enter", "left"). TYPE enters `text` as written, newlines as Return.
+    right and down, at (x, y). HOTKEY presses `keys` in order and releases them in reverse; names as X11 key symbols in
+    lower case plus the usual short ones ("ctrl", "enter", "left"). TYPE enters `text` as written, newlines as Return.
     WAIT waits `seconds`. FINISHED and INFEASIBLE end the episode and touch nothing.
     """
 
