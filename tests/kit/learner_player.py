@@ -25,6 +25,9 @@ from deskrl.core import ids
 from deskrl.core.trajectory import Step, encode_step
 from deskrl.proto.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 
+_LOADING = threading.Lock()
+"""transformers loads one model at a time: it patches torch.nn.init for as long."""
+
 
 class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
     """The receiving end of weights.proto over transformers."""
@@ -82,7 +85,8 @@ class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
         folder = self._scratch / ids.new_id("served")
         shutil.copytree(self._model_folder, folder)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        policy = ToyPolicy(folder)
+        with _LOADING:
+            policy = ToyPolicy(folder)
         shutil.rmtree(folder)
         return policy
 

@@ -1,0 +1,281 @@
+"""The learner as a process of its own, with a real replay service and one who plays: runs, ends and resumptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from learner_kit import TASKS, ToyPolicy, build_model
+from learner_player import ToyPlayer, ToyReplica
+from replay_kit import ReplayProcess, free_port
+
+from deskrl.core.config import RunConfig, dump_config
+from deskrl.core.runfolder import RunFolder
+
+_DEADLINE_S = 240.0
+
+
+class World:
+    """One run: replay, player, replica, and a learner that comes and goes."""
+
+    def __init__(self, root: Path, num_replicas: int = 1, **learner: Any) -> None:
+        port = free_port()
+        self.config = RunConfig.model_validate(
+            {
+                "runs": root,
+                "name": "toy",
+                "tasks": {"rollouts": 4, "max_steps": 3},
+                "agent": {"image_width": 112, "image_height": 112},
+                "replay": {"address": f"127.0.0.1:{free_port()}"},
+                "inference": {"address": f"127.0.0.1:{port}", "dtype": "float32", "num_replicas": num_replicas},
+                "learner": {"dtype": "float32", **learner},
+            }
+        )
+        self.folder = RunFolder(self.config.folder)
+        self.replay = ReplayProcess(self.config)
+        build_model(self.config.model_folder)
+        (self.folder.root / "tasks.json").write_text(json.dumps(TASKS))
+        self.replicas = [
+            ToyReplica(f"127.0.0.1:{port + index}", self.config.model_folder, root) for index in range(num_replicas)
+        ]
+        self.player: ToyPlayer | None = ToyPlayer(self.replay.client(), self.replicas[0])
+        self._config_path = self.folder.config
+        self._learners: list[subprocess.Popen[str]] = []
+
+    def start(self, **learner: Any) -> subprocess.Popen[str]:
+        """Start the learner; keywords override keys of its section."""
+        merged = self.config.model_dump(mode="json")
+        merged["learner"] |= learner
+        dump_config(RunConfig.model_validate(merged), self._config_path)
+        command = [sys.executable, "-m", "deskrl.core.cli", "learner", str(self._config_path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._learners.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+        return self._learners[-1]
+
+    def finish(self, learner: subprocess.Popen[str]) -> str:
+        """Wait for the learner's own end; its log."""
+        _, log = learner.communicate(timeout=_DEADLINE_S)
+        assert learner.returncode == 0, log[-3000:]
+        return log
+
+    def metrics(self, kind: str) -> list[dict[str, Any]]:
+        return list(self.folder.read_metrics(kind))
+
+    def wait_for(self, condition: Callable[[], bool], learner: subprocess.Popen[str]) -> None:
+        """Until something has come to be; a learner that ended without it fails the test."""
+        deadline = time.monotonic() + _DEADLINE_S
+        while not condition():
+            assert learner.poll() is None, learner.communicate()[1][-3000:]
+            assert time.monotonic() < deadline, "it did not come to be"
+            time.sleep(0.02)
+
+    def stop_playing(self) -> None:
+        if self.player is not None:
+            self.player.close()
+            self.player = None
+
+    def close(self) -> None:
+        for learner in self._learners:
+            if learner.poll() is None:
+                learner.kill()
+                learner.communicate()
+        self.stop_playing()
+        for replica in self.replicas:
+            replica.close()
+        self.replay.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    worlds: list[World] = []
+
+    def make(**settings: Any) -> World:
+        worlds.append(World(tmp_path / str(len(worlds)), **settings))
+        return worlds[-1]
+
+    yield make
+    for each in worlds:
+        each.close()
+
+
+GRPO = {"num_updates": 3, "groups_per_batch": 2, "learning_rate": 1e-3, "max_staleness": 1}
+WARM_START = {"demos_per_task": 2, "stop_likelihood": 0.2, "max_updates": 60}
+
+
+def test_a_run_from_demonstrations_to_results(world: Callable[..., World]) -> None:
+    run = world(grpo=GRPO, warm_start=WARM_START, eval={"episodes": 8})
+    run.finish(run.start())
+    phases = [line["phase"] for line in run.metrics("phase")]
+    assert phases == [
+        "loading",
+        "demonstrations",
+        "imitation",
+        "publishing",
+        "eval/before",
+        "training",
+        "eval/after",
+        "finished",
+    ]
+    assert run.metrics("imitation")[-1]["likelihood"] >= 0.2
+    updates = run.metrics("update")
+    assert [update["update"] for update in updates] == [1, 2, 3]
+    assert all(update["num_episodes"] >= 8 for update in updates)
+    compared = [update["mismatch_max"] for update in updates if update["mismatch_max"] is not None]
+    assert all(mismatch < 1e-4 for mismatch in compared)
+    evaluations = {line["when"]: line for line in run.metrics("eval")}
+    for evaluation in evaluations.values():
+        assert evaluation["episodes"] == 8
+        assert evaluation["num_foreign_spans"] == 0, "an evaluation is of one version"
+        assert evaluation["mismatch_max"] < 1e-4
+    assert evaluations["before"]["version"] == 0
+    assert evaluations["after"]["version"] == 3
+    weights = run.metrics("weights")
+    assert [line["version"] for line in weights] == [0, 1, 2, 3]
+    assert all(line["ok"] and line["canary_max_difference"] < 1e-4 for line in weights)
+    check_results(run)
+    check_checkpoints(run)
+
+
+def check_results(run: World) -> None:
+    (*_, last) = json.loads((run.folder.results / "training_metrics.json").read_text())
+    assert last["epoch"] == 1
+    assert {"average_reward", "success_rate", "replay_buffer_size", "replay_buffer_usage"} <= last.keys()
+    assert {"policy_loss", "learning_rate", "gradient_norm"} <= last.keys()
+    for task_id, task in TASKS.items():
+        record = json.loads((run.folder.results / "task_results" / f"{task_id}.json").read_text())
+        assert record["instruction"] == task["instruction"]
+        assert record["eval"]["before"]["n"] == record["eval"]["after"]["n"] == 2
+    stats = json.loads((run.folder.results / "replay_buffer_stats.json").read_text())
+    assert all({"stored", "used", "newest_version"} <= entry.keys() for entry in stats.values())
+
+
+def check_checkpoints(run: World) -> None:
+    """Four tasks in batches of two groups: an epoch is two updates."""
+    names = sorted(path.name for path in run.folder.checkpoints.glob("epoch_*"))
+    assert names == ["epoch_0_update_1", "epoch_1", "epoch_1_update_3"]
+    newest = run.folder.checkpoints / "latest"
+    assert newest.resolve().name == "epoch_1_update_3"
+    served = run.replicas[0].policy
+    assert served is not None
+    saved = ToyPolicy(newest)
+    assert saved.processor_hash == served.processor_hash
+    for name, tensor in saved.model.state_dict().items():
+        assert tensor.equal(served.model.state_dict()[name]), name
+
+
+def test_sigterm_ends_it_with_status_0_and_the_next_start_goes_on(world: Callable[..., World]) -> None:
+    run = world(grpo=GRPO)
+    learner = run.start()
+    run.wait_for(lambda: len(run.metrics("update")) == 1, learner)
+    learner.send_signal(signal.SIGTERM)
+    run.finish(learner)
+    run.finish(run.start())
+    assert [update["update"] for update in run.metrics("update")] == [1, 2, 3]
+    assert run.metrics("phase")[-1]["phase"] == "finished"
+    served = [lineage for lineage, _ in run.replicas[0].versions]
+    assert len(set(served)) == 2, "the restored learner goes on under a lineage of its own"
+    assert [step for lineage, step in run.replicas[0].versions if lineage == served[-1]] == [1, 2, 3]
+
+
+def test_a_killed_learner_takes_the_same_batch_again_and_the_loss_is_bit_equal(world: Callable[..., World]) -> None:
+    """Killed between the update and its checkpoint: what was learnt is lost, what was taken is not."""
+    run = world(grpo={**GRPO, "num_updates": 2}, checkpoint_every=2)
+    run.finish(run.start(grpo={**run.config.learner.grpo.model_dump(), "num_updates": 1}))
+    checkpoint = run.folder.checkpoints / "epoch_0_update_1"
+    before = {path.name for path in run.folder.checkpoints.glob("epoch_*")}
+    assert checkpoint.name in before
+    first = run.start()
+    run.wait_for(lambda: len(run.metrics("update")) == 2, first)
+    first.kill()
+    first.communicate()
+    # As it was before the second update's checkpoint: this is what a kill just before the rename leaves.
+    for path in run.folder.checkpoints.glob("epoch_*"):
+        if path.name not in before:
+            shutil.rmtree(path)
+    run.stop_playing()
+    run.finish(run.start())
+    once, again = [update for update in run.metrics("update") if update["update"] == 2]
+    for key in ("loss", "gradient_norm", "num_tokens", "success_rate", "importance_mean", "entropy", "dropped"):
+        assert again[key] == once[key], key
+
+
+def test_a_replica_that_fails_is_quarantined_and_catches_up(world: Callable[..., World]) -> None:
+    run = world(num_replicas=2, grpo={**GRPO, "num_updates": 2})
+    lame = run.replicas[1]
+    lame.lie.set()
+    learner = run.start()
+    run.wait_for(lambda: any(not line["ok"] for line in run.metrics("weights")), learner)
+    lame.lie.clear()
+    run.wait_for(lambda: any(line["late"] and line["ok"] for line in run.metrics("weights")), learner)
+    log = run.finish(learner)
+    assert "replica 1 is quarantined" in log
+    assert "canary differs" in log
+    assert all(line["ok"] for line in run.metrics("weights") if line["replica"] == 0)
+    assert len(run.metrics("update")) == 2, "the run goes on with the other"
+
+
+def test_no_replica_at_all_is_an_end_and_not_a_silence(world: Callable[..., World]) -> None:
+    run = world(grpo=GRPO)
+    run.replicas[0].refuse.set()
+    learner = run.start()
+    _, log = learner.communicate(timeout=_DEADLINE_S)
+    assert learner.returncode != 0
+    assert "no inference replica took version 0" in log
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "learner.json").write_text("{"), "no checkpoint of a learner"),
+        (lambda folder: (folder / "learner.json").unlink(), "no checkpoint of a learner"),
+        (lambda folder: _truncate(folder / "model.safetensors"), "model.safetensors is missing or cut short"),
+        (lambda folder: _scramble(next(folder.glob("engine/engine/*optim*"))), "engine state cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_refused_in_one_line(
+    finished: World, damage: Callable[[Path], object], words: str
+) -> None:
+    newest = (finished.folder.checkpoints / "latest").resolve()
+    saved = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
+    damage(newest)
+    learner = finished.start()
+    _, log = learner.communicate(timeout=_DEADLINE_S)
+    for path, data in saved.items():
+        path.write_bytes(data)
+    assert learner.returncode == 2, log[-2000:]
+    (line,) = [line for line in log.splitlines() if words in line]
+    assert "remove it to go on from the checkpoint before it" in line
+
+
+def test_a_checkpoint_of_another_layout_is_refused_by_name(finished: World) -> None:
+    learner = finished.start(zero_stage=2)
+    _, log = learner.communicate(timeout=_DEADLINE_S)
+    assert learner.returncode == 2, log[-2000:]
+    assert "learner.zero_stage = 1, this run has 2" in log
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A run of one update, over."""
+    run = World(tmp_path_factory.mktemp("finished"), grpo={**GRPO, "num_updates": 1})
+    run.finish(run.start())
+    yield run
+    run.close()
+
+
+def _truncate(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 1000)
+
+
+def _scramble(path: Path) -> None:
+    path.write_bytes(b"\x00" * path.stat().st_size)
