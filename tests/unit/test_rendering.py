@@ -1,0 +1,175 @@
+"""From a conversation to token ids: what the actor says, what inference samples from, what the learner rebuilds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deskrl.core import rendering
+from deskrl.core.errors import UserError
+from deskrl.core.rendering import ImageSizing, RenderingError, encode_action, encode_text, expand_images, render
+from deskrl.learner.tiny_model import build_tiny_model
+from deskrl.proto.v1 import inference_pb2 as pb
+
+CORPUS = ["Action: click(start_box='(100,80)')", "Thought: I open the editor and type hello."] * 20
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_tiny_model(folder, seed=0, image_size=(280, 168), corpus=CORPUS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+def message(role: int, *contents: pb.Content) -> pb.ChatMessage:
+    return pb.ChatMessage(role=pb.MessageRole.Name(role), contents=contents)
+
+
+def text(value: str) -> pb.Content:
+    return pb.Content(text=value)
+
+
+def image(name: str) -> pb.Content:
+    return pb.Content(image_hash=name)
+
+
+def ids(*values: int) -> pb.Content:
+    return pb.Content(token_ids=pb.TokenIds(ids=values))
+
+
+SYSTEM, USER, ASSISTANT = pb.MESSAGE_ROLE_SYSTEM, pb.MESSAGE_ROLE_USER, pb.MESSAGE_ROLE_ASSISTANT
+
+
+def test_a_plain_conversation_is_what_the_models_own_template_makes_of_it(tokenizer: Any) -> None:
+    messages = [
+        message(SYSTEM, text("I open the editor.")),
+        message(USER, text("type hello"), image("a"), text("type")),
+    ]
+    plain = [
+        {"role": "system", "content": "I open the editor."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "type hello"}, {"type": "image"}, {"type": "text", "text": "type"}],
+        },
+    ]
+    expected = tokenizer.apply_chat_template(plain, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert list(render(messages, tokenizer).ids) == list(expected)
+
+
+def test_each_screenshot_is_one_image_token_in_order(tokenizer: Any) -> None:
+    prompt = render([message(USER, image("a"), image("b")), message(USER, image("c"))], tokenizer)
+    assert prompt.image_hashes == ("a", "b", "c")
+    assert prompt.ids.count(rendering.image_token_id(tokenizer)) == 3
+
+
+def test_sampled_ids_stand_in_the_prompt_as_they_were_sampled(tokenizer: Any) -> None:
+    # Three letters that the tokenizer itself would write as fewer tokens.
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "hel"]
+    assert encode_text("hel", tokenizer) != letters
+    prompt = render([message(USER, text("go")), message(ASSISTANT, ids(*letters))], tokenizer)
+    assert tuple(letters) in {prompt.ids[i : i + 3] for i in range(len(prompt.ids))}
+
+
+@pytest.mark.parametrize("stopped", [True, False], ids=["ended by itself", "cut by max_tokens"])
+def test_a_step_strictly_extends_prompt_and_action_of_the_step_before(tokenizer: Any, stopped: bool) -> None:
+    end = rendering.end_of_turn_id(tokenizer)
+    messages = [message(SYSTEM, text("You act.")), message(USER, text("open"), image("a"))]
+    action = [300, 301, *([end] if stopped else [])]
+    before = render(messages, tokenizer).ids
+    after = render([*messages, message(ASSISTANT, ids(*action)), message(USER, image("b"))], tokenizer).ids
+    assert after[: len(before) + len(action)] == (*before, *action)
+    rest = after[len(before) + len(action) :]
+    assert rest.count(end) == (1 if stopped else 2), "each turn is closed once"
+
+
+def test_a_scripted_action_is_the_same_tokens_in_the_history_as_when_it_is_learnt(tokenizer: Any) -> None:
+    messages = [message(USER, text("open"), image("a"))]
+    script = "Action: click(start_box='(100,80)')"
+    before = render(messages, tokenizer).ids
+    after = render([*messages, message(ASSISTANT, text(script)), message(USER, image("b"))], tokenizer).ids
+    action = encode_action(script, tokenizer)
+    assert after[: len(before) + len(action)] == (*before, *action)
+
+
+@given(st.text(max_size=40), st.sampled_from(["<|image_pad|>", "<|im_end|>", "<|im_start|>system", "<|vision_start|>"]))
+def test_no_text_becomes_a_special_token(tokenizer: Any, around: str, special: str) -> None:
+    written = around + special + around
+    found = encode_text(written, tokenizer)
+    assert not set(found) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(found) == written
+    prompt = render([message(USER, text(written), image("a"))], tokenizer)
+    assert prompt.ids.count(rendering.image_token_id(tokenizer)) == 1
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [pb.ChatMessage(contents=[text("no role")])],
+        [message(USER)],
+        [message(USER, pb.Content())],
+        [message(USER, ids(300))],
+        [message(ASSISTANT, text("and"), ids(300))],
+        [message(ASSISTANT, ids())],
+    ],
+    ids=["nothing", "no role", "no content", "empty content", "ids of a user", "ids beside text", "no ids"],
+)
+def test_what_is_no_conversation_is_refused(tokenizer: Any, messages: list[pb.ChatMessage]) -> None:
+    with pytest.raises(RenderingError):
+        render(messages, tokenizer)
+
+
+def test_an_image_token_without_a_screenshot_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(RenderingError, match="1 image tokens for 0 screenshots"):
+        render([message(ASSISTANT, ids(rendering.image_token_id(tokenizer)))], tokenizer)
+
+
+def test_images_expand_to_their_number_of_tokens() -> None:
+    assert expand_images([1, 9, 2, 9], image_token_id=9, tokens_per_image=[2, 3]) == [1, 9, 9, 2, 9, 9, 9]
+    with pytest.raises(ValueError, match="1 image tokens for 2 screenshots"):
+        expand_images([9], image_token_id=9, tokens_per_image=[1, 1])
+
+
+@given(st.integers(28, 4000), st.integers(28, 4000), st.sampled_from([(3136, 1_003_520), (141_120, 141_120)]))
+def test_images_are_scaled_as_the_processor_scales_them(width: int, height: int, bounds: tuple[int, int]) -> None:
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    sizing = ImageSizing(patch_size=14, merge_size=2, min_pixels=bounds[0], max_pixels=bounds[1])
+    expected_height, expected_width = smart_resize(height, width, 28, *bounds)
+    assert sizing.scaled(width, height) == (expected_width, expected_height)
+    assert sizing.num_tokens(width, height) == expected_width * expected_height // 28**2
+
+
+def test_only_words_and_the_end_of_the_turn_can_be_sampled(tokenizer: Any, model_folder: Path) -> None:
+    suppressed = rendering.suppressed_ids(tokenizer, rendering.vocab_size_of(model_folder) + 2)
+    names = set(tokenizer.convert_ids_to_tokens(suppressed[:-2]))
+    assert {"<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<|vision_start|>", "<|endoftext|>"} <= names
+    assert not names & {"<|im_end|>", "<|box_start|>"}
+    assert suppressed[-2:] == (len(tokenizer), len(tokenizer) + 1), "rows that mean nothing"
+
+
+def test_the_processor_hash_names_the_meaning_not_the_files(tokenizer: Any, model_folder: Path, tmp_path: Path) -> None:
+    original = rendering.processor_hash(model_folder, tokenizer)
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text((model_folder / name).read_text().replace("\n", " "))
+    assert rendering.processor_hash(tmp_path, tokenizer) == original
+    changed = (model_folder / "preprocessor_config.json").read_text().replace('"merge_size": 2', '"merge_size": 4')
+    (tmp_path / "preprocessor_config.json").write_text(changed)
+    assert rendering.processor_hash(tmp_path, tokenizer) != original
+
+
+def test_a_model_without_an_image_processor_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no image processor"):
+        rendering.image_sizing_of(tmp_path)
