@@ -60,7 +60,7 @@ _SERVICE_CONFIG = json.dumps(
     }
 )
 
-_CHANNEL_OPTIONS: list[tuple[str, object]] = [
+CHANNEL_OPTIONS: list[tuple[str, object]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
@@ -75,7 +75,7 @@ _CHANNEL_OPTIONS: list[tuple[str, object]] = [
 _SERVER_OPTIONS: list[tuple[str, object]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.so_reuseport", 0),
 ]
@@ -103,12 +103,12 @@ def connect(address: str, *, retry: bool = True) -> grpc.aio.Channel:
         address: of the server.
         retry: repeat idempotent calls that find it unavailable; False where the caller rather asks another server.
     """
-    return grpc.aio.insecure_channel(address, options=[*_CHANNEL_OPTIONS, ("grpc.enable_retries", int(retry))])
+    return grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, ("grpc.enable_retries", int(retry))])
 
 
 def connect_sync(address: str) -> grpc.Channel:
     """The same for callers without an event loop (the learner)."""
-    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 def make_server() -> grpc.aio.Server:
