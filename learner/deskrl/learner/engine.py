@@ -6,6 +6,7 @@ gradients and ranks; knows nothing of rewards or of where batches come from.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import warnings
@@ -92,11 +93,10 @@ class Engine:
             loss = loss_of(index, batch, self._engine(batch, temperature))
             # DeepSpeed averages gradients over ranks; ours are parts of one sum.
             self._engine.backward(loss * self.world_size)
-        if self._stage == 0 and not self._gradients_finite():
-            self._engine.zero_grad()
-            return UpdateOutcome(False, float("nan"))
+        if self._stage == 0:
+            return self._step_without_zero()
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm() or 0.0)
+        norm = float(self._engine.get_global_grad_norm())
         applied = not getattr(self._optimizer, "overflow", False)
         return UpdateOutcome(applied, norm if applied else float("nan"))
 
@@ -152,9 +152,15 @@ class Engine:
         torch.distributed.all_reduce(tensor, how)
         return [float(value) for value in tensor.tolist()]
 
-    def _gradients_finite(self) -> bool:
-        finite = all(bool(p.grad.isfinite().all()) for p in self.policy.parameters() if p.grad is not None)
-        return self._reduce([float(finite)], torch.distributed.ReduceOp.MIN)[0] > 0
+    def _step_without_zero(self) -> UpdateOutcome:
+        """DeepSpeed's plain optimizer neither looks at the gradient's norm nor tells it."""
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+            return UpdateOutcome(False, float("nan"))
+        self._engine.step()
+        return UpdateOutcome(True, norm)
 
 
 def _join_world() -> None:
