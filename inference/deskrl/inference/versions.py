@@ -56,14 +56,18 @@ class SpanCounter:
 
     def add(self, version: Version, num_tokens: int) -> None:
         """`num_tokens` more were sampled under `version`."""
-        if num_tokens and (not self._starts or self._starts[-1][0] != version):
+        if not num_tokens:
+            return
+        if not self._starts or self._starts[-1][0] != version:
             self._starts.append((version, self._num_tokens))
         self._num_tokens += num_tokens
 
     def spans(self) -> tuple[Span, ...]:
         """Spans that cover all tokens without gap or overlap."""
-        ends = [start for _, start in self._starts[1:]] + [self._num_tokens]
-        return tuple(Span(version, start, end) for (version, start), end in zip(self._starts, ends, strict=True))
+        bounds = pairwise([*(start for _, start in self._starts), self._num_tokens])
+        return tuple(
+            Span(version, start, end) for (version, _), (start, end) in zip(self._starts, bounds, strict=True)
+        )
 
 
 def span_messages(spans: Iterable[Span]) -> list[common_pb2.VersionSpan]:
