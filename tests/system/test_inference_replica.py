@@ -243,6 +243,28 @@ def test_requests_in_flight_go_on_under_the_new_weights(run: Any, reference: Ref
             assert list(action.logprobs[start:end]) == pytest.approx(expected[start:end], abs=TOLERANCE)
 
 
+def test_a_later_step_of_an_episode_goes_on_under_new_vision_weights(run: Any, reference: Reference) -> None:
+    """The step before left its screenshot in the prefix cache, so that the engine had no need of its pixels until now."""
+    before, after = screenshot(12), screenshot(13)
+    old, new = reference.perturbed(seed=4), reference.perturbed(seed=5)
+
+    async def scenario(client: Client) -> pb.SampledAction:
+        await send(client.weights, update_events(old, step=1))
+        messages = [user("Write a long text.", before, "Take your time. " * 50)]  # more than a block of the cache
+        first = await client.act(act_request(messages, [before], max_tokens=1))
+        messages += [sampled(first.action_ids), user("Go on.", after)]
+        later = asyncio.ensure_future(client.act(act_request(messages, [after], max_tokens=400)))
+        await client.act(act_request(messages, [after], max_tokens=1, seed=99))
+        await send(client.weights, update_events(new, step=2))
+        return await later
+
+    action = run(scenario)
+    assert [span.version.step for span in action.versions] == [1, 2]
+    start = action.versions[1].start
+    expected = reference.logprobs(action.prompt_ids, action.action_ids, [before, after], new)
+    assert list(action.logprobs[start:]) == pytest.approx(expected[start:], abs=TOLERANCE)
+
+
 def test_new_vision_weights_are_seen_at_once(run: Any, reference: Reference) -> None:
     image = screenshot(7)
     messages = [user("What do you see?", image)]

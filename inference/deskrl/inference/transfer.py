@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from deskrl.core import lifetime
+from deskrl.inference import engine_mends as engine_mends  # mends as it is imported
 from deskrl.inference.engine import TRANSFER_BACKEND
 
 
