@@ -18,7 +18,7 @@ import grpc.aio
 from deskrl.core.rpc import protocol_refusal
 from deskrl.inference import metrics
 from deskrl.inference.acting import Context, Prompter, RequestRefused
-from deskrl.inference.engine import Engine, Prompt
+from deskrl.inference.engine import Engine, EngineDead, Prompt
 from deskrl.inference.versions import Version
 from deskrl.inference.weights import UpdateRefused, WeightFile, check_announcement, vision_changed
 from deskrl.proto.v1 import weights_pb2, weights_pb2_grpc
@@ -72,6 +72,8 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             metrics.UPDATES.labels("refused").inc()
             _LOG.warning("weight update refused: %s", refusal)
             await context.abort(refusal.code, str(refusal))
+        except EngineDead as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def _update(
         self, begin: weights_pb2.UpdateBegin, requests: AsyncIterator[weights_pb2.UpdateWeightsRequest]

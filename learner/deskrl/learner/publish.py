@@ -32,8 +32,13 @@ START_TIMEOUT_S = 900.0
 STALL_S = 120.0
 """An update that takes longer than this and a second for each `BYTES_PER_S` has stalled."""
 BYTES_PER_S = 50 * 1024**2
+RECOVERY_S = 300.0
+"""How long an update waits for a replica to come back when none could be reached."""
 RETRY_S = 2.0
 _POLL_S = 0.2
+
+_PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+"""What a replica that was killed and is restarted answers; anything else it would answer again."""
 
 _log = logging.getLogger("deskrl.learner")
 
@@ -71,6 +76,8 @@ class Outcome:
     num_requests_kept: int = 0
     late: bool = False
     """Brought by the catching-up thread."""
+    may_recover: bool = False
+    """It failed because the replica could not be reached."""
 
 
 def describe(tensors: Mapping[str, Tensor]) -> tuple[weights_pb2.TensorSpec, ...]:
@@ -123,6 +130,8 @@ class Publisher:
     def publish(self, snapshot: Snapshot) -> None:
         """Bring the snapshot to every replica that is not catching up already; return when each has it or has failed.
 
+        Where every replica is away, this waits until one is back with the snapshot.
+
         Raises:
             RuntimeError: no replica serves it.
         """
@@ -137,11 +146,12 @@ class Publisher:
             self._on_outcome(outcome)
             if not outcome.ok:
                 self._quarantine(replica, outcome)
-        if not any(outcome.ok for outcome in outcomes):
-            reasons = "; ".join(f"replica {outcome.replica}: {outcome.error}" for outcome in outcomes)
-            raise RuntimeError(
-                f"no inference replica took version {snapshot.version.step}: {reasons or 'all are late'}"
-            )
+        if any(outcome.ok for outcome in outcomes):
+            return
+        if all(outcome.may_recover for outcome in outcomes) and self._one_recovers():
+            return
+        reasons = "; ".join(f"replica {outcome.replica}: {outcome.error}" for outcome in outcomes)
+        raise RuntimeError(f"no inference replica took version {snapshot.version.step}: {reasons or 'all are late'}")
 
     def num_quarantined(self) -> int:
         """Replicas that do not serve the newest weights."""
@@ -153,6 +163,16 @@ class Publisher:
         for replica in self._replicas:
             replica.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _one_recovers(self) -> bool:
+        """Whether a catching-up thread brings the newest snapshot to a replica in time."""
+        deadline = time.monotonic() + RECOVERY_S
+        while self.num_quarantined() == len(self._replicas):
+            stopping.check(self._stop)
+            if time.monotonic() > deadline:
+                return False
+            self._stop.wait(_POLL_S)
+        return True
 
     def _quarantine(self, replica: _Replica, outcome: Outcome) -> None:
         _log.error("replica %d is quarantined: %s", replica.index, outcome.error)
@@ -194,7 +214,8 @@ class _Replica:
         try:
             committed, receive_ms = self._stream(snapshot)
         except grpc.RpcError as error:
-            return Outcome(self.index, snapshot.version, False, f"{error.code().name}: {error.details()}", late=late)
+            reason, may_recover = f"{error.code().name}: {error.details()}", error.code() in _PASSING
+            return Outcome(self.index, snapshot.version, False, reason, late=late, may_recover=may_recover)
         differences = [
             abs(theirs - ours)
             for theirs, ours in zip(committed.canary_logprobs, snapshot.canary_logprobs, strict=False)
