@@ -184,7 +184,7 @@ class WarmStartConfig(Section):
     max_updates: PositiveInt = 400
     """Optimizer steps at most."""
     stop_likelihood: Fraction = 0.3
-    """Imitation stops once the policy repeats a demonstrated episode with this probability (mean over tasks)."""
+    """A task is imitated until the policy, sampled as in training, repeats its demonstrations with this probability."""
 
 
 class GrpoConfig(Section):

@@ -1,8 +1,8 @@
 """Warm start: cross-entropy on demonstrated actions, through the same engine as everything else.
 
 A demonstration carries its conversation; it is turned into the very ids that the policy would have seen and have had to
-sample. Stops once the policy repeats a demonstrated episode often enough: good enough to succeed now and then, poor
-enough to leave something to learn.
+sample. A task is imitated until the policy, as it will be sampled, repeats the task's demonstrations often enough: good
+enough to succeed now and then, poor enough to leave something to learn. Tasks differ tenfold in how soon that is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,10 +30,10 @@ from deskrl.learner.packing import Row, pack
 from deskrl.learner.trajectories import Trajectory
 from deskrl.proto.v1 import inference_pb2
 
-CHECK_EVERY = 5
-"""Updates between two looks at the likelihood."""
+CHECK_EVERY = 2
+"""Updates between two looks at the likelihoods, which double with each update towards the end."""
 PROBES_PER_TASK = 4
-"""Demonstrations of each task that the likelihood is measured on."""
+"""Demonstrations of each task that its likelihood is measured on."""
 RAMP_UPDATES = 10
 """Updates over which the learning rate rises to its value."""
 
@@ -47,8 +47,8 @@ class ImitationReport:
     """Mean over action tokens."""
     learning_rate: float
     gradient_norm: float
-    likelihood: float | None
-    """Of a demonstrated episode, mean over tasks; measured every few updates, after the step."""
+    likelihoods: Mapping[str, float] | None
+    """Of a demonstrated episode, by task; measured every few updates, after the step."""
 
 
 def demonstration(
@@ -89,51 +89,55 @@ def image_sizes(images: Mapping[str, bytes]) -> dict[str, tuple[int, int]]:
 
 
 def imitate(
-    engine: Engine, feed: Feed, demos: Sequence[Trajectory], config: WarmStartConfig, seed: int
+    engine: Engine, feed: Feed, demos: Sequence[Trajectory], config: WarmStartConfig, temperature: float, seed: int
 ) -> Iterator[ImitationReport]:
-    """Train until the stop criterion; yields after each optimizer step.
+    """Train until every task meets the stop criterion; yields after each optimizer step.
 
     Args:
         engine: of the policy.
         feed: of this rank.
         demos: with ids.
         config: learning rate, batch size, stop criterion.
+        temperature: that the policy will be sampled at.
         seed: of the order in which demonstrations come.
     """
     rows_of = [_rows(index, demo) for index, demo in enumerate(demos)]
     probes = _probes(demos)
     order = _endless_order(len(demos), seed)
+    unlikely = {demo.task_id for demo in demos}
     for update in range(1, config.max_updates + 1):
-        rows = [row for _ in range(min(config.batch_episodes, len(demos))) for row in rows_of[next(order)]]
+        batch = _next_batch(order, demos, unlikely, config.batch_episodes)
         learning_rate = config.learning_rate * min(1.0, update / RAMP_UPDATES)
         engine.set_optimizer(learning_rate, 0.0)
-        loss, norm = _step(engine, feed, rows)
-        likelihood = None
+        loss, norm = _step(engine, feed, [row for index in batch for row in rows_of[index]])
+        likelihoods = None
         if update % CHECK_EVERY == 0 or update == config.max_updates:
-            likelihood = episode_likelihood(engine, feed, demos, rows_of, probes)
-        yield ImitationReport(update, loss, learning_rate, norm, likelihood)
-        if likelihood is not None and likelihood >= config.stop_likelihood:
+            likelihoods = episode_likelihoods(engine, feed, demos, rows_of, probes, temperature)
+            unlikely = {task_id for task_id, value in likelihoods.items() if value < config.stop_likelihood}
+        yield ImitationReport(update, loss, learning_rate, norm, likelihoods)
+        if not unlikely:
             return
 
 
-def episode_likelihood(
+def episode_likelihoods(
     engine: Engine,
     feed: Feed,
     demos: Sequence[Trajectory],
     rows_of: Sequence[Sequence[Row]],
     probes: Sequence[int],
-) -> float:
-    """Probability that the policy, sampling at temperature 1, repeats a demonstrated episode: mean over tasks."""
+    temperature: float,
+) -> dict[str, float]:
+    """Probability that the sampled policy repeats a demonstrated episode: each task's mean over its probes."""
     log_likelihoods = [0.0] * len(demos)
     for micro in feed.batches(feed.share([row for index in probes for row in rows_of[index]])):
-        logprobs_N = engine.score(micro, temperature=1.0).logprobs_N.cpu()
+        logprobs_N = engine.score(micro, temperature).logprobs_N.cpu()
         for index, logprob in zip(micro.trajectory_N.tolist(), logprobs_N.tolist(), strict=True):
             log_likelihoods[index] += logprob
     log_likelihoods = engine.sum_over_ranks(log_likelihoods)
     of_task: dict[str, list[float]] = {}
     for index in probes:
         of_task.setdefault(demos[index].task_id, []).append(math.exp(log_likelihoods[index]))
-    return sum(sum(values) / len(values) for values in of_task.values()) / len(of_task)
+    return {task_id: sum(values) / len(values) for task_id, values in of_task.items()}
 
 
 def _step(engine: Engine, feed: Feed, rows: Sequence[Row]) -> tuple[float, float]:
@@ -166,6 +170,19 @@ def _probes(demos: Sequence[Trajectory]) -> list[int]:
     for index, demo in enumerate(demos):
         of_task.setdefault(demo.task_id, []).append(index)
     return [index for indices in of_task.values() for index in indices[:PROBES_PER_TASK]]
+
+
+def _next_batch(
+    order: Iterator[int], demos: Sequence[Trajectory], task_ids: Collection[str], batch_episodes: int
+) -> list[int]:
+    """The next demonstrations of these tasks, in the given order; each at most once."""
+    num_left = sum(demo.task_id in task_ids for demo in demos)
+    batch: list[int] = []
+    while len(batch) < min(batch_episodes, num_left):
+        index = next(order)
+        if demos[index].task_id in task_ids and index not in batch:
+            batch.append(index)
+    return batch
 
 
 def _endless_order(num_demos: int, seed: int) -> Iterator[int]:

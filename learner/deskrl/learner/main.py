@@ -118,11 +118,12 @@ class Learner:
         self._phase("demonstrations")
         demos = self._take_demonstrations()
         self._phase("imitation")
+        temperature, seed = self._grpo.temperature, self._config.seed
         likelihood = 0.0
-        for report in imitate(self._parts.engine, self._parts.feed, demos, warm_start, self._config.seed):
-            if report.likelihood is not None:
-                likelihood = report.likelihood
-                self._append_metrics("imitation", **asdict(report))
+        for report in imitate(self._parts.engine, self._parts.feed, demos, warm_start, temperature, seed):
+            if report.likelihoods is not None:
+                likelihood = min(report.likelihoods.values())
+                self._append_metrics("imitation", likelihood=likelihood, **asdict(report))
         if likelihood < warm_start.stop_likelihood:
             _log.warning("imitation ended at likelihood %.3f, below %.3f", likelihood, warm_start.stop_likelihood)
 
