@@ -16,7 +16,7 @@ def free_address() -> str:
 
 
 def test_a_channel_that_is_idle_and_kept_alive_is_not_dropped() -> None:
-    """A server that finds pings too frequent closes the connection under the next call, which may be a weight update."""
+    """A server that finds pings too frequent closes the connection under the next call: perhaps a weight update."""
 
     async def idle_then_call() -> health_pb2.HealthCheckResponse.ServingStatus:
         address = free_address()

@@ -244,7 +244,7 @@ def test_requests_in_flight_go_on_under_the_new_weights(run: Any, reference: Ref
 
 
 def test_a_later_step_of_an_episode_goes_on_under_new_vision_weights(run: Any, reference: Reference) -> None:
-    """The step before left its screenshot in the prefix cache, so that the engine had no need of its pixels until now."""
+    """The step before left its screenshot in the prefix cache: the engine has had no need of its pixels yet."""
     before, after = screenshot(12), screenshot(13)
     old, new = reference.perturbed(seed=4), reference.perturbed(seed=5)
 

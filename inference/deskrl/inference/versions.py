@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from deskrl.proto.v1 import common_pb2
 
@@ -65,9 +66,7 @@ class SpanCounter:
     def spans(self) -> tuple[Span, ...]:
         """Spans that cover all tokens without gap or overlap."""
         bounds = pairwise([*(start for _, start in self._starts), self._num_tokens])
-        return tuple(
-            Span(version, start, end) for (version, _), (start, end) in zip(self._starts, bounds, strict=True)
-        )
+        return tuple(Span(version, start, end) for (version, _), (start, end) in zip(self._starts, bounds, strict=True))
 
 
 def span_messages(spans: Iterable[Span]) -> list[common_pb2.VersionSpan]:
