@@ -96,10 +96,8 @@ def learn(engine: Engine, feed: Feed, batch: Learnable, config: GrpoConfig) -> U
     """Learn a batch in `config.minibatches` optimizer steps."""
     sums = _Sums(batch)
     minibatches = _split(batch, config.minibatches)
-    # The policy that the batch starts from: with one optimizer step it is the forward pass of that step itself.
-    prox: list[list[Tensor] | None] = [None] * len(minibatches)
-    if len(minibatches) > 1:
-        prox = [_score(engine, feed, rows, config.temperature) for rows, _ in minibatches]
+    # The policy that the batch starts from; for the first optimizer step it is that step's own forward pass.
+    prox = [None, *(_score(engine, feed, rows, config.temperature) for rows, _ in minibatches[1:])]
     engine.set_optimizer(config.learning_rate, config.weight_decay)
     applied, norms = True, []
     for (rows, num_trajectories), prox_of_step in zip(minibatches, prox, strict=True):

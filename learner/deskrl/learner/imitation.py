@@ -36,6 +36,10 @@ PROBES_PER_TASK = 4
 """Demonstrations of each task that its likelihood is measured on."""
 RAMP_UPDATES = 10
 """Updates over which the learning rate rises to its value."""
+NEAR_LIKELIHOOD = 1e-3
+NEAR_SCALE = 0.3
+"""Once a task is this likely, steps are this much shorter: likelihoods double with every step by then, and a longer one
+towards some tasks undoes others."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,18 @@ def imitate(
     probes = _probes(demos)
     order = _endless_order(len(demos), seed)
     unlikely = {demo.task_id for demo in demos}
+    scale = 1.0
     for update in range(1, config.max_updates + 1):
         batch = _next_batch(order, demos, unlikely, config.batch_episodes)
-        learning_rate = config.learning_rate * min(1.0, update / RAMP_UPDATES)
+        learning_rate = config.learning_rate * min(1.0, update / RAMP_UPDATES) * scale
         engine.set_optimizer(learning_rate, 0.0)
         loss, norm = _step(engine, feed, [row for index in batch for row in rows_of[index]])
         likelihoods = None
         if update % CHECK_EVERY == 0 or update == config.max_updates:
             likelihoods = episode_likelihoods(engine, feed, demos, rows_of, probes, temperature)
             unlikely = {task_id for task_id, value in likelihoods.items() if value < config.stop_likelihood}
+            if max(likelihoods.values()) > NEAR_LIKELIHOOD:
+                scale = NEAR_SCALE
         yield ImitationReport(update, loss, learning_rate, norm, likelihoods)
         if not unlikely:
             return
