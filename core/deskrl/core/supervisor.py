@@ -161,10 +161,14 @@ class Supervisor:
 
     def _spawn(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         environment = {
+            # Learner and inference compute at the same time; as many threads as cores in both spin against each other.
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
             **os.environ,
             **supervised_environment(),
             RUN_MARK: str(self._folder.root),
             "TMPDIR": str(self.temporary),
+            # PyTorch would keep compiled code in the temporary folder, where nothing may stay.
+            "TORCHINDUCTOR_CACHE_DIR": str(self._folder.root / "cache"),
             "PYTHONUNBUFFERED": "1",
         }
         return subprocess.Popen(
