@@ -1,4 +1,4 @@
-"""A whole run on this machine, every part real: whatever is killed, it goes on from there, and nothing of it remains."""
+"""A whole run on this machine, every part real: whatever is killed, it goes on, and nothing of it remains."""
 
 from __future__ import annotations
 
