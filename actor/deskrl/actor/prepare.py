@@ -20,9 +20,14 @@ _NUM_REPEATS = 8
 """The tokenizer merges what comes often: the tasks' own words before the numbers that no task needs."""
 
 
+def load(config: RunConfig) -> tuple[Task, ...]:
+    """The tasks of a run; raises UserError if one is unknown or invalid."""
+    return tuple(load_tasks(config.tasks.suite, config.tasks.tasks))
+
+
 def main(config: RunConfig) -> None:
-    """Write both files; raises UserError if a task is unknown or invalid."""
-    tasks = load_tasks(config.tasks.suite, config.tasks.tasks)
+    """Write both files; raises UserError as `load` does."""
+    tasks = load(config)
     write_json(config.folder / "tasks.json", {task.id: json.loads(task.data) for task in tasks})
     texts = [text for task in tasks for text in _texts(task, config)]
     write_atomically(config.folder / "corpus.txt", "\f".join(texts).encode())

@@ -7,18 +7,21 @@ needs the packages of the roles it runs, no others.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from deskrl.core import logs
 from deskrl.core.config import RunConfig, load_config, read_resolved
-from deskrl.core.errors import UserError
+from deskrl.core.errors import UserError, missing_package
 
-_EXTRAS = {"deskrl.actor": "actor", "deskrl.inference": "inference", "deskrl.learner": "learner"}
+_ROLE_OF = {"model": "learner", "prove-checkpoint": "learner", "tasks": "actor"}
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,14 +29,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except UserError as error:
-        print(f"deskrl: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        where = f"; {error.filename} could not be written" if error.filename else ""
+        mend = "free some space and give the same command again; nothing that was acknowledged is lost"
+        return _refuse(UserError(f"the disk is full{where}", mend))
     except KeyboardInterrupt:
         return 130
 
 
+def _refuse(error: UserError) -> int:
+    """Tell a person, in one line whatever an engine's message held."""
+    with contextlib.suppress(OSError):  # the log of a role may lie on the disk that is full
+        print("deskrl:", *str(error).split(), file=sys.stderr, flush=True)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="deskrl",
         description="Train computer-use agents by reinforcement learning on real desktops.",
         epilog="Any key of the configuration is an option too: deskrl up CONFIG --learner.grpo.num_updates 20",
@@ -87,6 +109,15 @@ def _dispatch(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.takes_overrides:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    try:
+        return _perform(options, rest)
+    except ModuleNotFoundError as error:  # wherever it is imported: engines only when they are needed
+        if error.name is None or error.name.startswith("deskrl"):
+            raise
+        raise missing_package(error.name, _ROLE_OF.get(options.command, options.command)) from error
+
+
+def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command == "up":
         from deskrl.core.up import up
 
@@ -96,12 +127,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
         return report(options.run)
     if options.command == "tasks":
-        return int(_role("deskrl.actor.prove").main(options.suite, tuple(options.ids), options.repeats))
+        return int(
+            importlib.import_module("deskrl.actor.prove").main(options.suite, tuple(options.ids), options.repeats)
+        )
     config = _read(options.config, rest)
     if options.command == "model":
-        return int(_role("deskrl.learner.tiny_model").main(config))
+        return int(importlib.import_module("deskrl.learner.tiny_model").main(config))
     if options.command == "prove-checkpoint":
-        return int(_role("deskrl.learner.proof").main(config, options.outcome))
+        return int(importlib.import_module("deskrl.learner.proof").main(config, options.outcome))
     return _run_role(options.command, config, getattr(options, "index", None), options.config, rest)
 
 
@@ -118,7 +151,7 @@ def _run_role(role: str, config: RunConfig, index: int | None, path: Path, overr
     logs.setup(role if index is None else f"{role}-{index}")
     if role == "learner" and config.learner.num_processes > 1 and "RANK" not in os.environ:
         _become_torchrun(config, path, overrides)
-    run = _role(f"deskrl.{role}.main").run
+    run = importlib.import_module(f"deskrl.{role}.main").run
     return int(run(config) if index is None else run(config, index))
 
 
@@ -129,17 +162,6 @@ def _become_torchrun(config: RunConfig, path: Path, overrides: Sequence[str]) ->
     world = [f"--nproc-per-node={config.learner.num_processes}", *rendezvous]
     command = ["-m", "deskrl.core.cli", "learner", str(path), *overrides]
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *world, *command])
-
-
-def _role(module: str) -> Any:
-    """Import a role's module; a package that it lacks is named with the extra that brings it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        extra = next((extra for prefix, extra in _EXTRAS.items() if module.startswith(prefix)), None)
-        if extra is None or (error.name or "").startswith("deskrl"):
-            raise
-        raise UserError(f"the package {error.name} is not installed", f"pip install 'deskrl[{extra}]'") from error
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -23,10 +23,21 @@ from pydantic_settings import (
 )
 
 from deskrl.core.errors import UserError
+from deskrl.core.runfolder import write_atomically
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
+
+
+def _host_and_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"{value} is no host:port such as 127.0.0.1:7411")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_host_and_port)]
 
 
 class Section(BaseModel):
@@ -125,7 +136,7 @@ class ActorConfig(Section):
 class ReplayConfig(Section):
     """The replay service."""
 
-    address: str = "127.0.0.1:7411"
+    address: Address = "127.0.0.1:7411"
     """Where it listens and where others find it."""
     lease_ttl_s: PositiveSeconds = 30.0
     """A lease that is not extended for this long is granted again."""
@@ -144,7 +155,7 @@ class ReplayConfig(Section):
 class InferenceConfig(Section):
     """The inference server."""
 
-    address: str = "127.0.0.1:7421"
+    address: Address = "127.0.0.1:7421"
     """Where the gRPC service listens; replicas count the port up."""
     num_replicas: PositiveInt = 1
     """Data-parallel replicas."""
@@ -220,6 +231,8 @@ class GrpoConfig(Section):
     """When all members of a group fail, one stored success of the task takes the place of one of them."""
     success_ratio: Literal["one", "truncated"] = "one"
     """How a stored success is weighted: from ratio 1, or by its truncated importance weight."""
+    shuffle_rewards: bool = False
+    """Control experiment: deal each group's rewards out at random; what still rises is not learnt from them."""
 
 
 class EvalConfig(Section):
@@ -268,6 +281,7 @@ class RunConfig(BaseSettings):
         env_prefix="DESKRL_",
         env_nested_delimiter="__",
         nested_model_default_partial_update=True,
+        cli_exit_on_error=False,  # an unknown option is one line too, not a page of usage
     )
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -335,13 +349,15 @@ def load_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
         return CliApp.run(FileRunConfig, cli_args=list(arguments))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: not readable as TOML: {error}", "mend the file") from error
-    except (ValidationError, SettingsError) as error:
+    except ValidationError as error:
         raise UserError(f"{path}: {_describe(error)}", "mend the key, or remove it") from error
+    except SettingsError as error:  # of the command line or the environment, and it says which
+        raise UserError(_describe(error), "mend the key, or remove it") from error
 
 
 def dump_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration as JSON; `read_resolved` reads it back."""
-    path.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, (config.model_dump_json(indent=2) + "\n").encode())
 
 
 def read_resolved(path: Path) -> RunConfig:
@@ -364,5 +380,6 @@ def _describe(error: Exception) -> str:
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown key {key}")
         else:
-            parts.append(f"{key}: {item['msg']}" if key else item["msg"])
+            reason = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{key}: {reason}" if key else reason)
     return "; ".join(parts)

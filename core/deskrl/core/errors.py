@@ -13,3 +13,15 @@ class UserError(Exception):
         super().__init__(f"{message}; {mend}")
         self.message = message
         self.mend = mend
+
+
+_EXTRAS = {
+    "actor": "'deskrl[actor]'",
+    "inference": "'deskrl[inference]' (without a GPU: 'deskrl[inference-cpu]')",
+    "learner": "'deskrl[learner]'",
+}
+
+
+def missing_package(name: str, role: str) -> UserError:
+    """The refusal of a role that needs a Python package which is not there; any other role means deskrl's own needs."""
+    return UserError(f"the package {name} is not installed", f"pip install {_EXTRAS.get(role, 'deskrl')}")

@@ -44,6 +44,8 @@ class Child:
     num_restarts: int = 0
     done: bool = False
     log: IO[bytes] = field(repr=False, kw_only=True)
+    log_start: int = 0
+    """Bytes that earlier processes of this name had written."""
 
 
 class RoleFailed(RuntimeError):
@@ -82,7 +84,8 @@ class Supervisor:
         """Start `deskrl ARGUMENTS` under a name; its output goes to logs/NAME.log."""
         command = [sys.executable, "-m", "deskrl.core.cli", *arguments]
         log = open(self._folder.logs / f"{name}.log", "ab")  # noqa: SIM115 - closed when the child is stopped
-        child = Child(name, command, self._spawn(command, log), log=log)
+        log_start = log.tell()
+        child = Child(name, command, self._spawn(command, log), log=log, log_start=log_start)
         self.children[name] = child
         return child
 
@@ -151,9 +154,11 @@ class Supervisor:
         return sum(1 for _ in self._folder.read_metrics("restart"))
 
     def last_line(self, name: str) -> str:
-        """The last line that a role wrote, for a person."""
-        text = (self._folder.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip()
-        return text.splitlines()[-1] if text else "no output"
+        """The last line that a role wrote, for a person; its refusal, if it refused (engines may talk on after it)."""
+        written = (self._folder.logs / f"{name}.log").read_bytes()[self.children[name].log_start :]
+        lines = written.decode(errors="replace").strip().splitlines()
+        refusals = [line for line in lines if line.startswith("deskrl: ")]
+        return (refusals or lines or ["no output (is the disk full?)"])[-1]
 
     def memory_bytes(self) -> int:
         """Proportional memory of all processes of the run (shared pages counted once)."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import socket
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
-from deskrl.core import rpc
+from deskrl.core import preflight, rpc
 from deskrl.core.acceptance import Criterion, RunFacts, judge
 from deskrl.core.config import ModelConfig, RunConfig, dump_config, read_resolved
 from deskrl.core.errors import UserError
@@ -46,12 +47,22 @@ class Interrupted(RuntimeError):
 
 def up(config: RunConfig) -> int:
     """Run everything; returns 0 if every criterion is met, 1 if not, 130 if it was stopped, 2 for a refused input."""
+    folder = RunFolder(config.folder)
+    try:
+        return _up(config, folder)
+    except RoleFailed as error:
+        return _tell(error, folder)
+
+
+def _up(config: RunConfig, folder: RunFolder) -> int:
     stop = stop_event()
     console = Console()
-    _refuse_taken_ports(config)
-    folder = RunFolder(config.folder)
+    preflight.refuse_bad_input(config)
     started_unix_s = _open_folder(config, folder, console)
     supervisor = Supervisor(folder)
+    if not _has_learnt(folder):  # nobody else is at it by now
+        shutil.rmtree(folder.root / "model", ignore_errors=True)
+        dump_config(config, folder.config)
     if supervisor.num_leftovers:
         console.print(f"removed {supervisor.num_leftovers} leftovers of the run that was killed", highlight=False)
     try:
@@ -60,10 +71,6 @@ def up(config: RunConfig) -> int:
         supervisor.close()
         console.print(f"stopped; the same command resumes {folder.root}", highlight=False)
         return 130
-    except RoleFailed as error:
-        supervisor.close()
-        console.print(f"{error}\nsee {folder.logs / error.name}.log; the same command resumes", highlight=False)
-        return USER_ERROR_STATUS if error.status == USER_ERROR_STATUS else 1
     except BaseException:
         supervisor.close()
         raise
@@ -75,13 +82,24 @@ def report(root: Path) -> int:
     """Write report.html of a run, finished or cut short, with a replay service of its own."""
     folder = RunFolder(root.absolute())
     config = read_resolved(folder.config)
-    _refuse_taken_ports(config)
+    preflight.refuse_ports(config)
     supervisor = Supervisor(folder)
     try:
         print(_write_report(config, folder, supervisor))
+    except RoleFailed as error:
+        return _tell(error, folder)
     finally:
         supervisor.close()
     return 0
+
+
+def _tell(error: RoleFailed, folder: RunFolder) -> int:
+    """One line on standard error for a role that ended for good; a role's own refusal is passed on, with its status."""
+    if error.status == USER_ERROR_STATUS:
+        print(f"deskrl: {error.name}: {error.last_line.removeprefix('deskrl: ')}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    print(f"deskrl: {error}; see {folder.logs / error.name}.log, the same command resumes", file=sys.stderr)
+    return 1
 
 
 def _run(
@@ -128,6 +146,7 @@ def _watch_until_done(
             supervisor.watch(finite=["learner"])
             if turn % _MEMORY_EVERY == 0:
                 peak_bytes = max(peak_bytes, supervisor.memory_bytes())
+                preflight.refuse_full_disk(folder)
             display.show(meter.read(list(folder.read_metrics()), _replay_status(stub)))
             if supervisor.children["learner"].done:
                 break
@@ -208,26 +227,48 @@ def _wait_healthy(address: str, supervisor: Supervisor, name: str, timeout_s: fl
 
 def _open_folder(config: RunConfig, folder: RunFolder, console: Console) -> float:
     """Begin, resume, or set aside what was finished; returns when the run began (Unix seconds)."""
-    state = json.loads(folder.supervisor.read_text(encoding="utf-8")) if folder.supervisor.exists() else {}
+    state = _read_state(folder)
     if state.get("state") == "finished":
         aside = folder.root.with_name(time.strftime(f"{folder.root.name}-%Y%m%d-%H%M%S"))
         folder.root.rename(aside)
         console.print(f"the finished run is kept as {aside}", highlight=False, soft_wrap=True)
         state = {}
-    if state:
+    if state and _has_learnt(folder):
         _refuse_other_config(config, folder)
         console.print(f"resuming {folder.root}", highlight=False, soft_wrap=True)
         return float(state["started_unix_s"])
-    folder.create()
-    dump_config(config, folder.config)
+    _create(folder)
     started_unix_s = time.time()
     write_json(folder.supervisor, {"state": "running", "started_unix_s": started_unix_s})
     return started_unix_s
 
 
+def _read_state(folder: RunFolder) -> dict[str, Any]:
+    """What an earlier start noted; empty before the first."""
+    if not folder.supervisor.exists():
+        return {}
+    try:
+        state: dict[str, Any] = json.loads(folder.supervisor.read_text(encoding="utf-8"))
+        return {"state": state["state"], "started_unix_s": float(state["started_unix_s"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.supervisor} is damaged", "restore it, or choose another --name") from error
+
+
+def _create(folder: RunFolder) -> None:
+    try:
+        folder.create()
+    except OSError as error:
+        raise UserError(f"{folder.root}: no run can be kept here ({error.strerror})", "choose other --runs") from error
+
+
+def _has_learnt(folder: RunFolder) -> bool:
+    """Whether the learner of this run has ever got under way. Before, a mended configuration may take its place."""
+    return any(folder.checkpoints.glob("epoch_*")) or any(True for _ in folder.read_metrics("phase"))
+
+
 def _refuse_other_config(config: RunConfig, folder: RunFolder) -> None:
     """A run goes on as what it was begun as."""
-    begun = json.loads(folder.config.read_text(encoding="utf-8"))
+    begun = json.loads(read_resolved(folder.config).model_dump_json())
     now = json.loads(config.model_dump_json())
     changed = [key for key, value in _flatten(now) if dict(_flatten(begun)).get(key) != value]
     if changed:
@@ -243,23 +284,6 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(inner, f"{prefix}{key}.")
     else:
         yield prefix.removesuffix("."), value
-
-
-def _refuse_taken_ports(config: RunConfig) -> None:
-    host, _, port = config.inference.address.rpartition(":")
-    replicas = [f"{host}:{int(port) + index}" for index in range(config.inference.num_replicas)]
-    for key, addresses in (("replay.address", [config.replay.address]), ("inference.address", replicas)):
-        for address in addresses:
-            rpc.refuse_exposure(address)
-            host, _, port = address.rpartition(":")
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((host, int(port)))
-                except OSError as error:
-                    raise UserError(
-                        f"{address} ({key}) is taken by another process", f"choose another port with --{key}"
-                    ) from error
 
 
 @contextmanager

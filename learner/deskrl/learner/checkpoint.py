@@ -21,12 +21,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
-from deskrl.core.runfolder import write_json
-from deskrl.learner.engine import Engine
+from deskrl.core.runfolder import RunFolder, write_json
 from deskrl.learner.lineage import VersionTree
+
+if TYPE_CHECKING:
+    from deskrl.learner.engine import Engine
 
 SCHEMA = 1
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
@@ -182,6 +185,23 @@ class CheckpointStore:
 
     def _refusal(self, path: Path, reason: str) -> UserError:
         return UserError(f"{path}: {reason}", "remove it to go on from the checkpoint before it, or restore it")
+
+
+def layout_of(config: RunConfig, num_ranks: int) -> dict[str, Any]:
+    """What a checkpoint's engine state depends on, by the names of the configuration."""
+    return {
+        "learner.num_processes": num_ranks,
+        "learner.zero_stage": config.learner.zero_stage,
+        "learner.dtype": config.learner.dtype,
+    }
+
+
+def refuse_unreadable(config: RunConfig) -> None:
+    """Raise UserError if a run could not go on from its checkpoints; imports no engine, so a start can ask first."""
+    folder = RunFolder(config.folder).checkpoints
+    if any(folder.glob("epoch_*")):
+        layout = layout_of(config, config.learner.num_processes)
+        CheckpointStore(folder, config.model_folder, layout, config.learner.keep_checkpoints).newest()
 
 
 def checkpoint_name(num_updates: int, groups_per_batch: int, num_tasks: int) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deskrl.core import ids
 from deskrl.core.config import GrpoConfig
 from deskrl.core.trajectory import Span
 from deskrl.learner.advantages import group_advantages
@@ -65,7 +67,10 @@ class UpdateReport:
 
 
 def prepare(
-    selections: Sequence[Selection], distance: Callable[[Span], int | None], negative_scale: float
+    selections: Sequence[Selection],
+    distance: Callable[[Span], int | None],
+    negative_scale: float,
+    shuffle_seed: int | None = None,
 ) -> Learnable:
     """Rows and advantages of the groups that are learnt from.
 
@@ -73,12 +78,16 @@ def prepare(
         selections: not dropped.
         distance: versions between a span's policy and the one that learns; None for one that is not comparable.
         negative_scale: multiplies negative advantages.
+        shuffle_seed: deal each group's rewards out at random, for a control experiment.
     """
     trajectories: list[Trajectory] = []
     advantages: list[float] = []
     for selection in selections:
+        rewards = [trajectory.reward for trajectory in selection.trajectories]
+        if shuffle_seed is not None:
+            random.Random(ids.derive_seed(shuffle_seed, selection.group_id)).shuffle(rewards)
         trajectories += selection.trajectories
-        advantages += group_advantages([t.reward for t in selection.trajectories], negative_scale)
+        advantages += group_advantages(rewards, negative_scale)
     rows: list[Row] = []
     for index, trajectory in enumerate(trajectories):
         spans = {(span.lineage, span.step): distance(span) for step in trajectory.steps for span in step.spans}

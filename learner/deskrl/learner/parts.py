@@ -14,7 +14,7 @@ from deskrl.core.rendering import ImageSizing, image_sizing_of, processor_hash, 
 from deskrl.core.runfolder import RunFolder
 from deskrl.learner import stopping
 from deskrl.learner.canary import CanaryProbe, make_canary
-from deskrl.learner.checkpoint import CheckpointStore
+from deskrl.learner.checkpoint import CheckpointStore, layout_of
 from deskrl.learner.engine import Engine
 from deskrl.learner.feed import Feed
 from deskrl.learner.model import load_policy, load_processor, make_collator
@@ -92,7 +92,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         curriculum=curriculum,
         taker=BatchTaker(config, curriculum, replay, engine.rank == 0, hash_of_processor),
         checkpoints=CheckpointStore(
-            folder.checkpoints, model_folder, _layout(config, engine), config.learner.keep_checkpoints
+            folder.checkpoints, model_folder, layout_of(config, engine.world_size), config.learner.keep_checkpoints
         ),
         canary=make_canary(
             policy,
@@ -106,15 +106,6 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         ),
         results=Results(folder, tasks),
     )
-
-
-def _layout(config: RunConfig, engine: Engine) -> dict[str, Any]:
-    """What a checkpoint's engine state depends on, by the names of the configuration."""
-    return {
-        "learner.num_processes": engine.world_size,
-        "learner.zero_stage": config.learner.zero_stage,
-        "learner.dtype": config.learner.dtype,
-    }
 
 
 def _replica_addresses(config: RunConfig) -> list[str]:

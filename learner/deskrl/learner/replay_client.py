@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from deskrl.core import rpc
+from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
 from deskrl.learner import stopping
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc
@@ -20,6 +21,8 @@ WAIT_S = 2.0
 RESTART_S = 60.0
 """How long a replay service may be away."""
 _POLL_S = 0.2
+_REFUSALS = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED}
+"""Another protocol version, a store that contradicts this learner, a full disk: a person has to see to it."""
 
 
 class ReplayClient:
@@ -120,3 +123,8 @@ class ReplayClient:
                 if self._stop.is_set():
                     future.cancel()
                     raise stopping.Stopped from None
+            except grpc.RpcError as error:
+                if error.code() not in _REFUSALS:
+                    raise
+                mend = "see the log of replay; the newest checkpoint stands"
+                raise UserError(f"replay refuses this learner: {error.details()}", mend) from error

@@ -15,6 +15,8 @@ from deskrl.core.errors import UserError
 FILE_NAME = "replay.sqlite"
 _APPLICATION_ID = 0x6465736B  # "desk"
 _SCHEMA_VERSION = 1
+FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
+"""What SQLite says on a full disk, depending on which of its files it was about to write."""
 _MEND = "restore the file from a copy, or move it away and start the run anew"
 
 # Rows are small and pages large, because nearly all bytes are screenshots: a row each, four pages a piece.
@@ -158,6 +160,8 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
     except sqlite3.DatabaseError as error:
         connection.close()
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in FULL_CODES:
+            raise UserError(f"{path}: the disk is full", "free some space and start again; nothing is lost") from error
         raise UserError(f"{path} cannot be opened as a replay database: {error}", _MEND) from error
     except UserError:
         connection.close()

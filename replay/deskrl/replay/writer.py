@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from deskrl.replay.refusals import Refused, StoreFull
+from deskrl.replay.schema import FULL_CODES
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
@@ -27,7 +28,6 @@ _log = logging.getLogger("deskrl.replay")
 
 _MAX_COMMIT_OPERATIONS = 256
 _FULL_REPORT_PERIOD_S = 60.0
-_FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Writer:
         """Nothing of these entries is kept, and each is told why."""
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
-        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in _FULL_CODES:
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in FULL_CODES:
             self._report_full(error)
             error = StoreFull("the replay store's disk is full; free some space, nothing acknowledged is lost")
         else:

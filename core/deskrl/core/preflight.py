@@ -1,0 +1,128 @@
+"""What a run refuses before anything of it is written or started: contradictions, ports, disk, tasks, model.
+
+Knows the whole configuration and asks the roles about their part of it, so that a person hears of a mistake within a
+second, and a mended configuration still finds an untouched folder. What only an engine can tell, its role refuses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import shutil
+import socket
+from collections.abc import Iterator
+from itertools import combinations
+from typing import NamedTuple
+
+from deskrl.core import rpc
+from deskrl.core.config import RunConfig
+from deskrl.core.errors import UserError, missing_package
+from deskrl.core.runfolder import RunFolder
+
+MIN_FREE_BYTES = 64 * 1024**2
+"""With less than this left on its disk a run does not start, and one that runs ends in good order."""
+
+_ENGINES = {"learner": ("torch", "transformers", "safetensors", "deepspeed"), "inference": ("vllm",)}
+
+
+class Endpoint(NamedTuple):
+    """One place where a role will listen, and the key that says so."""
+
+    key: str
+    host: str
+    port: int
+
+
+def refuse_bad_input(config: RunConfig) -> None:
+    """Raise UserError for whatever can be known to be wrong by now; changes nothing."""
+    for contradiction in _contradictions(config):
+        raise UserError(contradiction, "change one of the two")
+    refuse_ports(config)
+    refuse_full_disk(RunFolder(config.folder))
+    refuse_missing_packages()
+    importlib.import_module("deskrl.actor.prepare").load(config)
+    if config.model.path is not None:
+        importlib.import_module("deskrl.inference.main").check_model_folder(config.model.path)
+    importlib.import_module("deskrl.learner.checkpoint").refuse_unreadable(config)
+
+
+def refuse_missing_packages() -> None:
+    """Raise UserError if one of the engines is not installed on this machine, which is to run every role."""
+    for role, packages in _ENGINES.items():
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise missing_package(package, role)
+
+
+def refuse_ports(config: RunConfig) -> None:
+    """Raise UserError if a role could not listen where it is to listen, or could be reached from other machines."""
+    rpc.refuse_exposure(config.replay.address)
+    rpc.refuse_exposure(config.inference.address)
+    for key, host, port in endpoints(config):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                reason = f"{host}:{port} ({key}) cannot be listened on: {error.strerror}"
+                raise UserError(reason, f"choose another port with --{key}") from error
+
+
+def refuse_full_disk(folder: RunFolder) -> None:
+    """Raise UserError if the disk below the run's folder is all but full."""
+    existing = next(path for path in (folder.root, *folder.root.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < MIN_FREE_BYTES:
+        raise UserError(
+            f"the disk of {folder.root} is full: {free_bytes // 1024**2} MiB are left, "
+            f"{MIN_FREE_BYTES // 1024**2} are the least",
+            "free some space and give the same command again; nothing that was acknowledged is lost",
+        )
+
+
+def endpoints(config: RunConfig) -> Iterator[Endpoint]:
+    """Everything that the roles of a run will listen on; ports of replicas and actors count up."""
+    num_actors = math.ceil(config.desktop.num_envs / config.actor.desktops_per_actor)
+    num_replicas = config.inference.num_replicas
+    for key, address, num in (
+        ("replay.address", config.replay.address, 1),
+        ("inference.address", config.inference.address, num_replicas),
+    ):
+        host, _, port = address.rpartition(":")
+        yield from (Endpoint(key, host, int(port) + index) for index in range(num))
+    for key, first, num in (
+        ("inference.openai_port", config.inference.openai_port, num_replicas),
+        ("inference.metrics_port", config.inference.metrics_port, num_replicas),
+        ("actor.metrics_port", config.actor.metrics_port, num_actors),
+        ("replay.metrics_port", config.replay.metrics_port, 1),
+        ("learner.metrics_port", config.learner.metrics_port, 1),
+        ("learner.master_port", config.learner.master_port, 1),
+    ):
+        yield from (Endpoint(key, "127.0.0.1", first + index) for index in range(num) if first)
+
+
+def _contradictions(config: RunConfig) -> Iterator[str]:
+    """Values that are fine each by itself and not together."""
+    for one, other in combinations(endpoints(config), 2):
+        if one.port == other.port:
+            yield f"{one.key} and {other.key} both come to port {one.port}"
+    for endpoint in endpoints(config):
+        if endpoint.port > 65535:
+            yield f"{endpoint.key} counts up to port {endpoint.port}, and there are 65535"
+    if (config.agent.image_width is None) != (config.agent.image_height is None):
+        yield "only one of agent.image_width and agent.image_height is set"
+    by_step = config.agent.context == "episode"
+    shown, key = (
+        (config.tasks.max_steps, "tasks.max_steps") if by_step else (config.agent.window_images, "agent.window_images")
+    )
+    if shown > config.inference.max_images:
+        yield (
+            f"{key} = {shown} screenshots can come into one prompt (agent.context = {config.agent.context}), "
+            f"and inference.max_images = {config.inference.max_images}"
+        )
+    if config.inference.max_action_tokens >= config.inference.max_model_len:
+        yield (
+            f"inference.max_action_tokens = {config.inference.max_action_tokens} leaves no room for a prompt in "
+            f"inference.max_model_len = {config.inference.max_model_len}"
+        )

@@ -1,0 +1,28 @@
+"""That it is GRPO that learns: the smoke run again, each group's rewards dealt out at random among its members.
+
+All else is as it was: the same tasks, imitation, sampling, replay and optimizer steps of the same size. Takes as long as
+a smoke run.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from deskrl.core.stats import newcombe_difference
+
+SMOKE = Path(__file__).parents[2] / "deploy" / "runs" / "smoke.toml"
+
+
+def test_with_shuffled_rewards_success_does_not_rise(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    arguments = ["--runs", str(tmp_path), "--name", "control", "--learner.grpo.shuffle_rewards", "true"]
+    arguments += ["--replay.address", f"127.0.0.1:{free_port()}", "--inference.address", f"127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "deskrl.core.cli", "up", str(SMOKE), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    assert done.returncode in (0, 1), done.stdout[-2000:]
+    evaluation = json.loads((tmp_path / "control" / "results" / "evaluation.json").read_text())
+    before, after = evaluation["before"], evaluation["after"]
+    counts = (before["successes"], before["episodes"], after["successes"], after["episodes"])
+    _, low, _ = newcombe_difference(*counts)
+    assert low <= 0, f"success rose without knowing what succeeded: {counts}"
