@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them.
-# Usage: deploy/test.sh [pytest arguments]      e.g. deploy/test.sh tests/system
+# Usage: deploy/test.sh [pytest arguments]      e.g. deploy/test.sh tests/long
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash deploy/install.sh test
@@ -11,6 +11,6 @@ mypy core actor inference replay learner
 lint-imports
 buf lint proto
 if (($# == 0)); then
-    set -- tests/unit tests/contract
+    set -- tests/unit tests/contract tests/system
 fi
 exec pytest "$@"

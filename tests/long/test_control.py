@@ -1,7 +1,6 @@
 """That it is GRPO that learns: the smoke run again, each group's rewards dealt out at random among its members.
 
-All else is as it was: the same tasks, imitation, sampling, replay and optimizer steps of the same size. Takes as long as
-a smoke run.
+All else is as it was: the same tasks, imitation, sampling, replay and optimizer steps. Takes as long as a smoke run.
 """
 
 import json

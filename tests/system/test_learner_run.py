@@ -27,12 +27,13 @@ _DEADLINE_S = 240.0
 class World:
     """One run: replay, player, replica, and a learner that comes and goes."""
 
-    def __init__(self, root: Path, num_replicas: int = 1, **learner: Any) -> None:
+    def __init__(self, root: Path, num_replicas: int = 1, wandb: str = "off", **learner: Any) -> None:
         port = free_port()
         self.config = RunConfig.model_validate(
             {
                 "runs": root,
                 "name": "toy",
+                "wandb": wandb,
                 "tasks": {"rollouts": 4, "max_steps": 3},
                 "agent": {"image_width": 112, "image_height": 112},
                 "replay": {"address": f"127.0.0.1:{free_port()}"},
@@ -143,6 +144,22 @@ def test_a_run_from_demonstrations_to_results(world: Callable[..., World]) -> No
     assert all(line["ok"] and line["canary_max_difference"] < 1e-4 for line in weights)
     check_results(run)
     check_checkpoints(run)
+
+
+def test_wandb_gets_the_metrics_too(world: Callable[..., World]) -> None:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    run = world(wandb="offline", grpo={**GRPO, "num_updates": 1})
+    run.finish(run.start())
+    (log,) = (run.folder.root / "wandb").glob("offline-run-*/*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(log))
+    keys = set()
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record.FromString(data)
+        keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+    assert {"update/loss", "update/success_rate"} <= keys
 
 
 def check_results(run: World) -> None:

@@ -274,8 +274,9 @@ class Learner:
         self._append_metrics("phase", phase=name)
 
     def _append_metrics(self, kind: str, **values: Any) -> None:
-        if self._is_first:
+        if self._parts.tracker is not None:
             self._parts.folder.append_metrics(kind, **values)
+            self._parts.tracker.log(kind, values)
 
 
 def _note_outcome(folder: RunFolder, outcome: Outcome) -> None:

@@ -23,6 +23,7 @@ from deskrl.learner.publish import TOLERANCE_BFLOAT16, TOLERANCE_FLOAT32, Outcom
 from deskrl.learner.replay_client import ReplayClient
 from deskrl.learner.results import Results
 from deskrl.learner.take import BatchTaker
+from deskrl.learner.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,15 @@ class Parts:
     canary: CanaryProbe
     publisher: Publisher
     results: Results
+    tracker: Tracker | None
+    """Of rank 0."""
 
     def close(self) -> None:
         """End connections, and leave the world of ranks."""
         self.publisher.close()
         self.replay.close()
+        if self.tracker is not None:
+            self.tracker.close()
         self.engine.close()
 
 
@@ -105,6 +110,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
             _replica_addresses(config), TOLERANCE_FLOAT32 if exact else TOLERANCE_BFLOAT16, stop, on_outcome
         ),
         results=Results(folder, tasks),
+        tracker=Tracker(config) if engine.rank == 0 else None,
     )
 
 
