@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -40,16 +41,24 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
 
     def append_metrics(self, kind: str, **values: Any) -> None:
-        """Add one line to metrics.jsonl: `kind` and the wall clock beside the values. Lines are whole or absent."""
-        line = json.dumps({"kind": kind, "unix_s": round(time.time(), 3), **values}) + "\n"
-        descriptor = os.open(self.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        """Add one line to metrics.jsonl: `kind` and the wall clock beside the values.
+
+        Raises:
+            OSError: the disk is full. The line may be torn then; the next one begins anew all the same.
+        """
+        line = (json.dumps({"kind": kind, "unix_s": round(time.time(), 3), **values}) + "\n").encode()
+        descriptor = os.open(self.metrics, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics))
         finally:
             os.close(descriptor)
 
     def read_metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
-        """Lines of metrics.jsonl of one kind (or all); a torn last line is left out."""
+        """Lines of metrics.jsonl of one kind (or all); a torn line is left out."""
         if not self.metrics.exists():
             return
         for line in self.metrics.read_text(encoding="utf-8").splitlines():

@@ -121,9 +121,10 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             self.stop([name])
             raise RoleFailed(name, -1, f"no end within {timeout_s:.0f} s") from None
+        last_line = self.last_line(name)
         self.stop([name])
         if status != 0:
-            raise RoleFailed(name, status, self.last_line(name))
+            raise RoleFailed(name, status, last_line)
 
     def stop(self, names: Sequence[str], timeout_s: float = STOP_TIMEOUT_S) -> None:
         """SIGTERM these children together, wait, then kill whatever is left of their sessions."""
@@ -132,14 +133,17 @@ class Supervisor:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + timeout_s
+        late = []
         for child in leaving:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self._folder.append_metrics("stop_timeout", role=child.name)
+                late.append(child.name)
             end_session(child.process.pid)
             child.process.wait()
             child.log.close()
+        for name in late:  # at the end, because on a full disk it fails
+            self._folder.append_metrics("stop_timeout", role=name)
 
     def close(self) -> list[str]:
         """Stop everything, then name what of the run is still there (and end that too); nothing is the normal case."""

@@ -38,6 +38,7 @@ _SERVICES = ("deskrl.proto.v1.InferenceService", "deskrl.proto.v1.WeightService"
 
 _MODEL_FILES = {
     "config.json": ("config.json",),
+    "weights": ("*.safetensors",),
     "an image processor": ("preprocessor_config.json", "processor_config.json"),
     "a tokenizer": ("tokenizer.json",),
 }
@@ -106,9 +107,9 @@ def replica_address(address: str, replica: int) -> str:
 def check_model_folder(folder: Path) -> None:
     """Raise UserError unless the folder holds a model with its processor."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder", "set model.path, or build the model first: deskrl model CONFIG")
+        raise UserError(f"{folder}: no such folder", "set model.path, or let `deskrl up` build the model")
     for what, names in _MODEL_FILES.items():
-        if not any((folder / name).is_file() for name in names):
+        if not any(path.is_file() for name in names for path in folder.glob(name)):
             raise UserError(f"{folder} lacks {what} ({' or '.join(names)})", "copy it from the original model")
 
 

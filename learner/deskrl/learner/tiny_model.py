@@ -50,15 +50,25 @@ _CHAT_TEMPLATE = (
 
 def main(config: RunConfig) -> int:
     """Build the model of a run into its folder, from the corpus that lies there."""
-    corpus = (config.folder / "corpus.txt").read_text(encoding="utf-8").split("\f")
+    size = image_size_of(config)
+    path = config.folder / "corpus.txt"
+    try:
+        corpus = path.read_text(encoding="utf-8").split("\f")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", "start the run with `deskrl up`") from error
+    build_tiny_model(config.model_folder, config.seed, size, corpus)
+    return 0
+
+
+def image_size_of(config: RunConfig) -> tuple[int, int]:
+    """(width, height) of screenshots as the policy sees them; raises UserError if the tiny model could not."""
     size = (config.agent.image_width or config.desktop.width, config.agent.image_height or config.desktop.height)
     if any(side % (PATCH_PIXELS * MERGE) for side in size):
         raise UserError(
             f"the tiny model cannot see screenshots of {size[0]} x {size[1]}",
             f"set agent.image_width and agent.image_height to multiples of {PATCH_PIXELS * MERGE}",
         )
-    build_tiny_model(config.model_folder, config.seed, size, corpus)
-    return 0
+    return size
 
 
 def build_tiny_model(folder: Path, seed: int, image_size: tuple[int, int], corpus: Iterable[str]) -> None:
