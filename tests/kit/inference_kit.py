@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -233,6 +234,8 @@ def replica_config(folder: Path, port: int, **inference: Any) -> RunConfig:
         "kv_cache_bytes": 128 * 1024**2,
         "image_cache_bytes": 64 * 1024**2,
         "max_action_tokens": 400,
+        # What vLLM needs to be told on a machine of its own kind.
+        "engine_args": json.loads(os.environ.get("DESKRL_TEST_ENGINE_ARGS", "{}")),
     }
     section = InferenceConfig(**(settings | inference))
     return RunConfig(name="test", runs=folder, model=ModelConfig(path=model), inference=section)
