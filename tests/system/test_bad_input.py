@@ -223,6 +223,26 @@ def test_a_role_on_a_full_disk_says_so_and_what_is_there_stays(refused: Refused,
     assert (small_disk / "ballast").stat().st_size == before
 
 
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(small_disk: Path, tmp_path: Path) -> None:
+    build_tiny_model(tmp_path / "model", seed=0, image_size=(112, 112), corpus=["a word"])
+    (small_disk / "epoch_1").mkdir()
+    (small_disk / "epoch_1" / "learner.json").write_text("{}")
+    program = (
+        "import sys; from pathlib import Path; from deskrl.core.config import LearnerConfig\n"
+        "from deskrl.learner.checkpoint import CheckpointStore; from deskrl.learner.engine import Engine\n"
+        "from deskrl.learner.model import load_policy; from deskrl.core.errors import UserError\n"
+        "disk, model = map(Path, sys.argv[1:])\n"
+        "engine = Engine(load_policy(model, (), False), LearnerConfig(dtype='float32'))\n"
+        "try: CheckpointStore(disk, model, {}, 3).save('epoch_2', engine, 2, {})\n"
+        "except UserError as error: print(error)\n"
+        "engine.close()"
+    )
+    command = [sys.executable, "-c", program, str(small_disk), str(tmp_path / "model")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert f"the disk of {small_disk} is full: a checkpoint does not fit; free some space" in ended.stdout, ended.stderr
+    assert contents(small_disk) == {small_disk / "epoch_1" / "learner.json": b"{}"}
+
+
 def fill(path: Path) -> None:
     """Write until nothing more fits."""
     with pytest.raises(OSError, match="No space left"), open(path, "wb", buffering=0) as file:

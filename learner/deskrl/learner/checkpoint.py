@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from deskrl.learner.engine import Engine
 
 SCHEMA = 1
+_FULL_BYTES = 1024**2
+"""With less than this left, whatever failed to be written failed for want of space."""
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -93,8 +95,22 @@ class CheckpointStore:
             engine: whose weights and optimizer are saved.
             num_updates: optimizer updates behind it.
             state: the learner's counters, as JSON.
+
+        Raises:
+            UserError: the disk is full. What was written of it is removed, and the checkpoint before it stands.
         """
         final, partial = self._folder / name, self._folder / f".{name}.partial"
+        try:
+            self._write(final, partial, engine, num_updates, state)
+        except Exception:  # each writer has an error of its own for a full disk
+            refusal = _full_disk(self._folder)
+            if refusal is None:
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise refusal from None
+        return final
+
+    def _write(self, final: Path, partial: Path, engine: Engine, num_updates: int, state: Mapping[str, Any]) -> None:
         if engine.rank == 0:
             self._sweep()
             partial.mkdir()
@@ -110,7 +126,6 @@ class CheckpointStore:
             _make_durable(partial)
             self._publish(partial, final)
         engine.barrier()
-        return final
 
     def read_lineages(self) -> VersionTree:
         """All lineages that the run has had."""
@@ -185,6 +200,15 @@ class CheckpointStore:
 
     def _refusal(self, path: Path, reason: str) -> UserError:
         return UserError(f"{path}: {reason}", "remove it to go on from the checkpoint before it, or restore it")
+
+
+def _full_disk(folder: Path) -> UserError | None:
+    """The refusal, if nothing more fits on the disk of a folder."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes >= _FULL_BYTES:
+        return None
+    mend = "free some space and start again: the newest checkpoint stands, and nothing acknowledged is lost"
+    return UserError(f"the disk of {folder} is full: a checkpoint does not fit", mend)
 
 
 def layout_of(config: RunConfig, num_ranks: int) -> dict[str, Any]:
