@@ -26,6 +26,7 @@ from deskrl.core import rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
+from deskrl.core.runfolder import RunFolder
 from deskrl.learner.replay_client import ReplayClient
 from deskrl.learner.tiny_model import build_tiny_model
 from deskrl.proto.v1 import rollout_pb2, rollout_pb2_grpc
@@ -241,6 +242,17 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(small_disk: Pat
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert f"the disk of {small_disk} is full: a checkpoint does not fit; free some space" in ended.stdout, ended.stderr
     assert contents(small_disk) == {small_disk / "epoch_1" / "learner.json": b"{}"}
+
+
+def test_a_metrics_line_that_does_not_fit_takes_no_other_with_it(small_disk: Path) -> None:
+    folder = RunFolder(small_disk)
+    folder.append_metrics("first")
+    fill(small_disk / "ballast")
+    with pytest.raises(OSError, match="No space left"):
+        folder.append_metrics("torn", text="x" * 2**13)
+    (small_disk / "ballast").unlink()
+    folder.append_metrics("last")
+    assert [line["kind"] for line in folder.read_metrics()] == ["first", "last"]
 
 
 def fill(path: Path) -> None:

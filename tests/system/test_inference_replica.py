@@ -36,8 +36,8 @@ from deskrl.core import rpc
 from deskrl.proto.v1 import common_pb2, inference_pb2_grpc, weights_pb2, weights_pb2_grpc
 from deskrl.proto.v1 import inference_pb2 as pb
 
-# Engine and reference both compute in float32, in another order.
-TOLERANCE = 1e-4
+# Engine and reference both compute in float32, in another order; on a GPU with other kernels than the reference's CPU.
+TOLERANCE = 5e-3 if torch.cuda.is_available() else 1e-4
 
 INSTRUCTION = [system("You use a computer."), user("Open the editor.")]
 
