@@ -162,11 +162,14 @@ def test_two_roles_cannot_listen_on_one_port(refused: Refused, ports: list[str])
     )
 
 
-@pytest.mark.parametrize(("package", "extra"), [("vllm", "inference"), ("deepspeed", "learner"), ("torch", "learner")])
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("vllm", "inference"), ("deepspeed", "learner"), ("torch", "learner"), ("wandb", "wandb")],
+)
 def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
     refused: Refused, run_folder: Path, package: str, extra: str
 ) -> None:
-    line = refused("up", SMOKE, prelude=f"sys.modules['{package}'] = None")
+    line = refused("up", SMOKE, "--wandb=offline", prelude=f"sys.modules['{package}'] = None")
     assert f"the package {package} is not installed; pip install 'deskrl[{extra}]'" in line
     assert not run_folder.exists()
 
@@ -185,6 +188,24 @@ def test_a_role_by_itself_names_its_missing_package(
         (tmp_path / "run" / name).write_text(text)
     line = refused(role, path, prelude=f"sys.modules['{package}'] = None")
     assert line.startswith(f"deskrl: the package {package}") and "is not installed; pip install 'deskrl[" in line
+
+
+def test_wandb_that_lets_nobody_in_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is an extra")
+    program = (
+        "import sys; from deskrl.core.config import RunConfig; from deskrl.learner.tracking import Tracker\n"
+        "Tracker(RunConfig(runs=sys.argv[1], wandb='online'))"
+    )
+    nobody = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**nobody, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")},
+        stdin=subprocess.DEVNULL,
+    )
+    assert "UserError: wandb does not start: No API key configured" in ended.stderr
 
 
 def test_debian_packages_that_are_missing_are_named(refused: Refused, tmp_path: Path) -> None:

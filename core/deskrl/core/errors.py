@@ -19,6 +19,7 @@ _EXTRAS = {
     "actor": "'deskrl[actor]'",
     "inference": "'deskrl[inference]' (without a GPU: 'deskrl[inference-cpu]')",
     "learner": "'deskrl[learner]'",
+    "wandb": "'deskrl[wandb]'",
 }
 
 

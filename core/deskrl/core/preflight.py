@@ -40,7 +40,7 @@ def refuse_bad_input(config: RunConfig) -> None:
         raise UserError(contradiction, "change one of the two")
     refuse_ports(config)
     refuse_full_disk(RunFolder(config.folder))
-    refuse_missing_packages()
+    refuse_missing_packages(config)
     importlib.import_module("deskrl.actor.prepare").load(config)
     if config.model.path is not None:
         importlib.import_module("deskrl.inference.main").check_model_folder(config.model.path)
@@ -49,9 +49,10 @@ def refuse_bad_input(config: RunConfig) -> None:
     importlib.import_module("deskrl.learner.checkpoint").refuse_unreadable(config)
 
 
-def refuse_missing_packages() -> None:
+def refuse_missing_packages(config: RunConfig) -> None:
     """Raise UserError if one of the engines is not installed on this machine, which is to run every role."""
-    for role, packages in _ENGINES.items():
+    tracking = {} if config.wandb == "off" else {"wandb": ("wandb",)}
+    for role, packages in (_ENGINES | tracking).items():
         for package in packages:
             if importlib.util.find_spec(package) is None:
                 raise missing_package(package, role)

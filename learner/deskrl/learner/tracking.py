@@ -16,7 +16,7 @@ class Tracker:
         config: of the run; `wandb` says whether and how.
 
     Raises:
-        UserError: wandb is asked for and not installed.
+        UserError: wandb is asked for and not installed, or lets nobody in.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -27,14 +27,17 @@ class Tracker:
             import wandb
         except ImportError as error:
             raise UserError("wandb is not installed", "install deskrl[wandb], or leave --wandb off") from error
-        self._run = wandb.init(
-            project="deskrl",
-            name=config.name,
-            mode=config.wandb,
-            dir=config.folder,
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
-        )
+        try:
+            self._run = wandb.init(
+                project="deskrl",
+                name=config.name,
+                mode=config.wandb,
+                dir=config.folder,
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+            )
+        except wandb.Error as error:
+            raise UserError(f"wandb does not start: {error}", "mend that, or choose --wandb offline") from error
 
     def log(self, kind: str, values: Mapping[str, Any]) -> None:
         """One line of metrics; its numbers become `kind/key/...`."""
