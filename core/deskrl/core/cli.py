@@ -150,18 +150,18 @@ def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
 def _run_role(role: str, config: RunConfig, index: int | None, path: Path, overrides: Sequence[str]) -> int:
     logs.setup(role if index is None else f"{role}-{index}")
     if role == "learner" and config.learner.num_processes > 1 and "RANK" not in os.environ:
-        _become_torchrun(config, path, overrides)
+        return _run_ranks(config, path, overrides)
     run = importlib.import_module(f"deskrl.{role}.main").run
     return int(run(config) if index is None else run(config, index))
 
 
-def _become_torchrun(config: RunConfig, path: Path, overrides: Sequence[str]) -> None:
-    """Replace this process by torchrun, which starts the ranks as `deskrl learner` again."""
+def _run_ranks(config: RunConfig, path: Path, overrides: Sequence[str]) -> int:
+    """Have torchrun start the ranks, each as `deskrl learner` again."""
     port = config.learner.master_port
     rendezvous = [f"--master-port={port}"] if port else ["--standalone"]
     world = [f"--nproc-per-node={config.learner.num_processes}", *rendezvous]
     command = ["-m", "deskrl.core.cli", "learner", str(path), *overrides]
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *world, *command])
+    return int(importlib.import_module("deskrl.learner.ranks").main([*world, *command]))
 
 
 if __name__ == "__main__":
