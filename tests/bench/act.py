@@ -15,10 +15,8 @@ import asyncio
 import io
 import json
 import os
-import socket
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -28,11 +26,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
 
-from inference_kit import act_request, replica_config, running_replica, system, user
+from inference_kit import act_request, system, temporary_replica, user
 from PIL import Image
 
 from deskrl.core import ids, rendering, rpc
-from deskrl.core.config import ModelConfig, RunConfig
+from deskrl.core.config import RunConfig
 from deskrl.inference.engine import Engine
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -205,15 +203,8 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=280)
     parser.add_argument("--model", type=Path, help="a model folder; without it the tiny model of the tests")
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        config = replica_config(Path(folder), port, max_concurrent=options.concurrency)
-        if options.model:
-            config = config.model_copy(update={"model": ModelConfig(path=options.model)})
-        with running_replica(config, Path(folder) / "replica.log"):
-            line = asyncio.run(measure(config, options))
+    with temporary_replica(options.model, options.concurrency) as config:
+        line = asyncio.run(measure(config, options))
     print(json.dumps(line))
 
 

@@ -15,10 +15,8 @@ import asyncio
 import itertools
 import json
 import os
-import socket
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
-from inference_kit import IMAGE_SIZE, Reference, act_request, replica_config, running_replica, screenshot, send, user
+from inference_kit import IMAGE_SIZE, Reference, act_request, screenshot, send, temporary_replica, user
 from inference_kit import update_events as events_of
 
 from deskrl.core import rpc
-from deskrl.core.config import ModelConfig, RunConfig
+from deskrl.core.config import RunConfig
 from deskrl.proto.v1 import inference_pb2_grpc, weights_pb2, weights_pb2_grpc
 
 MAX_TOKENS = 24
@@ -152,15 +150,8 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--model", type=Path, help="a model folder; without it the tiny model of the tests")
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        config = replica_config(Path(folder), port, max_concurrent=options.concurrency)
-        if options.model:
-            config = config.model_copy(update={"model": ModelConfig(path=options.model)})
-        with running_replica(config, Path(folder) / "replica.log"):
-            line = asyncio.run(measure(config, options))
+    with temporary_replica(options.model, options.concurrency) as config:
+        line = asyncio.run(measure(config, options))
     print(json.dumps(line))
 
 

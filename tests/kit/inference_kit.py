@@ -7,8 +7,10 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -278,3 +280,17 @@ def _wait_until_serving(address: str, process: subprocess.Popen[bytes], log: Pat
                 stub.Check(request, timeout=1.0, wait_for_ready=True)
                 return
     raise AssertionError(f"no replica (status {process.poll()}): {log.read_text()[-3000:]}")
+
+
+@contextmanager
+def temporary_replica(model: Path | None, max_concurrent: int) -> Iterator[RunConfig]:
+    """A replica in a folder of its own, of the given model or the tiny one; the configuration that it serves by."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        config = replica_config(Path(folder), port, max_concurrent=max_concurrent)
+        if model is not None:
+            config = config.model_copy(update={"model": ModelConfig(path=model)})
+        with running_replica(config, Path(folder) / "replica.log"):
+            yield config

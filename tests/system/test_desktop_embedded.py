@@ -2,12 +2,12 @@
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from desktop_kit import DEADLINE_S, running_desktop
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import DesktopError
@@ -19,24 +19,6 @@ pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"packages miss
 
 T = TypeVar("T")
 CONFIG = DesktopConfig(width=1024, height=640)
-DEADLINE_S = 60.0
-
-
-@pytest.fixture
-def run_root() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="deskrl-test-") as folder:
-        yield Path(folder) / "desktops"
-
-
-@asynccontextmanager
-async def running(run_root: Path) -> AsyncIterator[EmbeddedDesktop]:
-    desktop = EmbeddedDesktop(CONFIG, "desktop", run_root)
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            await desktop.start()
-            yield desktop
-    finally:
-        await desktop.close()
 
 
 async def wait_for_file(desktop: EmbeddedDesktop, path: str, wanted: bytes) -> bytes:
@@ -51,7 +33,7 @@ async def wait_for_file(desktop: EmbeddedDesktop, path: str, wanted: bytes) -> b
 
 def test_a_screenshot_is_rgb_of_the_configured_size_and_shows_what_is_opened(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             empty = await desktop.screenshot()
             assert (empty.mode, empty.size) == ("RGB", (1024, 640))
             await desktop.launch("xterm")
@@ -66,7 +48,7 @@ def test_text_is_typed_as_written_into_a_real_application(run_root: Path) -> Non
     text = f"<a href=\"x\">'&'</a> äöüß €日本語 😀\n\tnext line: ~^`|\\ {{}}[]\n{uncommon}"
 
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             await desktop.write_file("~/note.txt", b"")
             await desktop.open_path("~/note.txt")
             await desktop.settle()
@@ -161,7 +143,7 @@ def browser() -> Iterator[Browser]:
 
 def test_windows_are_found_activated_and_closed_by_part_of_their_title(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             await desktop.launch(["xterm", "-T", "First one"])
             await desktop.wait_for_window("first")
             await desktop.launch(["xterm", "-T", "Second one"])
@@ -182,7 +164,7 @@ def test_windows_are_found_activated_and_closed_by_part_of_their_title(run_root:
 
 def test_files_and_commands(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             await desktop.write_file("~/new folder/ä.bin", bytes(range(256)))
             assert await desktop.read_file("/home/user/new folder/ä.bin") == bytes(range(256))
             with pytest.raises(FileNotFoundError):
@@ -199,7 +181,7 @@ def test_files_and_commands(run_root: Path) -> None:
 
 def test_a_command_is_over_when_it_ends_whatever_it_leaves_in_the_background(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             assert (await desktop.execute("sleep 1000 & echo started", shell=True)).stdout == "started\n"
 
     asyncio.run(scenario())
@@ -207,7 +189,7 @@ def test_a_command_is_over_when_it_ends_whatever_it_leaves_in_the_background(run
 
 def test_a_reset_leaves_nothing_of_the_last_task(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             first = await desktop.settle()
             await desktop.write_file("~/left.txt", b"left")
             await desktop.write_file("/tmp/left.txt", b"left")
@@ -224,7 +206,7 @@ def test_a_reset_leaves_nothing_of_the_last_task(run_root: Path) -> None:
 @pytest.mark.parametrize("application", ["gimp", "mtpaint", "pcmanfm"])
 def test_applications_of_the_suite_come_up(run_root: Path, application: str) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             await desktop.launch(application)
             await desktop.wait_for_window(application)
 

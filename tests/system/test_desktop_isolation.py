@@ -3,12 +3,10 @@
 import asyncio
 import os
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from desktop_kit import running_desktop
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import DesktopError, DesktopGone
@@ -20,25 +18,7 @@ from deskrl.core.config import DesktopConfig
 pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"packages missing: {missing_packages()}")
 
 CONFIG = DesktopConfig(width=640, height=480, memory_bytes=512 * 1024**2, max_processes=128)
-DEADLINE_S = 60.0
 REMOTE_S = 5.0
-
-
-@pytest.fixture
-def run_root() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="deskrl-test-") as folder:
-        yield Path(folder) / "desktops"
-
-
-@asynccontextmanager
-async def running(run_root: Path) -> AsyncIterator[EmbeddedDesktop]:
-    desktop = EmbeddedDesktop(CONFIG, "desktop", run_root)
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            await desktop.start()
-            yield desktop
-    finally:
-        await desktop.close()
 
 
 async def attempt(desktop: EmbeddedDesktop, command: str) -> None:
@@ -67,7 +47,7 @@ def test_removing_every_file_harms_nothing_outside_and_costs_one_reset(run_root:
     programs = len(os.listdir("/usr/bin"))
 
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             await attempt(desktop, "rm -rf --no-preserve-root / /home/user/*")
             await desktop.reset()
             assert await works(desktop)
@@ -79,7 +59,7 @@ def test_removing_every_file_harms_nothing_outside_and_costs_one_reset(run_root:
 
 def test_a_fork_bomb_meets_its_limit_and_costs_one_reset(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop, running(run_root / "other") as other:
+        async with running_desktop(CONFIG, run_root) as desktop, running_desktop(CONFIG, run_root / "other") as other:
             await attempt(desktop, "bomb() { bomb | bomb & }; bomb; sleep 1000")
             for group in Record.read(run_root / "desktop").groups:
                 for counter in group.glob("pids.current"):
@@ -95,7 +75,7 @@ def test_memory_is_limited(run_root: Path) -> None:
     hog = f"x = b'x' * {CONFIG.memory_bytes}; print('got it')"
 
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             done = await desktop.execute(["/usr/bin/python3", "-c", hog])
             assert done.returncode != 0
             assert "got it" not in done.stdout
@@ -105,7 +85,7 @@ def test_memory_is_limited(run_root: Path) -> None:
 
 def test_a_full_home_folder_fills_no_disk(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             kinds = await desktop.execute("stat --file-system --format %T ~ /tmp /run /dev/shm", shell=True)
             assert set(kinds.stdout.split()) == {"tmpfs"}
             writable = await desktop.execute("find / -xdev -path /proc -prune -o -writable -type f -print", shell=True)
@@ -127,7 +107,7 @@ def test_the_network_is_its_own(run_root: Path) -> None:
         )
 
         async def scenario() -> None:
-            async with running(run_root) as desktop:
+            async with running_desktop(CONFIG, run_root) as desktop:
                 done = await desktop.execute(["/usr/bin/python3", "-c", try_both])
                 assert done.stdout.split() == ["refused", "refused"], done.stderr
                 interfaces = (await desktop.read_file("/proc/net/dev")).decode().splitlines()[2:]
@@ -138,7 +118,7 @@ def test_the_network_is_its_own(run_root: Path) -> None:
 
 def test_it_has_a_user_of_its_own_without_a_way_to_more_rights(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             assert (await desktop.execute("id -un; id -u", shell=True)).stdout.split() == ["user", "1000"]
             status = (await desktop.read_file("/proc/self/status")).decode()
             assert "NoNewPrivs:\t1" in status
@@ -151,7 +131,7 @@ def test_it_has_a_user_of_its_own_without_a_way_to_more_rights(run_root: Path) -
 
 def test_desktops_do_not_see_one_another(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop, running(run_root / "other") as other:
+        async with running_desktop(CONFIG, run_root) as desktop, running_desktop(CONFIG, run_root / "other") as other:
             await other.launch(["sleep", "12345"])
             await other.write_file("/tmp/mine", b"")
             assert "12345" not in (await desktop.execute(["ps", "ax"])).stdout
@@ -165,7 +145,7 @@ def test_desktops_do_not_see_one_another(run_root: Path) -> None:
 
 def test_a_desktop_whose_server_was_killed_is_gone_and_says_so(run_root: Path) -> None:
     async def scenario() -> None:
-        async with running(run_root) as desktop:
+        async with running_desktop(CONFIG, run_root) as desktop:
             with pytest.raises(DesktopGone):
                 await desktop.execute("kill -9 -1; sleep 1000", shell=True)
             assert not await desktop.is_alive()

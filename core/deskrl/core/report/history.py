@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deskrl.core.acceptance import Criterion
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.stats import wilson_interval
 
@@ -56,16 +57,6 @@ class PhaseSpan:
     phase: str
     start_s: float
     end_s: float
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A row of results/acceptance.json."""
-
-    criterion: str
-    ok: bool
-    value: str
-    how: str
 
 
 @dataclass(frozen=True)
