@@ -10,7 +10,4 @@ ruff format --check --quiet .
 mypy core actor inference replay learner
 lint-imports
 buf lint proto
-if (($# == 0)); then
-    set -- tests/unit tests/contract tests/system
-fi
 exec pytest "$@"
