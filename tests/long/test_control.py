@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from deskrl.core.stats import newcombe_difference
 
 SMOKE = Path(__file__).parents[2] / "deploy" / "runs" / "smoke.toml"
 
 
+@pytest.mark.timeout(1800)
 def test_with_shuffled_rewards_success_does_not_rise(tmp_path: Path, free_port: Callable[[], int]) -> None:
     arguments = ["--runs", str(tmp_path), "--name", "control", "--learner.grpo.shuffle_rewards", "true"]
     arguments += ["--replay.address", f"127.0.0.1:{free_port()}", "--inference.address", f"127.0.0.1:{free_port()}"]
