@@ -7,6 +7,7 @@ from enum import StrEnum
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
 
 from deskrl.core.errors import UserError
+from deskrl.proto.v1 import rollout_pb2
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0)
 
@@ -31,6 +32,25 @@ class DesktopState(StrEnum):
     WAITING_FOR_MODEL = "waiting_for_model"
     ACTING = "acting"
     EVALUATING = "evaluating"
+
+
+def termination_label(termination: int) -> str:
+    """An episode's end as metrics and logs name it: `step_limit`."""
+    return rollout_pb2.Termination.Name(termination).removeprefix("TERMINATION_").lower()
+
+
+def fault_label(kind: int) -> str:
+    """A kind of fault as metrics and logs name it: `desktop_hung`."""
+    return rollout_pb2.FaultKind.Name(kind).removeprefix("FAULT_KIND_").lower()
+
+
+# From the start all series are there, at zero: a rate sees the first one, and "none" is told apart from "not scraped".
+for _state in DesktopState:
+    DESKTOPS.labels(_state)
+for _termination in rollout_pb2.Termination.DESCRIPTOR.values[1:]:  # the first is TERMINATION_UNSPECIFIED
+    EPISODES.labels(termination_label(_termination.number))
+for _kind in rollout_pb2.FaultKind.DESCRIPTOR.values[1:]:  # the first is FAULT_KIND_UNSPECIFIED
+    FAULTS.labels(fault_label(_kind.number))
 
 
 class StateGauge:

@@ -223,10 +223,10 @@ def _leaves_desktop(end: End | None) -> bool:
 
 def _count(episode_id: str, end: End) -> None:
     if isinstance(end, rollout_pb2.EpisodeFault):
-        kind = rollout_pb2.FaultKind.Name(end.kind).removeprefix("FAULT_KIND_").lower()
+        kind = metrics.fault_label(end.kind)
         metrics.FAULTS.labels(kind).inc()
         _log.warning("%s: fault %s: %s", episode_id, kind, end.message)
     else:
-        termination = rollout_pb2.Termination.Name(end.termination).removeprefix("TERMINATION_").lower()
+        termination = metrics.termination_label(end.termination)
         metrics.EPISODES.labels(termination).inc()
         _log.info("%s: %s, reward %.2f, %d steps", episode_id, termination, end.reward, end.num_steps)

@@ -21,3 +21,9 @@ UPDATE_SECONDS = Histogram(
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
 POLICY_STEP = Gauge("deskrl_inference_policy_step", "Step of the policy version served")
+
+# From the start all series are there, at zero: a rate sees the first one, and "none" is told apart from "not scraped".
+for _outcome in ("sampled", "missing_images", "refused", "engine_dead"):
+    ACTS.labels(_outcome)
+for _outcome in ("committed", "refused", "failed"):
+    UPDATES.labels(_outcome)

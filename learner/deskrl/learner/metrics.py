@@ -15,6 +15,17 @@ TOKENS = Counter("deskrl_learner_tokens", "Action tokens learnt from.")
 LOSS = Gauge("deskrl_learner_loss", "Policy loss of the newest update.")
 SUCCESS_RATE = Gauge("deskrl_learner_success_ratio", "Successes among the fresh episodes of the newest batch.")
 GRADIENT_NORM = Gauge("deskrl_learner_gradient_norm", "Gradient norm of the newest update, before clipping.")
+REWARD = Gauge("deskrl_learner_reward_mean", "Mean reward of the fresh episodes of the newest batch.")
+CLIP_FRACTION = Gauge("deskrl_learner_clip_ratio", "Share of tokens whose ratio was clipped in the newest update.")
+ENTROPY = Gauge("deskrl_learner_entropy_nats", "Entropy of a token, mean of the newest update.")
+MISMATCH = Gauge(
+    "deskrl_learner_mismatch_max_nats",
+    "Largest difference of a sampled and a learnt logprob, of tokens that the learning version sampled itself.",
+)
+LAGGED_DIFFERENCE = Gauge(
+    "deskrl_learner_lagged_difference_nats",
+    "Mean difference of a sampled and a learnt logprob, of tokens that an earlier version sampled.",
+)
 STALENESS = Gauge("deskrl_learner_staleness_max_versions", "Staleness of the oldest token of the newest update.")
 PHASE_SECONDS = Histogram(
     "deskrl_learner_phase_seconds",
@@ -24,6 +35,29 @@ PHASE_SECONDS = Histogram(
 )
 WEIGHT_UPDATES = Counter("deskrl_learner_weight_updates", "Updates of replicas, by outcome.", ["outcome"])
 QUARANTINED = Gauge("deskrl_learner_quarantined_replicas", "Replicas that do not serve the newest weights.")
+
+_GAUGES = {
+    "loss": LOSS,
+    "success_rate": SUCCESS_RATE,
+    "average_reward": REWARD,
+    "gradient_norm": GRADIENT_NORM,
+    "clip_fraction": CLIP_FRACTION,
+    "entropy": ENTROPY,
+    "mismatch_max": MISMATCH,
+    "lagged_difference_mean": LAGGED_DIFFERENCE,
+    "staleness_max": STALENESS,
+}
+"""Gauges by the key of an update's record."""
+
+# From the start all series are there, at zero: a rate sees the first one, and "none" is told apart from "not scraped".
+for _cause in ("nothing_to_learn", "not_finite"):
+    SKIPPED.labels(_cause)
+for _cause in ("all_failed", "all_succeeded", "faults", "stale"):
+    DROPPED.labels(_cause)
+for _phase in ("wait", "learn", "publish", "checkpoint"):
+    PHASE_SECONDS.labels(_phase)
+for _outcome in ("confirmed", "failed"):
+    WEIGHT_UPDATES.labels(_outcome)
 
 
 def expose(port: int) -> None:
@@ -41,8 +75,7 @@ def note_update(record: Mapping[str, Any], seconds: Mapping[str, float]) -> None
         DROPPED.labels(cause).inc(num)
     REPLAYED.inc(record["replayed"])
     TOKENS.inc(record["num_tokens"])
-    LOSS.set(record["loss"])
-    for gauge, key in ((SUCCESS_RATE, "success_rate"), (GRADIENT_NORM, "gradient_norm"), (STALENESS, "staleness_max")):
+    for key, gauge in _GAUGES.items():
         if record[key] is not None:
             gauge.set(record[key])
     for phase, phase_s in seconds.items():

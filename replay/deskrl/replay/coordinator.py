@@ -55,6 +55,7 @@ class Coordinator:
             successes.threshold(config.replay.success_above), config.replay.successes_per_task, config.seed
         )
         self._clock = LeaseClock(self.lease_ttl_s)
+        metrics.active.set_function(lambda: len(self._clock))
         self._desk = GrantDesk(self._grant, self.release)
         self._endings = Bell()
         self._is_closed = False

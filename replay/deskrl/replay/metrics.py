@@ -14,6 +14,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.leases = Counter("deskrl_replay_leases_granted_total", "Leases granted.", registry=self.registry)
+        self.active = Gauge("deskrl_replay_active_leases", "Leases that are running.", registry=self.registry)
         self.expired = Counter("deskrl_replay_leases_expired_total", "Leases that ran out.", registry=self.registry)
         self.episodes = Counter(
             "deskrl_replay_episodes_finished_total", "Episodes with a result.", registry=self.registry
