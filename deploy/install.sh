@@ -11,6 +11,7 @@ packages=(
     chromium mtpaint gimp mousepad pcmanfm xterm                                                                  # applications
     g++ python3-venv                                                                                              # engines
 )
+[[ " $* " == *" test "* ]] && packages+=(prometheus)  # watches a run in the tests
 
 missing=()
 for package in "${packages[@]}"; do
@@ -28,6 +29,9 @@ if ((${#missing[@]})); then
     echo "installing ${#missing[@]} system packages"
     "${as_root[@]}" apt-get update -qq
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    if [[ " ${missing[*]} " == *" prometheus "* && -d /run/systemd/system ]]; then
+        "${as_root[@]}" systemctl disable --now --quiet prometheus  # the package starts one that all the network can read
+    fi
 fi
 
 extras=$(printf '%s\n' actor learner inference-cpu "$@" | sort -u | paste -sd,)

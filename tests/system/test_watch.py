@@ -1,0 +1,312 @@
+"""What docs/watching.md promises: a real Prometheus scrapes a run, and every panel and every alert gets its figures.
+
+Replay and the actor with its desktops are real processes; the policy is a small gRPC server that ends each episode
+when the test lets it. The learner's and the replica's figures are their real metrics, served and moved by the test: no
+torch, no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grpc
+import prometheus_client
+import pytest
+from prometheus_client.metrics import MetricWrapperBase
+from replay_kit import ME, ReplayProcess, free_port
+
+from deskrl.actor.tasks import load_tasks
+from deskrl.core.config import RunConfig
+from deskrl.core.lifetime import supervised_environment
+from deskrl.inference import metrics as inference_metrics
+from deskrl.learner import metrics as learner_metrics
+from deskrl.proto.v1 import inference_pb2, inference_pb2_grpc, replay_pb2, rollout_pb2
+
+REPOSITORY = Path(__file__).parents[2]
+PROMETHEUS = REPOSITORY / "deploy/prometheus"
+GUIDE = REPOSITORY / "docs/watching.md"
+DASHBOARDS = sorted((REPOSITORY / "deploy/grafana").glob("*.json"))
+PATIENCE_S = 60.0
+UPDATE: dict[str, Any] = {
+    "applied": True,
+    "dropped": {"all_failed": 1},
+    "replayed": 1,
+    "num_trajectories": 4,
+    "num_tokens": 80,
+    "loss": 0.1,
+    "success_rate": 0.5,
+    "average_reward": 0.5,
+    "gradient_norm": 0.3,
+    "clip_fraction": 0.1,
+    "entropy": 0.7,
+    "mismatch_max": 1e-4,
+    "lagged_difference_mean": 1e-2,
+    "staleness_max": 1,
+}
+
+
+class Finisher(inference_pb2_grpc.InferenceServiceServicer):
+    """A policy that calls each task finished at its first sight, once it may."""
+
+    def __init__(self) -> None:
+        self.may_answer = threading.Event()
+
+    def Act(self, request: inference_pb2.ActRequest, context: Any) -> inference_pb2.ActResponse:
+        """The last action of an episode."""
+        self.may_answer.wait(PATIENCE_S)
+        text = "Thought: Done.\nAction: finished()"
+        ids = list(text.encode())
+        action = inference_pb2.SampledAction(
+            prompt_ids=[1], action_ids=ids, logprobs=[-0.5] * len(ids), text=text, processor_hash="-", stopped=True
+        )
+        return inference_pb2.ActResponse(action=action)
+
+
+class Prometheus:
+    """A Prometheus that scrapes five times a second what deploy/prometheus scrapes, on ports of the test's choice."""
+
+    def __init__(self, folder: Path, ports: dict[str, int]) -> None:
+        shutil.copytree(PROMETHEUS, folder)
+        config = folder / "prometheus.yml"
+        text = config.read_text().replace("interval: 5s", "interval: 200ms")
+        for job, port in ports.items():
+            text = text.replace(f"127.0.0.1:{scraped_ports()[job]}", f"127.0.0.1:{port}")
+        config.write_text(text)
+        self.address = f"127.0.0.1:{free_port()}"
+        with open(folder / "log", "wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    "prometheus",
+                    f"--config.file={config}",
+                    f"--storage.tsdb.path={folder / 'data'}",
+                    f"--web.listen-address={self.address}",
+                ],
+                stdout=log,
+                stderr=log,
+            )
+
+    def query(self, expression: str) -> list[float]:
+        """The values of an expression now; none as long as Prometheus itself starts."""
+        result = self._get("query", query=expression)
+        return [float(sample["value"][1]) for sample in result.get("result", [])]
+
+    def rules(self) -> list[dict[str, Any]]:
+        """The alerts, as Prometheus has read them."""
+        return [rule for group in self._get("rules").get("groups", []) for rule in group["rules"]]
+
+    def wait_for(self, expression: str) -> list[float]:
+        """The values of an expression once it has some and all are numbers."""
+        until(lambda: (values := self.query(expression)) and all(map(math.isfinite, values)), expression)
+        return self.query(expression)
+
+    def _get(self, what: str, **arguments: str) -> dict[str, Any]:
+        url = f"http://{self.address}/api/v1/{what}?{urllib.parse.urlencode(arguments)}"
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
+                data: dict[str, Any] = json.load(page)["data"]
+        except urllib.error.HTTPError as error:
+            if error.code == 503:  # it is starting
+                return {}
+            raise AssertionError(f"{arguments}: {error.read().decode()}") from error
+        except urllib.error.URLError:  # it does not listen yet
+            return {}
+        return data
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait for something that is seen by looking only."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"it did not come to pass: {what}"
+        time.sleep(0.1)
+
+
+def scraped_ports() -> dict[str, int]:
+    """The port of each job in prometheus.yml."""
+    jobs = re.findall(
+        r'job_name: (\w+)\n.*\n\s+- targets: \["127.0.0.1:(\d+)"\]', (PROMETHEUS / "prometheus.yml").read_text()
+    )
+    return {job: int(port) for job, port in jobs}
+
+
+def queries() -> Iterator[tuple[str, str]]:
+    """Each panel's queries, by dashboard and title."""
+    for path in DASHBOARDS:
+        for panel in json.loads(path.read_text())["panels"]:
+            for target in panel["targets"]:
+                yield f"{path.stem}: {panel['title']}", target["expr"]
+
+
+@contextlib.contextmanager
+def serving(module: ModuleType, port: int) -> Iterator[None]:
+    """The metrics of a role's module on a port, and no other role's."""
+    registry = prometheus_client.CollectorRegistry()
+    for metric in vars(module).values():
+        if isinstance(metric, MetricWrapperBase):
+            registry.register(metric)
+    server, thread = prometheus_client.start_http_server(port, addr="127.0.0.1", registry=registry)
+    yield
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End a process with the block."""
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """A Prometheus that has seen a run from its start: episodes of scripts and of a policy, and an update."""
+    require("prometheus", "Xvfb", "bwrap")
+    ports = {job: free_port() for job in scraped_ports()}
+    folder = tmp_path_factory.mktemp("watch")
+    config = RunConfig.model_validate(
+        {
+            "runs": folder,
+            "desktop": {"num_envs": 2},
+            "replay": {"address": f"127.0.0.1:{free_port()}", "metrics_port": ports["replay"]},
+            "inference": {"address": f"127.0.0.1:{free_port()}"},
+            "actor": {"metrics_port": ports["actor"]},
+        }
+    )
+    with contextlib.ExitStack() as stack:
+        temporary = tempfile.mkdtemp(prefix="deskrl-")  # short: the names of sockets have a limit
+        stack.callback(shutil.rmtree, temporary)
+        policy, server = Finisher(), grpc.server(futures.ThreadPoolExecutor(2))
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(policy, server)
+        server.add_insecure_port(config.inference.address)
+        server.start()
+        stack.callback(server.stop, None)
+        replay = ReplayProcess(config)
+        stack.callback(replay.close)
+        stack.enter_context(serving(learner_metrics, ports["learner"]))
+        stack.enter_context(serving(inference_metrics, ports["inference"]))
+        watcher = Prometheus(folder / "prometheus", ports)
+        stack.enter_context(ended(watcher.process))
+        stack.enter_context(ended(start_actor(config, Path(temporary))))
+        until(lambda: watcher.query("up") == [1.0] * len(ports), "every role is scraped")
+        learner_metrics.note_update(UPDATE, dict.fromkeys(("wait", "learn", "publish", "checkpoint"), 0.5))
+        plan(replay, "demo", rollout_pb2.ACTING_POLICY_SCRIPTED)
+        take(replay, "demo")
+        plan(replay, "eval", rollout_pb2.ACTING_POLICY_SAMPLED)
+        waiting = 'sum(deskrl_actor_desktops{state="waiting_for_model"}) == 2 and sum(deskrl_replay_active_leases) == 2'
+        until(lambda: watcher.query(waiting), "two desktops wait for the policy, each with a lease")
+        policy.may_answer.set()
+        take(replay, "eval")
+        yield watcher
+
+
+def require(*programs: str) -> None:
+    """Skip where something is not installed."""
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed (deploy/install.sh test installs it)")
+
+
+def start_actor(config: RunConfig, temporary: Path) -> subprocess.Popen[bytes]:
+    """The actor process of a run whose configuration is in its folder."""
+    with open(config.folder / "actor.log", "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "deskrl.core.cli", "actor", str(config.folder / "config.json")],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **supervised_environment(), "TMPDIR": str(temporary)},
+        )
+
+
+def plan(replay: ReplayProcess, queue: str, acting: rollout_pb2.ActingPolicy) -> None:
+    """Plan a group of two."""
+    (task,) = load_tasks(ids=("make-a-folder",))
+    group = replay_pb2.GroupPlan(
+        group_id=f"{queue}/{task.id}",
+        queue=queue,
+        task_id=task.id,
+        task_json=task.data,
+        seeds=[0, 1],
+        max_steps=6,
+        temperature=1.0,
+        acting_policy=acting,
+    )
+    replay.client().replay.PlanGroups(replay_pb2.PlanGroupsRequest(peer=ME, groups=[group]), timeout=PATIENCE_S)
+
+
+def take(replay: ReplayProcess, queue: str) -> None:
+    """Wait for a queue's group."""
+    group = replay.client().take(queue, "batch", 0, wait_s=PATIENCE_S)
+    assert group is not None and group.num_faulted == 0, (replay.config.folder / "actor.log").read_text()
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_query_of_a_dashboard_returns_numbers(prometheus: Prometheus, dashboard: Path) -> None:
+    for title, query in queries():
+        if title.startswith(f"{dashboard.stem}:"):
+            assert prometheus.wait_for(query), title
+
+
+def test_the_figures_are_those_of_the_run(prometheus: Prometheus) -> None:
+    assert prometheus.wait_for("sum(deskrl_actor_desktops)") == [2.0]
+    until(lambda: prometheus.query("sum(deskrl_actor_episodes_total)") == [4.0], "all episodes are counted")
+    until(lambda: prometheus.query("sum(deskrl_replay_leases_granted_total)") == [4.0], "all leases are counted")
+    until(lambda: prometheus.query("sum(deskrl_replay_active_leases)") == [0.0], "leases end with their episodes")
+    assert prometheus.query("count(deskrl_actor_faults_total == 0)") == [len(rollout_pb2.FaultKind.keys()) - 1]
+
+
+def test_every_alert_compares_a_figure_that_is_there(prometheus: Prometheus) -> None:
+    until(prometheus.rules, "the rules are read")
+    for rule in prometheus.rules():
+        comparison = re.fullmatch(r"(.+) (>|<|==) ([\d.]+)", rule["query"], re.DOTALL)
+        assert comparison, rule["name"]
+        assert prometheus.wait_for(comparison[1]), rule["name"]
+    assert prometheus.query('ALERTS{alertstate="firing"}') == []
+
+
+def test_alerts_fire_when_they_should_and_not_before() -> None:
+    require("promtool")
+    for arguments in (
+        ("check", "config", "prometheus.yml"),
+        ("check", "rules", "alerts.yml"),
+        ("test", "rules", "alerts_test.yml"),
+    ):
+        done = subprocess.run(["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_runbook_and_every_panel_a_word() -> None:
+    guide = GUIDE.read_text()
+    rules = (PROMETHEUS / "alerts.yml").read_text()
+    alerts = re.findall(r"- alert: (\w+)", rules)
+    assert re.findall(r"runbook: (\S+)", rules) == [f"docs/watching.md#{alert.lower()}" for alert in alerts]
+    assert re.findall(r"^### (\w+)$", guide, re.MULTILINE) == alerts
+    for path in DASHBOARDS:
+        for panel in json.loads(path.read_text())["panels"]:
+            assert f"| {panel['title']} |" in guide
+
+
+def test_the_guide_starts_a_run_on_the_ports_that_are_scraped() -> None:
+    told = re.findall(r"--(\w+)\.metrics_port (\d+)", GUIDE.read_text())
+    assert {role: int(port) for role, port in told} == scraped_ports()
