@@ -147,19 +147,12 @@ def test_a_run_from_demonstrations_to_results(world: Callable[..., World]) -> No
 
 
 def test_wandb_gets_the_metrics_too(world: Callable[..., World]) -> None:
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     run = world(wandb="offline", grpo={**GRPO, "num_updates": 1})
     run.finish(run.start())
     (log,) = (run.folder.root / "wandb").glob("offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(log))
-    keys = set()
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record.FromString(data)
-        keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
-    assert {"update/loss", "update/success_rate"} <= keys
+    written = log.read_bytes()
+    for key in (b"update/loss", b"update/success_rate"):
+        assert key in written, key
 
 
 def check_results(run: World) -> None:

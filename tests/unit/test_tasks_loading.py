@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.evaluators import require_supported, unsupported
 from deskrl.actor.setup_steps import asset_path
-from deskrl.actor.tasks import SMOKE_TASKS, load_list, load_tasks, parse_task, read_task
+from deskrl.actor.task_lists import load_list
+from deskrl.actor.task_needs import require_supported, unsupported
+from deskrl.actor.tasks import SMOKE_TASKS, load_tasks, parse_task, read_task
 from deskrl.core.errors import UserError
 
 OSWORLD = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples"
@@ -142,6 +143,7 @@ def test_a_folder_without_tasks_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_list_that_names_a_missing_task_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "examples").mkdir()
     (tmp_path / "list.json").write_text('{"os": ["gone"]}')
     with pytest.raises(UserError, match="os: gone: there is no"):
         load_list(tmp_path / "list.json")

@@ -22,9 +22,8 @@ from PIL import Image, UnidentifiedImageError
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import CommandResult, Desktop
-from deskrl.actor.setup_steps import asset_path, read_asset, run_steps, unsupported_steps
+from deskrl.actor.setup_steps import read_asset, run_steps
 from deskrl.actor.tasks import Check, Task, TypedItem
-from deskrl.core.errors import UserError
 
 _FIRST_POLL_S = 0.05  # doubled from one to the next: most effects are there at once, and an asking costs a process
 _EVIDENCE_CHARACTERS = 400
@@ -77,29 +76,6 @@ async def evaluate_task(desktop: Desktop, task: Task, final_action: Action | Non
         pause_s *= 2
 
 
-def unsupported(task: Task) -> list[str]:
-    """Why this task cannot be played here, one line each; empty if it can."""
-    reasons = unsupported_steps(task)
-    for check in task.evaluator.checks:
-        if check.func == "infeasible":
-            continue
-        if check.func not in _METRICS:
-            reasons.append(f"metric {check.func} is not built in")
-        for item in (check.result, check.expected):
-            if item is not None and (item.type not in _GETTERS or item.parameters.get("multi")):
-                reasons.append(f"getter {item.type} is not built in{' for several files' * (item.type in _GETTERS)}")
-            elif item is not None and item.type == "cloud_file" and not _has_copy(task, item):
-                reasons.append(f"no local copy of {item.parameters['path']}")
-    return list(dict.fromkeys(reasons))
-
-
-def require_supported(tasks: list[Task]) -> None:
-    """Raise UserError naming the first task that cannot be played here."""
-    for task in tasks:
-        if reasons := unsupported(task):
-            raise UserError(f"task {task.id}: {'; '.join(reasons)}", "leave it out of tasks.tasks")
-
-
 async def _judge(desktop: Desktop, task: Task) -> tuple[float, list[dict[str, Any]]]:
     """All checks joined: with "and" the mean unless one is 0, with "or" the best."""
     deciding = 0.0 if task.evaluator.conj == "and" else 1.0
@@ -121,7 +97,7 @@ async def _judge(desktop: Desktop, task: Task) -> tuple[float, list[dict[str, An
 
 
 def _score(task: Task, check: Check, result: _Value, expected: _Value) -> float:
-    metric = _METRICS.get(check.func)
+    metric = METRICS.get(check.func)
     if metric is None:
         raise EvaluatorError(f"{task.id}: metric {check.func} is not built in")
     if result is None or (expected is None and check.expected is not None):
@@ -135,7 +111,7 @@ def _score(task: Task, check: Check, result: _Value, expected: _Value) -> float:
 async def _get(desktop: Desktop, task: Task, item: TypedItem | None) -> _Value:
     if item is None:
         return None
-    getter = _GETTERS.get(item.type)
+    getter = GETTERS.get(item.type)
     if getter is None:
         raise EvaluatorError(f"{task.id}: getter {item.type} is not built in")
     try:
@@ -176,10 +152,6 @@ async def _rule(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> _Va
 
 async def _cloud_file(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> bytes:
     return read_asset(task.id, parameters["path"])
-
-
-def _has_copy(task: Task, item: TypedItem) -> bool:
-    return asset_path(task.id, str(item.parameters.get("path"))).is_file()
 
 
 def _exact_match(result: str, rule: dict[str, Any], options: dict[str, Any]) -> bool:
@@ -266,14 +238,16 @@ def _shown(value: _Value) -> Any:
     return value
 
 
-_GETTERS: dict[str, Callable[[Desktop, Task, dict[str, Any]], Awaitable[_Value]]] = {
+GETTERS: dict[str, Callable[[Desktop, Task, dict[str, Any]], Awaitable[_Value]]] = {
     "vm_file": _vm_file,
     "vm_command_line": _vm_command_line,
     "vm_command_error": _vm_command_error,
     "rule": _rule,
     "cloud_file": _cloud_file,
 }
-_METRICS: dict[str, Callable[[Any, Any, dict[str, Any]], bool]] = {
+"""The getters that are built in, by type; none of them fetches several files at once (`multi`)."""
+
+METRICS: dict[str, Callable[[Any, Any, dict[str, Any]], bool]] = {
     "exact_match": _exact_match,
     "match_in_list": _match_in_list,
     "is_in_list": _is_in_list,
@@ -284,3 +258,4 @@ _METRICS: dict[str, Callable[[Any, Any, dict[str, Any]], bool]] = {
     "check_image_size": _check_image_size,
     "check_image_pixels": _check_image_pixels,
 }
+"""The metrics that are built in, by name; `infeasible` is none: it is judged by how the episode ended."""

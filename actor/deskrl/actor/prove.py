@@ -21,9 +21,10 @@ from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent import make_agent
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.desktops.provider import make_desktop
-from deskrl.actor.evaluators import EvaluatorError, evaluate_task, unsupported
+from deskrl.actor.evaluators import EvaluatorError, evaluate_task
 from deskrl.actor.grammar import Turn
 from deskrl.actor.setup_steps import SetupError, setup_task
+from deskrl.actor.task_needs import unsupported
 from deskrl.actor.tasks import Task, load_tasks
 from deskrl.core.config import RunConfig
 

@@ -58,7 +58,7 @@ async def run_steps(desktop: Desktop, task_id: str, steps: Sequence[TypedItem], 
     """Do setup steps in order, as `setup_task` does; an evaluator's postconfig is made of the same steps."""
     context = SetupContext(desktop, task_id, seed, await _placeholders(desktop, steps, seed))
     for index, step in enumerate(steps):
-        do = _STEPS.get(step.type)
+        do = STEPS.get(step.type)
         if do is None:
             raise SetupError(f"{task_id}: setup step {index} has the unknown type {step.type}")
         try:
@@ -66,18 +66,6 @@ async def run_steps(desktop: Desktop, task_id: str, steps: Sequence[TypedItem], 
         except (KeyError, TypeError, ValueError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise SetupError(f"{task_id}: setup step {index} ({step.type}): {reason}") from error
-
-
-def unsupported_steps(task: Task) -> list[str]:
-    """Why this task cannot be set up here, one line each; empty if it can."""
-    reasons = []
-    for step in (*task.config, *task.evaluator.postconfig):
-        if step.type not in _STEPS:
-            reasons.append(f"setup step {step.type} is not built in")
-        if step.type == "download":
-            urls = [str(file.get("url")) for file in step.parameters.get("files", [])]
-            reasons += [f"no local copy of {url}" for url in urls if not asset_path(task.id, url).is_file()]
-    return reasons
 
 
 def asset_folder() -> Path:
@@ -202,7 +190,7 @@ async def _download(context: SetupContext, parameters: dict[str, Any]) -> None:
         await context.desktop.write_file(file["path"], read_asset(context.task_id, file["url"]))
 
 
-_STEPS: dict[str, Callable[[SetupContext, dict[str, Any]], Awaitable[None]]] = {
+STEPS: dict[str, Callable[[SetupContext, dict[str, Any]], Awaitable[None]]] = {
     "launch": _launch,
     "execute": _execute,
     "command": _execute,
@@ -214,3 +202,4 @@ _STEPS: dict[str, Callable[[SetupContext, dict[str, Any]], Awaitable[None]]] = {
     "upload_file": _upload_file,
     "download": _download,
 }
+"""The setup steps that are built in, by type."""

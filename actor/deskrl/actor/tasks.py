@@ -89,6 +89,8 @@ class Task:
     evaluator: Evaluator
     solution: tuple[SolutionStep, ...]
     evaluate_within_s: float
+    proxy: bool
+    """Whether OSWorld reaches the task's pages by a proxy: they are on the live web."""
     data: bytes
     """The file as it was read: what travels in a rollout."""
 
@@ -121,21 +123,6 @@ def load_tasks(suite: Path | None = None, ids: Sequence[str] = ()) -> list[Task]
     return [read_task(files[name]) for name in (ids or files)]
 
 
-def load_list(path: Path) -> list[Task]:
-    """Tasks of an OSWorld list file, {domain: [id, …]}; their files lie in `examples/` beside it."""
-    listed = _parse_json(_read(path), str(path))
-    if not isinstance(listed, dict) or not all(isinstance(ids, list) for ids in listed.values()):
-        raise UserError(f"{path}: is no map from domain to task ids", 'write it as {"os": ["<id>", …], …}')
-    tasks = []
-    for domain, ids in listed.items():
-        for name in ids:
-            file = path.parent / "examples" / domain / f"{name}.json"
-            if not file.is_file():
-                raise UserError(f"{path}: {domain}: {name}: there is no {file}", "take the task off the list")
-            tasks.append(read_task(file))
-    return tasks
-
-
 def read_task(path: Path) -> Task:
     """The task in a file."""
     return parse_task(_read(path), str(path), domain=path.parent.name)
@@ -164,6 +151,7 @@ def parse_task(data: bytes, name: str, domain: str = "") -> Task:
         evaluator=reader.evaluator(reader.get(raw, "evaluator", dict)),
         solution=tuple(reader.solution_step(step, f"deskrl.solution[{i}]") for i, step in enumerate(solution)),
         evaluate_within_s=within_s,
+        proxy=reader.get(raw, "proxy", bool, False),
         data=data,
     )
 

@@ -101,7 +101,23 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--suite", type=Path, default=None, help="root of a suite; unset: deskrl's own")
     prove.add_argument("--repeats", type=int, default=1, help="how often each task is proven, with other seeds")
     prove.set_defaults(takes_overrides=False)
+    _add_list_commands(tasks)
     return parser
+
+
+def _add_list_commands(tasks: argparse._SubParsersAction[_Parser]) -> None:
+    check = tasks.add_parser("check", help="say which tasks of a list are valid, and what each needs")
+    check.add_argument("list", type=Path, help="task list (JSON)")
+    check.add_argument("--root", type=Path, default=None, help="folder of the task files; unset: examples/ at the list")
+    check.add_argument("--suffix", default=None, help="what file names add to ids, as _noise; unset: found out")
+    check.add_argument("--json", action="store_true", help="print one JSON document")
+    subset = tasks.add_parser("subset", help="make a subset of a list that is balanced over applications")
+    subset.add_argument("list", type=Path, help="task list (JSON)")
+    subset.add_argument("--num", type=int, required=True, help="how many tasks it has")
+    subset.add_argument("--seed", type=int, default=0, help="which of the balanced subsets")
+    subset.add_argument("--out", type=Path, default=None, help="file to write; unset: print it")
+    for command in (check, subset):
+        command.set_defaults(takes_overrides=False)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -127,15 +143,23 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
         return report(options.run)
     if options.command == "tasks":
-        return int(
-            importlib.import_module("deskrl.actor.prove").main(options.suite, tuple(options.ids), options.repeats)
-        )
+        return _look_at_tasks(options)
     config = _read(options.config, rest)
     if options.command == "model":
         return int(importlib.import_module("deskrl.learner.tiny_model").main(config))
     if options.command == "prove-checkpoint":
         return int(importlib.import_module("deskrl.learner.proof").main(config, options.outcome))
     return _run_role(options.command, config, getattr(options, "index", None), options.config, rest)
+
+
+def _look_at_tasks(options: argparse.Namespace) -> int:
+    if options.tasks_command == "prove":
+        prove = importlib.import_module("deskrl.actor.prove").main
+        return int(prove(options.suite, tuple(options.ids), options.repeats))
+    commands = importlib.import_module("deskrl.actor.task_commands")
+    if options.tasks_command == "check":
+        return int(commands.check(options.list, options.root, options.suffix, as_document=options.json))
+    return int(commands.subset(options.list, options.num, options.seed, options.out))
 
 
 def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
