@@ -1,0 +1,163 @@
+"""What `deskrl tasks check` and `deskrl tasks subset` print, and their exit status. Decides nothing about tasks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deskrl.actor.task_check import ListReport, ValidTask, as_json, check_list
+from deskrl.actor.task_lists import balance, read_list
+from deskrl.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_PLAIN_WIDTH = 120
+_COLUMNS = {
+    "tasks": "tasks",
+    "missing": "miss-\ning",
+    "invalid": "in-\nvalid",
+    "valid": "valid",
+    "infeasible": "infea-\nsible",
+    "absent_applications": "app\nabsent",
+    "absent_programs": "program\nabsent",
+    "network": "live\nweb",
+    "accounts": "acc-\nount",
+    "absent_files": "file\nabsent",
+    "setup_steps": "no\nsetup\nstep",
+    "evaluators": "no\neval-\nuator",
+    "met": "needs\nmet",
+}
+"""The headings of the counts. From "app absent" to "no evaluator" they are needs: a task counts under each it has."""
+
+
+def check(path: Path, root: Path | None = None, suffix: str | None = None, *, as_document: bool = False) -> int:
+    """Check a task list and print the report, as tables or as one JSON document.
+
+    Returns:
+        The exit status: 1 if a task of the list does not exist, else 0.
+
+    Raises:
+        UserError: the list is malformed, or, once the report is printed, a task file is.
+    """
+    report = check_list(path, root, suffix)
+    if as_document:
+        print(json.dumps(as_json(report), indent=2, ensure_ascii=False))
+    else:
+        _print_report(report)
+    if report.invalid:
+        others = f" (and {len(report.invalid) - 1} more)" if len(report.invalid) > 1 else ""
+        error = report.invalid[0].error
+        raise UserError(f"{error.message}{others}", error.mend)
+    return 1 if report.missing else 0
+
+
+def subset(path: Path, num_tasks: int, seed: int = 0, out: Path | None = None) -> int:
+    """Write a balanced subset of a task list to a file, or print it; returns the exit status.
+
+    Raises:
+        UserError: the list is malformed or too short, or the file cannot be written.
+    """
+    chosen = balance(read_list(path), num_tasks, seed)
+    text = json.dumps(chosen, indent=2, ensure_ascii=False)
+    if out is None:
+        print(text)
+        return 0
+    try:
+        out.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}", "name a file in a folder that exists") from error
+    print(f"{out}: {_count(num_tasks, 'task')}: " + ", ".join(f"{name} {len(ids)}" for name, ids in chosen.items()))
+    return 0
+
+
+def _print_report(report: ListReport) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    for name in report.applications:
+        console.print(_tasks_table(name, report.of(name)))
+    console.print(_counts_table(report))
+    for line in _closing_lines(report):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _tasks_table(application: str, part: ListReport) -> Table:
+    """One line for each task of an application."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        "task", "needs", title=f"{escape(application)}: {_count(part.num_tasks, 'task')}", title_justify="left"
+    )
+    table.columns[0].no_wrap = True
+    for missing in part.missing:
+        table.add_row(escape(missing.id), "[red]does not exist")
+    for invalid in part.invalid:
+        table.add_row(escape(invalid.listed.id), f"[red]invalid: {escape(str(invalid.error))}")
+    for task in part.valid:
+        table.add_row(escape(task.listed.id), _told(task))
+    return table
+
+
+def _told(task: ValidTask) -> RenderableType:
+    """What a task needs, in a line or two; what is absent here, or cannot be told to be here, stands out."""
+    from rich.text import Text
+
+    needs = task.needs
+    files = f"{len(task.absent_files)} of {_count(len(needs.files), 'file')} not cached"
+    parts = [
+        ("infeasible" if task.infeasible else "", "cyan"),
+        (", ".join(name for name in needs.applications if name not in task.absent_applications), "green"),
+        (_tell("absent", (*task.absent_applications, *task.absent_programs)), "yellow"),
+        (_tell("live web", needs.network), "yellow"),
+        (_tell("account", needs.accounts), "yellow"),
+        (files if task.absent_files else "", "yellow"),
+        (_tell("no setup step", needs.setup_steps), "magenta"),
+        (_tell("no getter", needs.getters), "magenta"),
+        (_tell("no metric", needs.metrics), "magenta"),
+        ("needs met" if task.met else "", "bold green"),
+    ]
+    return Text(" · ").join(Text(text, style) for text, style in parts if text)
+
+
+def _tell(what: str, names: tuple[str, ...]) -> str:
+    return f"{what}: {', '.join(names)}" if names else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _counts_table(report: ListReport) -> Table:
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = "how many tasks there are, and how many of them need what"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for heading in _COLUMNS.values():
+        table.add_column(heading, justify="right", vertical="bottom")
+    for name in report.applications:
+        counts = report.of(name).counts()
+        table.add_row(escape(name), *(str(counts[key] or "–") for key in _COLUMNS))
+    table.add_section()
+    counts = report.counts()
+    table.add_row("all", *(str(counts[key] or "–") for key in _COLUMNS), style="bold")
+    return table
+
+
+def _closing_lines(report: ListReport) -> list[str]:
+    from rich.markup import escape
+
+    counts = report.counts()
+    lines = [
+        f"[red]does not exist[/]: {escape(f'{task.application}/{task.id}: there is no {task.file}')}"
+        for task in report.missing
+    ]
+    valid = f"{counts['valid']} of {_count(counts['tasks'], 'task')} valid"
+    return [*lines, f"{valid}; {counts['met']} of them need nothing that is known to be absent here"]
