@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -83,12 +84,13 @@ class Finisher(inference_pb2_grpc.InferenceServiceServicer):
 class Prometheus:
     """A Prometheus that scrapes five times a second what deploy/prometheus scrapes, on ports of the test's choice."""
 
-    def __init__(self, folder: Path, ports: dict[str, int]) -> None:
+    def __init__(self, folder: Path, ports: dict[str, list[int]]) -> None:
         shutil.copytree(PROMETHEUS, folder)
         config = folder / "prometheus.yml"
         text = config.read_text().replace("interval: 5s", "interval: 200ms")
-        for job, port in ports.items():
-            text = text.replace(f"127.0.0.1:{scraped_ports()[job]}", f"127.0.0.1:{port}")
+        for job, scraped in scraped_ports().items():
+            targets = ", ".join(f'"127.0.0.1:{port}"' for port in ports[job])
+            text = text.replace(f'"127.0.0.1:{scraped}"', targets)
         config.write_text(text)
         self.address = f"127.0.0.1:{free_port()}"
         with open(folder / "log", "wb") as log:
@@ -163,10 +165,12 @@ def serving(module: ModuleType, port: int) -> Iterator[None]:
         if isinstance(metric, MetricWrapperBase):
             registry.register(metric)
     server, thread = prometheus_client.start_http_server(port, addr="127.0.0.1", registry=registry)
-    yield
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @contextlib.contextmanager
@@ -181,17 +185,17 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """A Prometheus that has seen a run from its start: episodes of scripts and of a policy, and an update."""
+    """A Prometheus that has seen a run of two actors from its start: scripted and sampled episodes, and an update."""
     require("prometheus", "Xvfb", "bwrap")
-    ports = {job: free_port() for job in scraped_ports()}
+    ports = {job: [free_port()] for job in scraped_ports()} | {"actor": two_free_ports()}
     folder = tmp_path_factory.mktemp("watch")
     config = RunConfig.model_validate(
         {
             "runs": folder,
             "desktop": {"num_envs": 2},
-            "replay": {"address": f"127.0.0.1:{free_port()}", "metrics_port": ports["replay"]},
+            "replay": {"address": f"127.0.0.1:{free_port()}", "metrics_port": ports["replay"][0]},
             "inference": {"address": f"127.0.0.1:{free_port()}"},
-            "actor": {"metrics_port": ports["actor"]},
+            "actor": {"metrics_port": ports["actor"][0], "desktops_per_actor": 1},
         }
     )
     with contextlib.ExitStack() as stack:
@@ -204,12 +208,13 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         stack.callback(server.stop, None)
         replay = ReplayProcess(config)
         stack.callback(replay.close)
-        stack.enter_context(serving(learner_metrics, ports["learner"]))
-        stack.enter_context(serving(inference_metrics, ports["inference"]))
+        stack.enter_context(serving(learner_metrics, *ports["learner"]))
+        stack.enter_context(serving(inference_metrics, *ports["inference"]))
         watcher = Prometheus(folder / "prometheus", ports)
         stack.enter_context(ended(watcher.process))
-        stack.enter_context(ended(start_actor(config, Path(temporary))))
-        until(lambda: watcher.query("up") == [1.0] * len(ports), "every role is scraped")
+        for index in range(len(ports["actor"])):
+            stack.enter_context(ended(start_actor(config, index, Path(temporary))))
+        until(lambda: watcher.query("up") == [1.0] * sum(map(len, ports.values())), "every process is scraped")
         learner_metrics.note_update(UPDATE, dict.fromkeys(("wait", "learn", "publish", "checkpoint"), 0.5))
         plan(replay, "demo", rollout_pb2.ACTING_POLICY_SCRIPTED)
         take(replay, "demo")
@@ -228,11 +233,19 @@ def require(*programs: str) -> None:
             pytest.skip(f"{program} is not installed (deploy/install.sh test installs it)")
 
 
-def start_actor(config: RunConfig, temporary: Path) -> subprocess.Popen[bytes]:
-    """The actor process of a run whose configuration is in its folder."""
-    with open(config.folder / "actor.log", "wb") as log:
+def two_free_ports() -> list[int]:
+    """Ports that nobody listens on, one after the other."""
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError, OverflowError), socket.create_server(("127.0.0.1", first + 1)):
+            return [first, first + 1]
+
+
+def start_actor(config: RunConfig, index: int, temporary: Path) -> subprocess.Popen[bytes]:
+    """An actor process of a run whose configuration is in its folder."""
+    with open(config.folder / "actor.log", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "deskrl.core.cli", "actor", str(config.folder / "config.json")],
+            [sys.executable, "-m", "deskrl.core.cli", "actor", str(config.folder / "config.json"), f"--index={index}"],
             stdout=log,
             stderr=log,
             env={**os.environ, **supervised_environment(), "TMPDIR": str(temporary)},
@@ -269,11 +282,11 @@ def test_every_query_of_a_dashboard_returns_numbers(prometheus: Prometheus, dash
 
 
 def test_the_figures_are_those_of_the_run(prometheus: Prometheus) -> None:
-    assert prometheus.wait_for("sum(deskrl_actor_desktops)") == [2.0]
+    assert prometheus.wait_for("sum by (instance) (deskrl_actor_desktops)") == [1.0, 1.0]
     until(lambda: prometheus.query("sum(deskrl_actor_episodes_total)") == [4.0], "all episodes are counted")
     until(lambda: prometheus.query("sum(deskrl_replay_leases_granted_total)") == [4.0], "all leases are counted")
     until(lambda: prometheus.query("sum(deskrl_replay_active_leases)") == [0.0], "leases end with their episodes")
-    assert prometheus.query("count(deskrl_actor_faults_total == 0)") == [len(rollout_pb2.FaultKind.keys()) - 1]
+    assert prometheus.query("count(deskrl_actor_faults_total == 0)") == [2 * (len(rollout_pb2.FaultKind.keys()) - 1)]
 
 
 def test_every_alert_compares_a_figure_that_is_there(prometheus: Prometheus) -> None:
