@@ -60,12 +60,12 @@ def test_what_a_task_needs_is_reported_and_not_refused(tmp_path: Path, capsys: p
         "os: 2 tasks",
         "infeasible · needs met",
         "absent: no-such-app",
-        "live pages behind a proxy",
+        "live web: pages behind a proxy",
         "account: google",
         "1 of 1 file not cached",
         "no setup step: login",
         "no getter: no_such_getter",
-        "2 of 2 tasks valid; 1 of them need nothing that is known to be absent here",
+        "2 of 2 tasks valid; nothing is known to be absent here for 1 of them",
     ):
         assert need in told
 

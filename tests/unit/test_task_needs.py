@@ -69,7 +69,7 @@ def test_programs_are_what_commands_start(needing: Task, programs: set[str]) -> 
 @pytest.mark.parametrize(
     ("needing", "why"),
     [
-        (task(proxy=True), ("live pages behind a proxy",)),
+        (task(proxy=True), ("pages behind a proxy",)),
         (task(("chrome_open_tabs", {"urls_to_open": ["https://a.org/b", "http://a.org"]})), ("opens a.org",)),
         (task(("chrome_open_tabs", {"urls_to_open": ["http://localhost:80/", "file:///home/user/a.html"]})), ()),
         (command(["google-chrome", "https://a.org"], "launch"), ("opens a.org",)),
@@ -160,7 +160,7 @@ def test_the_needs_of_all_of_osworld() -> None:
     needs = {file.stem: task_needs(read_task(file)) for file in OSWORLD.glob("examples/*/*.json")}
     assert len(needs) == 369
     assert Counter(account for each in needs.values() for account in each.accounts) == {"google": 8}
-    assert sum("live pages behind a proxy" in each.network for each in needs.values()) == 52
+    assert sum("pages behind a proxy" in each.network for each in needs.values()) == 52
     fetching = ("a command fetches packages or files",)
     assert sum(bool(each.network) and each.network != fetching for each in needs.values()) == 60
     assert sum(len(each.files) for each in needs.values()) == 693

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deskrl.actor.task_check import ListReport, ValidTask, as_json, check_list
 from deskrl.actor.task_lists import balance, read_list
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PLAIN_WIDTH = 120
-_COLUMNS = {
-    "tasks": "tasks",
-    "missing": "miss-\ning",
-    "invalid": "in-\nvalid",
+_COUNTED = {
+    "tasks": "on the list",
+    "missing": "do not exist",
+    "invalid": "invalid",
     "valid": "valid",
-    "infeasible": "infea-\nsible",
-    "absent_applications": "app\nabsent",
-    "absent_programs": "program\nabsent",
-    "network": "live\nweb",
-    "accounts": "acc-\nount",
-    "absent_files": "file\nabsent",
-    "setup_steps": "no\nsetup\nstep",
-    "evaluators": "no\neval-\nuator",
-    "met": "needs\nmet",
+    "infeasible": "infeasible",
+    "absent_applications": "need an application that is absent",
+    "absent_programs": "need a program that is absent",
+    "network": "need the live web",
+    "accounts": "need an account",
+    "absent_files": "need a file that is not cached",
+    "setup_steps": "need a setup step that is not built in",
+    "evaluators": "need an evaluator that is not built in",
+    "met": "need nothing that is known to be absent",
 }
-"""The headings of the counts. From "app absent" to "no evaluator" they are needs: a task counts under each it has."""
+"""How the counts are told. A task counts under each need that it has."""
 
 
 def check(path: Path, root: Path | None = None, suffix: str | None = None, *, as_document: bool = False) -> int:
@@ -45,7 +45,7 @@ def check(path: Path, root: Path | None = None, suffix: str | None = None, *, as
     """
     report = check_list(path, root, suffix)
     if as_document:
-        print(json.dumps(as_json(report), indent=2, ensure_ascii=False))
+        _print_json(as_json(report))
     else:
         _print_report(report)
     if report.invalid:
@@ -62,16 +62,21 @@ def subset(path: Path, num_tasks: int, seed: int = 0, out: Path | None = None) -
         UserError: the list is malformed or too short, or the file cannot be written.
     """
     chosen = balance(read_list(path), num_tasks, seed)
-    text = json.dumps(chosen, indent=2, ensure_ascii=False)
     if out is None:
-        print(text)
+        _print_json(chosen)
         return 0
     try:
-        out.write_text(text + "\n", encoding="utf-8")
+        out.write_text(json.dumps(chosen, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}", "name a file in a folder that exists") from error
     print(f"{out}: {_count(num_tasks, 'task')}: " + ", ".join(f"{name} {len(ids)}" for name, ids in chosen.items()))
     return 0
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    from rich.console import Console  # unlike print, it ends quietly when the reader of a pipe has had enough
+
+    Console().out(json.dumps(document, indent=2, ensure_ascii=False), highlight=False)
 
 
 def _print_report(report: ListReport) -> None:
@@ -133,21 +138,18 @@ def _count(number: int, noun: str) -> str:
 
 
 def _counts_table(report: ListReport) -> Table:
-    from rich.box import SIMPLE
-    from rich.markup import escape
+    """A line for each count: of the whole list, and of the applications where it is not 0."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
-    title = "how many tasks there are, and how many of them need what"
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for heading in _COLUMNS.values():
-        table.add_column(heading, justify="right", vertical="bottom")
-    for name in report.applications:
-        counts = report.of(name).counts()
-        table.add_row(escape(name), *(str(counts[key] or "–") for key in _COLUMNS))
-    table.add_section()
-    counts = report.counts()
-    table.add_row("all", *(str(counts[key] or "–") for key in _COLUMNS), style="bold")
+    table = Table("", "tasks", "by application", box=SIMPLE_HEAD)
+    table.columns[1].justify = "right"
+    whole = report.counts()
+    parts = {name: report.of(name).counts() for name in report.applications}
+    for key, told in _COUNTED.items():
+        by_application = ", ".join(f"{name} {counts[key]}" for name, counts in parts.items() if counts[key])
+        table.add_row(told, str(whole[key]), Text(by_application))
     return table
 
 
@@ -155,9 +157,9 @@ def _closing_lines(report: ListReport) -> list[str]:
     from rich.markup import escape
 
     counts = report.counts()
+    told = f"{counts['valid']} of {_count(counts['tasks'], 'task')} valid"
     lines = [
         f"[red]does not exist[/]: {escape(f'{task.application}/{task.id}: there is no {task.file}')}"
         for task in report.missing
     ]
-    valid = f"{counts['valid']} of {_count(counts['tasks'], 'task')} valid"
-    return [*lines, f"{valid}; {counts['met']} of them need nothing that is known to be absent here"]
+    return [*lines, f"{told}; nothing is known to be absent here for {counts['met']} of them"]

@@ -176,7 +176,7 @@ def _programs(task: Task, steps: Iterable[TypedItem], items: Iterable[TypedItem]
 
 def _network(task: Task, steps: Iterable[TypedItem], items: Iterable[TypedItem]) -> Iterator[str]:
     if task.proxy:
-        yield "live pages behind a proxy"
+        yield "pages behind a proxy"
     for step in steps:
         match step.type:
             case "chrome_open_tabs":
