@@ -101,6 +101,13 @@ def test_a_malformed_task_file_is_one_line_after_the_report(tmp_path: Path, caps
     assert document["counts"]["missing"] == 1
 
 
+def test_an_address_that_is_none_makes_a_task_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [{"type": "download", "parameters": {"files": [{"url": "https://[a/b", "path": "b"}]}}]
+    path = write_list(tmp_path, [NEEDY | {"config": steps}])
+    assert main(["tasks", "check", str(path)]) == 2
+    assert capsys.readouterr().err == f"deskrl: {tmp_path}/examples/os/t0.json: Invalid IPv6 URL; mend the task file\n"
+
+
 @pytest.mark.parametrize("arguments", [["check"], ["subset", "--num", "1"]])
 def test_a_malformed_list_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str]

@@ -118,15 +118,13 @@ def check_list(path: Path, root: Path | None = None, suffix: str | None = None) 
 
 def _check_task(listed: ListedTask) -> ValidTask:
     task = read_task(listed.file)
-    needs = task_needs(task)
-    return ValidTask(
-        listed,
-        task.evaluator.infeasible,
-        needs,
-        absent_applications(needs),
-        absent_programs(needs),
-        absent_files(task, needs),
-    )
+    try:
+        needs = task_needs(task)
+        files = absent_files(task, needs)
+    except ValueError as error:  # an address that is none
+        raise UserError(f"{listed.file}: {error}", "mend the task file") from error
+    applications, programs = absent_applications(needs), absent_programs(needs)
+    return ValidTask(listed, task.evaluator.infeasible, needs, applications, programs, files)
 
 
 def as_json(report: ListReport) -> dict[str, Any]:
