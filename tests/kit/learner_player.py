@@ -1,7 +1,7 @@
 """Plays the toy task for a learner under test: takes its weights over the contract, leases work from a real replay.
 
 A thread plays with the weights that were last committed; a gRPC server takes weights and proves them. It can be told to
-refuse updates, or to prove weights that it does not have.
+refuse updates, to be away, or to prove weights that it does not have.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
         self.version = ("", 0)
         self.versions: list[tuple[str, int]] = []
         self.refuse = threading.Event()
+        self.away = threading.Event()
         self.lie = threading.Event()
         self._lock = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(4))
@@ -54,7 +55,9 @@ class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
     ) -> Iterator[weights_pb2.UpdateWeightsResponse]:
         begun = next(requests).begin
         if self.refuse.is_set():
-            context.abort(grpc.StatusCode.UNAVAILABLE, "told to refuse")
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "told to refuse")
+        if self.away.is_set():
+            context.abort(grpc.StatusCode.UNAVAILABLE, "told to be away")
         yield weights_pb2.UpdateWeightsResponse(ready=weights_pb2.UpdateReady())
         data = bytearray()
         while len(data) < sum(spec.num_bytes for spec in begun.tensors):

@@ -233,7 +233,18 @@ def test_a_replica_that_fails_is_quarantined_and_catches_up(world: Callable[...,
     assert len(run.metrics("update")) == 2, "the run goes on with the other"
 
 
-def test_no_replica_at_all_is_an_end_and_not_a_silence(world: Callable[..., World]) -> None:
+def test_the_only_replica_may_be_away_for_a_while(world: Callable[..., World]) -> None:
+    run = world(grpo={**GRPO, "num_updates": 1})
+    run.replicas[0].away.set()
+    learner = run.start()
+    run.wait_for(lambda: any(not line["ok"] for line in run.metrics("weights")), learner)
+    run.replicas[0].away.clear()
+    run.finish(learner)
+    assert any(line["ok"] and line["late"] for line in run.metrics("weights"))
+    assert len(run.metrics("update")) == 1
+
+
+def test_replicas_that_all_refuse_are_an_end_and_not_a_silence(world: Callable[..., World]) -> None:
     run = world(grpo=GRPO)
     run.replicas[0].refuse.set()
     learner = run.start()
