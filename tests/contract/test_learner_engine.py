@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,12 @@ import json, sys
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
 import test_learner_engine as t
-print("RESULT" + json.dumps(t.take_steps(Path(sys.argv[2]), json.loads(sys.argv[3]))))
+t.take_steps(Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
 """
 
 
-def take_steps(folder: Path, cases: list[tuple[int, bool]]) -> list[dict[str, Any]]:
-    """In a child process: for each (ZeRO stage, spoilt), one optimizer step of a fresh engine; what came of it."""
+def take_steps(folder: Path, cases: list[tuple[int, bool]], results_folder: Path) -> None:
+    """In a child process: for each (ZeRO stage, spoilt), one optimizer step of a fresh engine; writes what came of it."""
     toy = ToyPolicy(folder)
     rows = rows_of([play(toy, task_id, seed) for seed, task_id in enumerate(["red", "green", "blue"])])
     results = []
@@ -191,8 +192,8 @@ def take_steps(folder: Path, cases: list[tuple[int, bool]]) -> list[dict[str, An
                 "names": sorted(weights),
             }
         )
+    (results_folder / f"rank-{engine.rank}.json").write_text(json.dumps(results))
     engine.close()
-    return results
 
 
 def run_steps(folder: Path, num_ranks: int, cases: list[tuple[int, bool]]) -> list[list[dict[str, Any]]]:
@@ -204,10 +205,11 @@ def run_steps(folder: Path, num_ranks: int, cases: list[tuple[int, bool]]) -> li
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     script = folder.parent / "steps.py"
     script.write_text(_STEPS)
-    command = [*launcher, str(script), paths, str(folder), json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line.split("RESULT")[1]) for line in done.stdout.splitlines() if "RESULT" in line]
+    with tempfile.TemporaryDirectory() as results:
+        command = [*launcher, str(script), paths, str(folder), json.dumps(cases), results]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(path.read_text()) for path in sorted(Path(results).glob("rank-*.json"))]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import grpc.aio
 from deskrl.actor.retries import TRANSIENT, Pauses
 from deskrl.core import ids, rpc
 from deskrl.core.config import InferenceConfig
-from deskrl.core.errors import UserError
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 _AVOIDED_FOR_S = 5.0
@@ -149,8 +148,6 @@ class PolicySession:
 def replica_addresses(config: InferenceConfig) -> list[str]:
     """Where the replicas listen: the first at the configured port, the others counting up."""
     host, _, port = config.address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"inference.address {config.address} is no host:port", "write it as 127.0.0.1:7421")
     return [f"{host}:{int(port) + i}" for i in range(config.num_replicas)]
 
 
