@@ -165,7 +165,7 @@ t.take_steps(Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
 
 
 def take_steps(folder: Path, cases: list[tuple[int, bool]], results_folder: Path) -> None:
-    """In a child process: for each (ZeRO stage, spoilt), one optimizer step of a fresh engine; writes what came of it."""
+    """In a child process: for each (ZeRO stage, spoilt), a fresh engine's optimizer step; writes what came of it."""
     toy = ToyPolicy(folder)
     rows = rows_of([play(toy, task_id, seed) for seed, task_id in enumerate(["red", "green", "blue"])])
     results = []
