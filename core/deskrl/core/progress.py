@@ -88,8 +88,8 @@ def _success_rate(
     phase: str, updates: Sequence[dict[str, Any]], queues: Sequence[replay_pb2.QueueStatus]
 ) -> float | None:
     if phase.startswith("eval"):
-        going_on = [queue for queue in queues if queue.queue.startswith("eval/") and queue.num_finished]
-        return going_on[-1].num_succeeded / going_on[-1].num_finished if going_on else None
+        evaluation = next((queue for queue in queues if queue.queue == phase), None)
+        return evaluation.num_succeeded / evaluation.num_finished if evaluation and evaluation.num_finished else None
     return updates[-1].get("success_rate") if updates else None
 
 
