@@ -1,9 +1,9 @@
 """`Act` over gRPC against the bare engine: the same conversations with screenshots, the same sampled tokens.
 
-The bare side is vLLM's AsyncLLM in this process, with deskrl's own engine settings, given token ids and decoded pixels:
-what no server can beat. The other side is a replica of its own, given conversations and encoded screenshots as an actor
-sends them. Turns alternate; every turn has screenshots that neither side has seen. Prints one JSON line; `ratio` is
-the replica's throughput over the bare engine's, median of the turns.
+The bare side is vLLM's AsyncLLM in this process, with deskrl's own engine settings, given token ids, and screenshots as
+they come off the wire, decoded beside it in threads. The other side is a replica of its own, given conversations and
+encoded screenshots as an actor sends them. Turns alternate; every turn has screenshots that neither side has seen.
+Prints one JSON line; `ratio` is the replica's throughput over the bare engine's, median of the turns.
 
     python tests/bench/act.py [--turns 5] [--requests 48] [--concurrency 16] [--model FOLDER]
 """
@@ -44,7 +44,7 @@ class Case:
 
     request: inference_pb2.ActRequest
     prompt_ids: list[int]
-    images: list[tuple[str, Image.Image]]
+    images: list[common_pb2.Image]
     seed: int
 
 
@@ -78,12 +78,11 @@ def make_cases(config: RunConfig, first_seed: int, num: int, size: tuple[int, in
         messages = [system("You use a computer."), user(f"Task {seed}.", *images)]
         rendered = rendering.render(messages, tokenizer)
         counts = [sizing.num_tokens(*size)] * SCREENSHOTS
-        pixels = [Image.open(io.BytesIO(data)).convert("RGB") for data in shots]
         cases.append(
             Case(
                 request=act_request(messages, images, temperature=1.0, max_tokens=MAX_TOKENS, seed=seed),
                 prompt_ids=rendering.expand_images(rendered.ids, rendering.image_token_id(tokenizer), counts),
-                images=[(image.hash, picture) for image, picture in zip(images, pixels, strict=True)],
+                images=images,
                 seed=seed,
             )
         )
@@ -111,6 +110,11 @@ async def run_turn(cases: Sequence[Case], concurrency: int, answer: Callable[[Ca
     return Turn(len(cases) / (time.perf_counter() - started_s), latencies_s, num_tokens)
 
 
+def decode(image: common_pb2.Image) -> Image.Image:
+    """The pixels of a screenshot."""
+    return Image.open(io.BytesIO(image.data)).convert("RGB")
+
+
 def bare_answer(engine: Engine, suppressed_ids: Sequence[int]) -> Callable[[Case], Any]:
     """Asks vLLM itself."""
     from vllm import SamplingParams
@@ -128,8 +132,8 @@ def bare_answer(engine: Engine, suppressed_ids: Sequence[int]) -> Callable[[Case
         )
         inputs = {
             "prompt_token_ids": case.prompt_ids,
-            "multi_modal_data": {"image": [picture for _, picture in case.images]},
-            "multi_modal_uuids": {"image": [name for name, _ in case.images]},
+            "multi_modal_data": {"image": [await asyncio.to_thread(decode, image) for image in case.images]},
+            "multi_modal_uuids": {"image": [image.hash for image in case.images]},
         }
         async for output in engine.llm.generate(inputs, params, f"bare-{case.seed}"):
             num_tokens = len(output.outputs[0].token_ids)
