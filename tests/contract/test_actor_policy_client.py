@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from deskrl.actor.policy_client import InferenceFailed, PolicyClient, PolicySession, replica_addresses
+from deskrl.actor.policy_client import InferenceFailed, PolicyClient, PolicySession
 from deskrl.core.config import InferenceConfig
 from deskrl.core.ids import image_hash
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -154,4 +154,4 @@ def test_a_server_that_asks_for_what_is_not_in_the_conversation_has_failed() -> 
 
 def test_replicas_count_the_port_up() -> None:
     config = InferenceConfig(address="127.0.0.1:7421", num_replicas=3)
-    assert replica_addresses(config) == ["127.0.0.1:7421", "127.0.0.1:7422", "127.0.0.1:7423"]
+    assert config.replica_addresses == ["127.0.0.1:7421", "127.0.0.1:7422", "127.0.0.1:7423"]

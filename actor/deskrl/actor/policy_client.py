@@ -52,7 +52,7 @@ class PolicyClient:
         self._peer = rpc.peer("actor", name)
         self._max_tokens = config.max_action_tokens
         self._timeout_s = timeout_s
-        self._replicas = [_Replica(address) for address in replica_addresses(config)]
+        self._replicas = [_Replica(address) for address in config.replica_addresses]
 
     def open_session(self, episode_id: str, temperature: float) -> PolicySession:
         """What asks for the actions of one episode."""
@@ -143,12 +143,6 @@ class PolicySession:
     def _unsent(self, number: int) -> list[common_pb2.Image]:
         """The screenshots that replica `number` is not known to hold."""
         return [image for name, image in self._images.items() if (number, name) not in self._sent]
-
-
-def replica_addresses(config: InferenceConfig) -> list[str]:
-    """Where the replicas listen: the first at the configured port, the others counting up."""
-    host, _, port = config.address.rpartition(":")
-    return [f"{host}:{int(port) + i}" for i in range(config.num_replicas)]
 
 
 def _named_images(messages: Sequence[inference_pb2.ChatMessage]) -> set[str]:

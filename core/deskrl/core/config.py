@@ -182,6 +182,16 @@ class InferenceConfig(Section):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus port of the first replica, counting up; 0: none."""
 
+    @property
+    def replica_addresses(self) -> list[str]:
+        """Where the replicas listen."""
+        return [self.replica_address(index) for index in range(self.num_replicas)]
+
+    def replica_address(self, index: int) -> str:
+        """Where replica number `index` listens: the first at `address`, the others counting its port up."""
+        host, _, port = self.address.rpartition(":")
+        return f"{host}:{int(port) + index}"
+
 
 class WarmStartConfig(Section):
     """Imitation of scripted solutions before GRPO."""
@@ -316,6 +326,11 @@ class RunConfig(BaseSettings):
     def model_folder(self) -> Path:
         """Where the initial model lies."""
         return self.model.path if self.model.path is not None else self.folder / "model"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(width, height) of screenshots as the policy sees them."""
+        return self.agent.image_width or self.desktop.width, self.agent.image_height or self.desktop.height
 
 
 def load_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:

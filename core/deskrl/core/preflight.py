@@ -88,12 +88,12 @@ def endpoints(config: RunConfig) -> Iterator[Endpoint]:
     """Everything that the roles of a run will listen on; ports of replicas and actors count up."""
     num_actors = math.ceil(config.desktop.num_envs / config.actor.desktops_per_actor)
     num_replicas = config.inference.num_replicas
-    for key, address, num in (
-        ("replay.address", config.replay.address, 1),
-        ("inference.address", config.inference.address, num_replicas),
+    for key, addresses in (
+        ("replay.address", [config.replay.address]),
+        ("inference.address", config.inference.replica_addresses),
     ):
-        host, _, port = address.rpartition(":")
-        yield from (Endpoint(key, host, int(port) + index) for index in range(num))
+        for host, _, port in (address.rpartition(":") for address in addresses):
+            yield Endpoint(key, host, int(port))
     for key, first, num in (
         ("inference.openai_port", config.inference.openai_port, num_replicas),
         ("inference.metrics_port", config.inference.metrics_port, num_replicas),

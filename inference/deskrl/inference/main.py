@@ -55,7 +55,7 @@ def run(config: RunConfig, replica: int = 0) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _end_at_once(folder))
     lifetime.die_with_parent()
-    address = replica_address(config.inference.address, replica)
+    address = config.inference.replica_address(replica)
     rpc.refuse_exposure(address)
     check_model_folder(config.model_folder)
     _refuse_taken_ports(config, replica, address)
@@ -96,12 +96,6 @@ def _refuse_taken_ports(config: RunConfig, replica: int, address: str) -> None:
         except OSError as error:
             where = f"{endpoint[0]}:{endpoint[1]}"
             raise UserError(f"{where} cannot be listened on: {error.strerror}", f"change inference.{key}") from error
-
-
-def replica_address(address: str, replica: int) -> str:
-    """Where replica number `replica` listens: the ports count up."""
-    host, _, port = address.rpartition(":")
-    return f"{host}:{int(port) + replica}"
 
 
 def check_model_folder(folder: Path) -> None:

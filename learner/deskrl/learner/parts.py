@@ -99,25 +99,13 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         checkpoints=CheckpointStore(
             folder.checkpoints, model_folder, layout_of(config, engine.world_size), config.learner.keep_checkpoints
         ),
-        canary=make_canary(
-            policy,
-            processor,
-            sizing,
-            config.agent.image_width or config.desktop.width,
-            config.agent.image_height or config.desktop.height,
-        ),
+        canary=make_canary(policy, processor, sizing, *config.image_size),
         publisher=Publisher(
-            _replica_addresses(config), TOLERANCE_FLOAT32 if exact else TOLERANCE_BFLOAT16, stop, on_outcome
+            config.inference.replica_addresses, TOLERANCE_FLOAT32 if exact else TOLERANCE_BFLOAT16, stop, on_outcome
         ),
         results=Results(folder, tasks),
         tracker=Tracker(config) if engine.rank == 0 else None,
     )
-
-
-def _replica_addresses(config: RunConfig) -> list[str]:
-    """Replicas count the port of the first one up."""
-    host, _, port = config.inference.address.rpartition(":")
-    return [f"{host}:{int(port) + index}" for index in range(config.inference.num_replicas)]
 
 
 def _read_tasks(folder: RunFolder) -> Mapping[str, Mapping[str, Any]]:

@@ -35,9 +35,7 @@ def main(config: RunConfig, outcome: Path) -> int:
     folder = config.model_folder
     processor = load_processor(folder)
     policy = load_policy(folder, suppressed_ids(processor.tokenizer, vocab_size_of(folder)), freeze_vision=True)
-    width = config.agent.image_width or config.desktop.width
-    height = config.agent.image_height or config.desktop.height
-    canary = make_canary(policy, processor, image_sizing_of(folder), width, height).canary
+    canary = make_canary(policy, processor, image_sizing_of(folder), *config.image_size).canary
     collator = make_collator(policy, processor, lambda hashes: {canary.images[0].hash: canary.images[0].data})
     rows = [_row(action, canary) for action in _sample(config, canary)]
     with torch.no_grad():

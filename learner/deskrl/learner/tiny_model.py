@@ -62,7 +62,7 @@ def main(config: RunConfig) -> int:
 
 def image_size_of(config: RunConfig) -> tuple[int, int]:
     """(width, height) of screenshots as the policy sees them; raises UserError if the tiny model could not."""
-    size = (config.agent.image_width or config.desktop.width, config.agent.image_height or config.desktop.height)
+    size = config.image_size
     if any(side % (PATCH_PIXELS * MERGE) for side in size):
         raise UserError(
             f"the tiny model cannot see screenshots of {size[0]} x {size[1]}",

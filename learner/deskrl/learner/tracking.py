@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deskrl.core.config import RunConfig
-from deskrl.core.errors import UserError
+from deskrl.core.errors import UserError, missing_package
 
 
 class Tracker:
@@ -26,7 +26,7 @@ class Tracker:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("wandb is not installed", "install deskrl[wandb], or leave --wandb off") from error
+            raise missing_package("wandb", "wandb") from error
         try:
             self._run = wandb.init(
                 project="deskrl",
