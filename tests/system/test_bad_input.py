@@ -309,6 +309,7 @@ def test_a_task_file_that_is_wrong_is_named(
     [
         (('--tasks.tasks=["nope"]',), "no task nope; choose from its"),
         (("--tasks.suite=/nonexistent",), "/nonexistent: holds no examples"),
+        (("--tasks.tasks=[]", "--tasks.list=/nonexistent"), "/nonexistent: cannot be read"),
         (("--model.build=null", "--model.path=/nonexistent"), "/nonexistent: no such folder; set model.path"),
         (("--agent.image_width=500",), "the tiny model cannot see screenshots of 500 x 280"),
     ],

@@ -81,15 +81,16 @@ def load_list(path: Path, root: Path | None = None, suffix: str | None = None) -
     """Tasks of a list file, in its order; `root` and `suffix` are as in `locate`.
 
     Raises:
-        UserError: a list or a task file that is invalid, or an id without a file.
+        UserError: a list or a task file that is invalid, or ids without a file, each of which is named.
     """
-    tasks = []
-    for listed in locate(path, read_list(path), root, suffix):
-        if not listed.file.is_file():
-            place = f"{path}: {listed.application}: {listed.id}"
-            raise UserError(f"{place}: there is no {listed.file}", "take the task off the list")
-        tasks.append(read_task(listed.file))
-    return tasks
+    located = locate(path, read_list(path), root, suffix)
+    if missing := [listed for listed in located if not listed.file.is_file()]:
+        names = ", ".join(f"{listed.application}/{listed.id}" for listed in missing)
+        raise UserError(
+            f"{path}: {len(missing)} of {len(located)} tasks do not exist: {names} (there is no {missing[0].file})",
+            "take them off the list, or name the folder of the task files",
+        )
+    return [read_task(listed.file) for listed in located]
 
 
 def balance(listed: TaskList, num_tasks: int, seed: int = 0) -> dict[str, list[str]]:
@@ -133,7 +134,7 @@ def _examples(folder: Path, named: bool) -> Path:
     if not named or examples.is_dir():
         folder = examples
     if not folder.is_dir():
-        raise UserError(f"{folder}: is no folder", "name the root of the task files with --root")
+        raise UserError(f"{folder}: is no folder", "name the root of the task files")
     return folder
 
 

@@ -68,10 +68,27 @@ class TasksConfig(Section):
     """Root of a task suite (`examples/<domain>/<id>.json` below it). Unset: deskrl's own suite."""
     tasks: tuple[str, ...] = ()
     """Task ids to train on; empty: all tasks of the suite."""
+    list: Path | None = None
+    """Task list in OSWorld's format ({application: [id, ...]}) to train on, in place of a suite and its ids."""
+    root: Path | None = None
+    """Folder with the list's task files, `<application>/<id><suffix>.json`; unset: `examples/` beside the list."""
+    suffix: str | None = None
+    """What the file names add to the list's ids, as `_noise`; unset: found out."""
+    unplayable: Literal["refuse", "skip", "play"] = "refuse"
+    """What becomes of tasks that need what is known to be absent: the run is refused, they are left out, or they are
+    played all the same (what is absent is then a fault)."""
     rollouts: Annotated[int, Field(ge=2)] = 8
     """Rollouts in a group. One rollout has no advantage, so two is the least."""
     max_steps: PositiveInt = 15
     """Turns of the policy before an episode ends with the termination step_limit."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TasksConfig:
+        if self.list is not None and (self.suite is not None or self.tasks):
+            raise ValueError("set either tasks.list, or tasks.suite and tasks.tasks")
+        if self.list is None and (self.root is not None or self.suffix is not None):
+            raise ValueError("tasks.root and tasks.suffix say where the tasks of a tasks.list are, and there is none")
+        return self
 
 
 class DesktopConfig(Section):
