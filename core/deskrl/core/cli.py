@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("config", type=Path, help="run configuration")
         command.add_argument("--index", type=int, default=0, help="which replica or actor of the run this is, from 0")
 
-    model = add("model", "build the tiny model that a configuration asks for")
+    model = add("model", "build the model that a configuration asks for")
     model.add_argument("config", type=Path, help="run configuration")
     proof = add("prove-checkpoint", "compare a served checkpoint with transformers")
     proof.add_argument("config", type=Path, help="configuration whose model.path is the checkpoint that is served")
@@ -146,7 +146,7 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return _look_at_tasks(options)
     config = _read(options.config, rest)
     if options.command == "model":
-        return int(importlib.import_module("deskrl.learner.tiny_model").main(config))
+        return int(importlib.import_module("deskrl.learner.build_model").main(config))
     if options.command == "prove-checkpoint":
         return int(importlib.import_module("deskrl.learner.proof").main(config, options.outcome))
     return _run_role(options.command, config, getattr(options, "index", None), options.config, rest)

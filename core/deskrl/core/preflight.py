@@ -45,7 +45,7 @@ def refuse_bad_input(config: RunConfig) -> None:
     if config.model.path is not None:
         importlib.import_module("deskrl.inference.main").check_model_folder(config.model.path)
     else:
-        importlib.import_module("deskrl.learner.tiny_model").image_size_of(config)
+        importlib.import_module("deskrl.learner.build_model").refuse_unfit(config)
     importlib.import_module("deskrl.learner.checkpoint").refuse_unreadable(config)
 
 

@@ -36,7 +36,7 @@ from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc
 _POLL_S = 0.5
 _MEMORY_EVERY = 10
 _REPLAY_START_S = 30.0
-_MODEL_BUILD_S = 120.0
+_MODEL_BUILD_S = 300.0
 _INFERENCE_START_S = 300.0
 _PROOF_S = 120.0
 
@@ -117,7 +117,7 @@ def _run(
     num_actors = math.ceil(config.desktop.num_envs / config.actor.desktops_per_actor)
     for index in range(num_actors):
         supervisor.start(f"actor-{index}", "actor", resolved, "--index", str(index))
-    if config.model.build and not (config.model_folder / "model.safetensors").exists():
+    if config.model.build and not _is_built(config.model_folder):
         supervisor.run_to_end("model", "model", resolved, timeout_s=_MODEL_BUILD_S)
     for index in range(config.inference.num_replicas):
         supervisor.start(f"inference-{index}", "inference", resolved, "--index", str(index))
@@ -126,6 +126,11 @@ def _run(
     console.print("learnt; proving the checkpoint", highlight=False)
     supervisor.stop([name for name in supervisor.children if name != "replay"])
     return _prove_checkpoint(config, folder, supervisor)
+
+
+def _is_built(folder: Path) -> bool:
+    """Whether a model's weights are whole: one file, or several with the index that is written last."""
+    return any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def _watch_until_done(

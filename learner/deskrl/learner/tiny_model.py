@@ -8,12 +8,9 @@ the words that deserve tokens of their own come in as a corpus.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from deskrl.core.config import RunConfig
-from deskrl.core.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +21,7 @@ VOCAB_SIZE = 3072
 MAX_LENGTH = 8192
 
 # The names and roles are those of the published Qwen2.5-VL tokenizers, so that its processor and chat format work.
-_SPECIAL_TOKENS = (
+SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -37,6 +34,14 @@ _SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
+_IMAGE_PROCESSOR = {
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "patch_size": PATCH_PIXELS,
+    "temporal_patch_size": 1,
+    "merge_size": MERGE,
+}
+
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -46,29 +51,6 @@ _CHAT_TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def main(config: RunConfig) -> int:
-    """Build the model of a run into its folder, from the corpus that lies there."""
-    size = image_size_of(config)
-    path = config.folder / "corpus.txt"
-    try:
-        corpus = path.read_text(encoding="utf-8").split("\f")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "start the run with `deskrl up`") from error
-    build_tiny_model(config.model_folder, config.seed, size, corpus)
-    return 0
-
-
-def image_size_of(config: RunConfig) -> tuple[int, int]:
-    """(width, height) of screenshots as the policy sees them; raises UserError if the tiny model could not."""
-    size = config.image_size
-    if any(side % (PATCH_PIXELS * MERGE) for side in size):
-        raise UserError(
-            f"the tiny model cannot see screenshots of {size[0]} x {size[1]}",
-            f"set agent.image_width and agent.image_height to multiples of {PATCH_PIXELS * MERGE}",
-        )
-    return size
 
 
 def build_tiny_model(folder: Path, seed: int, image_size: tuple[int, int], corpus: Iterable[str]) -> None:
@@ -88,15 +70,16 @@ def build_tiny_model(folder: Path, seed: int, image_size: tuple[int, int], corpu
     if width % unit or height % unit:
         raise ValueError(f"image_size {image_size} is not a multiple of {unit}")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _build_tokenizer(corpus, largest_number=max(image_size))
+    tokenizer = build_tokenizer(corpus, max(image_size), MAX_LENGTH)
     tokenizer.save_pretrained(folder)
-    _write_processor(folder, width * height)
+    # A screenshot of the expected size passes through unresized.
+    write_image_processor(folder, _IMAGE_PROCESSOR, min_pixels=width * height, max_pixels=width * height)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(_model_config(tokenizer))
     model.to(torch.float32).save_pretrained(folder)
 
 
-def _build_tokenizer(corpus: Iterable[str], largest_number: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(corpus: Iterable[str], largest_number: int, max_length: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the corpus, with every number up to `largest_number` a token of its own."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -114,7 +97,7 @@ def _build_tokenizer(corpus: Iterable[str], largest_number: int) -> PreTrainedTo
     # The trainer merges by frequency: the numbers come often enough to be merged before the rarest words.
     numbers = " ".join(str(number) for number in range(largest_number + 1))
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(_SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -124,15 +107,15 @@ def _build_tokenizer(corpus: Iterable[str], largest_number: int) -> PreTrainedTo
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=list(_SPECIAL_TOKENS),
-        model_max_length=MAX_LENGTH,
+        additional_special_tokens=list(SPECIAL_TOKENS),
+        model_max_length=max_length,
     )
     fast.chat_template = _CHAT_TEMPLATE
     return fast
 
 
-def _write_processor(folder: Path, num_pixels: int) -> None:
-    """The image and chat halves of the processor; a screenshot of the expected size passes through unresized."""
+def write_image_processor(folder: Path, settings: Mapping[str, Any], min_pixels: int, max_pixels: int) -> None:
+    """The image half of a processor: what every Qwen2.5-VL has, this model's settings, the bounds of scaling."""
     image = {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
@@ -140,14 +123,10 @@ def _write_processor(folder: Path, num_pixels: int) -> None:
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "patch_size": PATCH_PIXELS,
-        "temporal_patch_size": 1,
-        "merge_size": MERGE,
-        "min_pixels": num_pixels,
-        "max_pixels": num_pixels,
-        "size": {"shortest_edge": num_pixels, "longest_edge": num_pixels},
+        **settings,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
 
@@ -156,7 +135,7 @@ def _model_config(tokenizer: PreTrainedTokenizerFast) -> Any:
     """About two and a half million parameters: 4 language layers of width 192, 2 vision layers of width 128."""
     from transformers import Qwen2_5_VLConfig
 
-    token = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL_TOKENS}
+    token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 192,
