@@ -19,6 +19,9 @@ DESKTOPS_REPLACED = Counter("deskrl_actor_desktops_replaced_total", "Desktops cl
 DESKTOPS = Gauge("deskrl_actor_desktops", "Desktops by what they are doing.", ["state"])
 RESET_SECONDS = Histogram("deskrl_actor_reset_seconds", "Reset of a desktop.", buckets=_SECONDS)
 ACT_SECONDS = Histogram("deskrl_actor_act_seconds", "One action from the served policy.", buckets=_SECONDS)
+SIMULATED_SECONDS = Counter(
+    "deskrl_actor_simulated_seconds_total", "Time that simulated desktops were told to take, unscaled.", ["part"]
+)
 STEP_SECONDS = Histogram("deskrl_actor_step_seconds", "One action done and its screen settled.", buckets=_SECONDS)
 
 

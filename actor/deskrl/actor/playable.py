@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deskrl.actor.desktops import simulated
 from deskrl.actor.task_needs import absent_applications, absent_programs, task_needs, unsupported
 from deskrl.actor.tasks import Task
 from deskrl.core.config import RunConfig
@@ -29,14 +30,19 @@ def split_playable(tasks: Sequence[Task], config: RunConfig) -> tuple[list[Task]
     """
     if config.tasks.unplayable == "play":
         return list(tasks), {}
-    here = config.desktop.provider in _OF_THIS_MACHINE
-    left_out = {task.id: reasons for task in tasks if (reasons := unplayable(task, here=here))}
+    left_out = {task.id: reasons for task in tasks if (reasons := _reasons(task, config.desktop.provider))}
     playable = [task for task in tasks if task.id not in left_out]
     if left_out and (not playable or config.tasks.unplayable == "refuse"):
         name, reasons = next(iter(left_out.items()))
         told = f"{len(left_out)} of {len(tasks)} tasks cannot be played here: {name}: {'; '.join(reasons)}"
         raise UserError(told + (", …" if len(left_out) > 1 else ""), _MEND)
     return playable, left_out
+
+
+def _reasons(task: Task, provider: str) -> list[str]:
+    if provider == "simulated":
+        return [] if simulated.judges(task) else ["a simulated desktop cannot judge it"]
+    return unplayable(task, here=provider in _OF_THIS_MACHINE)
 
 
 def unplayable(task: Task, *, here: bool) -> list[str]:

@@ -16,7 +16,7 @@ from deskrl.actor.agent import make_agent
 from deskrl.actor.grammar import Turn
 from deskrl.actor.playable import split_playable
 from deskrl.actor.task_lists import load_list
-from deskrl.actor.tasks import Task, load_tasks
+from deskrl.actor.tasks import OWN_SUITE, SIMULATED_SUITE, Task, load_tasks
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.runfolder import write_atomically, write_json
@@ -35,7 +35,8 @@ def load(config: RunConfig) -> tuple[list[Task], dict[str, list[str]]]:
     if source.list is not None:
         tasks = load_list(source.list, source.root, source.suffix)
     else:
-        tasks = load_tasks(source.suite, source.tasks)
+        own_suite = SIMULATED_SUITE if config.desktop.provider == "simulated" else OWN_SUITE
+        tasks = load_tasks(source.suite or own_suite, source.tasks)
     if twice := [name for name, times in Counter(task.id for task in tasks).items() if times > 1]:
         raise UserError(f"{len(twice)} tasks are there twice: {', '.join(twice)}", "give each task an id of its own")
     playable, left_out = split_playable(tasks, config)

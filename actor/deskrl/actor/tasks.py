@@ -29,6 +29,9 @@ from deskrl.core.ids import derive_seed
 OWN_SUITE = Path(__file__).parent / "suite"
 """deskrl's own tasks, `examples/<domain>/<id>.json` below it."""
 
+SIMULATED_SUITE = Path(__file__).parent / "simulated_suite"
+"""Tasks for simulated desktops."""
+
 SMOKE_TASKS = ("press-and-submit", "fill-the-disc", "write-a-word", "make-a-folder")
 """The four of the own suite that reset cheapest: a browser, an image editor, a text editor, the operating system."""
 

@@ -66,7 +66,7 @@ class TasksConfig(Section):
     """What is learnt."""
 
     suite: Path | None = None
-    """Root of a task suite (`examples/<domain>/<id>.json` below it). Unset: deskrl's own suite."""
+    """Root of a task suite (`examples/<domain>/<id>.json` below it). Unset: deskrl's own suite for the desktops."""
     tasks: tuple[str, ...] = ()
     """Task ids to train on; empty: all tasks of the suite."""
     list: Path | None = None
@@ -92,11 +92,37 @@ class TasksConfig(Section):
         return self
 
 
+class SimulatedConfig(Section):
+    """The time that simulated desktops take, and their reward. Seconds here are the desktop's, before `time_scale`."""
+
+    time_scale: Annotated[float, Field(gt=0)] = 1.0
+    """A simulated second passes in so many real ones; deadlines are real."""
+    reset_median_s: PositiveSeconds = 45.0
+    """A reset: lognormal with this median."""
+    reset_sigma: Annotated[float, Field(ge=0)] = 0.35
+    """Standard deviation of the logarithm of a reset's time."""
+    action_median_s: PositiveSeconds = 3.0
+    """An action with the screenshot after it: lognormal with this median."""
+    action_sigma: Annotated[float, Field(ge=0)] = 0.5
+    """Standard deviation of the logarithm of an action's time."""
+    hang_share: Fraction = 0.005
+    """Share of actions that hang."""
+    hang_s: PositiveSeconds = 60.0
+    """How long a hanging action takes; over `desktop.step_timeout_s` the desktop is given up for it."""
+    evaluation_min_s: Annotated[float, Field(ge=0)] = 5.0
+    """An evaluation: uniform from here"""
+    evaluation_max_s: PositiveSeconds = 25.0
+    """to here."""
+    luck: Fraction = 0.0
+    """Share of episodes that are rewarded whatever was done."""
+
+
 class DesktopConfig(Section):
     """The desktops."""
 
-    provider: Literal["embedded"] = "embedded"
-    """`embedded`: Xvfb and applications in an unprivileged sandbox on this machine."""
+    provider: Literal["embedded", "simulated"] = "embedded"
+    """`embedded`: Xvfb and applications in an unprivileged sandbox on this machine; `simulated`: no desktop, but the
+    time one takes, a made-up screen and a reward by a rule (scale tests, machines without desktops)."""
     num_envs: PositiveInt = 4
     """Desktops in the whole run: the knob from which the number of actor processes follows."""
     width: PositiveInt = 1280
@@ -119,6 +145,8 @@ class DesktopConfig(Section):
     """The screen is settled when it has not changed for this long."""
     settle_limit_s: Annotated[float, Field(ge=0)] = 1.0
     """The longest that an action waits for a settled screen."""
+    simulated: SimulatedConfig = SimulatedConfig()
+    """The provider `simulated`."""
 
 
 class AgentConfig(Section):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.packages import missing_packages
+from deskrl.actor.desktops.simulated import SimulatedDesktop
 from deskrl.core.config import DesktopConfig
 from deskrl.core.errors import UserError
 
@@ -21,6 +22,8 @@ def make_desktop(config: DesktopConfig, name: str, run_root: Path) -> Desktop:
     Raises:
         UserError: this machine lacks packages that the provider needs.
     """
+    if config.provider == "simulated":
+        return SimulatedDesktop(config, name)
     from deskrl.actor.desktops.embedded import EmbeddedDesktop
 
     missing = missing_packages(applications=False)
