@@ -19,6 +19,7 @@ from learner_player import ToyPlayer, ToyReplica
 from replay_kit import ReplayProcess, free_port
 
 from deskrl.core.config import RunConfig, dump_config
+from deskrl.core.presets import PRESETS
 from deskrl.core.runfolder import RunFolder
 
 _DEADLINE_S = 240.0
@@ -144,6 +145,17 @@ def test_a_run_from_demonstrations_to_results(world: Callable[..., World]) -> No
     assert all(line["ok"] and line["canary_max_difference"] < 1e-4 for line in weights)
     check_results(run)
     check_checkpoints(run)
+
+
+def test_arpos_preset_keeps_every_group_and_learns_in_lock_step(world: Callable[..., World]) -> None:
+    arpo = PRESETS["arpo"]["learner"]["grpo"]
+    run = world(grpo={**arpo, "num_updates": 2, "groups_per_batch": 2, "learning_rate": 1e-3, "warmup_updates": 1})
+    run.finish(run.start())
+    updates = run.metrics("update")
+    assert [(update["num_trajectories"], update["dropped"]) for update in updates] == [(8, {})] * 2
+    assert [update["staleness_max"] for update in updates] == [0, 0]
+    assert [update["learning_rate"] for update in updates] == [0.0, 1e-3]
+    assert all(update["applied"] for update in updates)
 
 
 def test_wandb_gets_the_metrics_too(world: Callable[..., World]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from deskrl.core.config import dump_config, load_config, read_resolved
 from deskrl.core.errors import UserError
+from deskrl.core.presets import PRESETS
 
 RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 
@@ -33,6 +34,23 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     assert (config.learner.grpo.num_updates, config.seed, config.learner.grpo.clip_low) == (3, 2, 0.1)
 
 
+def test_a_preset_gives_way_to_every_explicit_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, 'preset = "arpo"\n[learner.grpo]\nclip_low = 0.1\n')
+    grpo = load_config(path, ["--learner.grpo.dual_clip", "0"]).learner.grpo
+    assert (grpo.clip_low, grpo.dual_clip) == (0.1, 0.0)
+    assert (grpo.advantage, grpo.importance, grpo.max_staleness) == ("standardised", "off", 0)
+    assert load_config(path, ["--preset", "deskrl"]).learner.grpo.advantage == "centred"
+    monkeypatch.setenv("DESKRL_PRESET", "deskrl")
+    assert load_config(path).learner.grpo.advantage == "centred"
+
+
+def test_every_value_of_every_preset_fits_the_schema(tmp_path: Path) -> None:
+    unnamed = load_config(write(tmp_path, ""))
+    for name in PRESETS:
+        assert load_config(write(tmp_path, f'preset = "{name}"')).preset == name
+    assert load_config(write(tmp_path, 'preset = "deskrl"')).model_dump() == unnamed.model_dump()
+
+
 def test_unknown_keys_are_all_named_with_their_path(tmp_path: Path) -> None:
     path = write(tmp_path, "sead = 1\n[learner.grpo]\nclip = 0.1\n")
     with pytest.raises(UserError, match=r"unknown key learner\.grpo\.clip.*unknown key sead|sead.*learner\.grpo\.clip"):
@@ -46,6 +64,8 @@ def test_unknown_keys_are_all_named_with_their_path(tmp_path: Path) -> None:
         ('[model]\npath = "m"\nbuild = "tiny"\n', "exactly one of model.path and model.build"),
         ("[learner\n", "not readable as TOML"),
         ('name = "../up"\n', "name"),
+        ('preset = "apro"\n', "preset"),
+        ("[learner.grpo]\ndual_clip = 0.9\n", "nor above 1"),
     ],
 )
 def test_contradictions_are_refused_with_their_reason(tmp_path: Path, text: str, reason: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deskrl.learner.losses import PolicyLoss, imitation_loss, policy_loss
+from deskrl.learner.losses import PolicyLoss, imitation_loss, policy_loss, token_denominators
 
 
 def loss_of(
@@ -16,7 +16,8 @@ def loss_of(
     behaviour: list[float],
     advantages: list[float],
     uncorrected: list[bool] | None = None,
-    denominator: float = 1.0,
+    denominator: float | Tensor = 1.0,
+    dual_clip: float = 0.0,
 ) -> tuple[PolicyLoss, Tensor]:
     logprobs = torch.tensor(current, requires_grad=True)
     result = policy_loss(
@@ -29,6 +30,7 @@ def loss_of(
         clip_low=0.2,
         clip_high=0.3,
         importance_cap=2.0,
+        dual_clip=dual_clip,
     )
     (gradient,) = torch.autograd.grad(result.loss, logprobs)
     return replace(result, loss=result.loss.detach()), gradient
@@ -65,6 +67,30 @@ def test_a_bad_token_that_became_likelier_is_pushed_back_without_limit() -> None
     result, gradient = loss_of([math.log(3.0)], [0.0], [0.0], [-1.0])
     assert float(result.loss) == pytest.approx(3.0)
     assert gradient.tolist() == pytest.approx([3.0])
+
+
+def test_with_a_dual_clip_it_is_pushed_back_up_to_ratio_3_and_no_good_token_is_touched() -> None:
+    """Ratios 4, 2 and 4 with advantages -0.5, -0.5 and 1: the losses are 3 * 0.5, 2 * 0.5 and -1.3."""
+    ratios = [math.log(4.0), math.log(2.0), math.log(4.0)]
+    result, gradient = loss_of(ratios, [0.0] * 3, [0.0] * 3, [-0.5, -0.5, 1.0], dual_clip=3.0)
+    assert float(result.loss) == pytest.approx(1.5 + 1.0 - 1.3)
+    assert gradient.tolist() == pytest.approx([0.0, 1.0, 0.0])
+    assert result.clipped_N.tolist() == [True, False, True]
+
+
+def test_the_loss_can_be_the_mean_of_the_trajectories_own_means() -> None:
+    """Two trajectories of one and three tokens: each token weighs 1/1/2 or 1/3/2."""
+    denominators_T = token_denominators(torch.tensor([1, 3]), 2, "trajectory_tokens", 64)
+    assert denominators_T.tolist() == [2.0, 6.0]
+    denominators_N = denominators_T[torch.tensor([0, 1, 1, 1])]
+    result, gradient = loss_of([-1.0] * 4, [-1.0] * 4, [-1.0] * 4, [1.0, -1.0, -1.0, -1.0], denominator=denominators_N)
+    assert float(result.loss) == pytest.approx(-0.5 + 0.5, abs=1e-6)
+    assert gradient.tolist() == pytest.approx([-1 / 2, 1 / 6, 1 / 6, 1 / 6])
+
+
+def test_a_constant_denominator_knows_the_number_of_trajectories_alone() -> None:
+    assert token_denominators(torch.tensor([1, 3, 0]), 2, "constant", 64).tolist() == [128.0] * 3
+    assert token_denominators(torch.tensor([0]), 1, "trajectory_tokens", 64).tolist() == [1.0]
 
 
 def test_stale_tokens_weigh_by_their_importance_truncated_at_2() -> None:

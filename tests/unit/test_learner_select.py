@@ -1,7 +1,9 @@
 """What becomes of a group."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from deskrl.core.config import GrpoConfig
 from deskrl.core.trajectory import Span, Step
 from deskrl.learner.select import Selection, select
 from deskrl.learner.trajectories import TaskGroup, Trajectory
@@ -9,7 +11,9 @@ from deskrl.learner.trajectories import TaskGroup, Trajectory
 NOW = 7
 
 
-def trajectory(name: str, reward: float, versions: Sequence[int] = (NOW,), replayed: bool = False) -> Trajectory:
+def trajectory(
+    name: str, reward: float, versions: Sequence[int] = (NOW,), replayed: bool = False, format_ok: bool = True
+) -> Trajectory:
     steps = tuple(
         Step(
             index=index,
@@ -22,21 +26,15 @@ def trajectory(name: str, reward: float, versions: Sequence[int] = (NOW,), repla
         )
         for index, version in enumerate(versions)
     )
-    return Trajectory(name, "task", reward, steps, replayed)
+    return Trajectory(name, "task", reward, steps, format_ok, replayed)
 
 
-def choose(
-    members: Sequence[Trajectory],
-    candidate: Trajectory | None = None,
-    max_staleness: int = 4,
-    replay_successes: bool = True,
-) -> Selection:
+def choose(members: Sequence[Trajectory], candidate: Trajectory | None = None, **grpo: Any) -> Selection:
     return select(
         TaskGroup("train/0", "task", tuple(members), candidate),
         distance=lambda span: NOW - span.step if span.lineage == "here" else None,
-        max_staleness=max_staleness,
         success_above=0.1,
-        replay_successes=replay_successes,
+        config=GrpoConfig(**grpo),
     )
 
 
@@ -70,6 +68,34 @@ def test_a_stored_success_is_not_used_where_one_member_succeeded_or_replay_is_of
     assert not choose([trajectory("a", 0.5), trajectory("b", 0.0)], success).used_candidate
     failed = [trajectory("a", 0.0), trajectory("b", 0.0)]
     assert choose(failed, success, replay_successes=False).dropped_because == "all_failed"
+
+
+def test_groups_without_spread_can_be_kept() -> None:
+    members = [trajectory("a", 0.0), trajectory("b", 0.0)]
+    chosen = choose(members, groups_without_spread="keep")
+    assert chosen.trajectories == tuple(members) and not chosen.dropped_because
+    success = trajectory("old", 1.0, replayed=True)
+    assert choose(members, success, groups_without_spread="keep").trajectories == (success, members[1])
+    off = choose(members, success, groups_without_spread="keep", replay_successes=False)
+    assert off.trajectories == tuple(members) and not off.used_candidate
+
+
+def test_a_format_penalty_tells_failures_apart_and_hides_no_failure_from_replay() -> None:
+    members = [trajectory("a", 0.0), trajectory("b", 0.0, format_ok=False)]
+    assert choose(members).dropped_because == "all_failed"
+    assert choose(members, format_penalty=0.5).trajectories == tuple(members)
+    assert choose(members, trajectory("old", 1.0, replayed=True), format_penalty=0.5).used_candidate
+
+
+def test_arpos_rule_looks_at_mean_and_deviation() -> None:
+    """Of eight members: mean 0.015 and deviation 0.04 if one has 0.12, mean 0.15 and deviation 0 if all have 0.15."""
+    success = trajectory("old", 1.0, replayed=True)
+    little = [trajectory("a", 0.12), *(trajectory(str(n), 0.0) for n in range(7))]
+    alike = [trajectory(str(n), 0.15) for n in range(8)]
+    better = [trajectory(str(n), 0.25) for n in range(8)]
+    for members, used in ((little, True), (alike, True), (better, False)):
+        assert choose(members, success, replay_when="low_and_alike").used_candidate is used
+        assert not choose(members, success).used_candidate
 
 
 def test_the_oldest_token_of_any_member_decides_whether_a_group_is_stale() -> None:

@@ -1,18 +1,20 @@
 """The run configuration: one TOML file describes a run, for every role.
 
-Precedence: TOML file < environment (`DESKRL_LEARNER__SEED=1`) < command line (`--learner.seed 1`). Unknown keys are
-refused with their dotted path. Knows no role: a role reads its own section and those of the services it calls.
-Imports no engine, so that `deskrl --help` and a refused key answer at once.
+Precedence: preset (`preset = "arpo"`) < TOML file < environment (`DESKRL_LEARNER__SEED=1`) < command line
+(`--learner.seed 1`). Unknown keys are refused with their dotted path. Knows no role: a role reads its own section and
+those of the services it calls. Imports no engine, so that `deskrl --help` and a refused key answer at once.
 """
 
 from __future__ import annotations
 
+import copy
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -23,6 +25,8 @@ from pydantic_settings import (
 )
 
 from deskrl.core.errors import UserError
+from deskrl.core.failure import FailureRule
+from deskrl.core.presets import PRESETS, PresetName
 from deskrl.core.runfolder import write_atomically
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -37,7 +41,14 @@ def _host_and_port(value: str) -> str:
     return value
 
 
+def _off_or_above_1(value: float) -> float:
+    if value != 0 and value <= 1:
+        raise ValueError(f"{value} is neither 0 (off) nor above 1")
+    return value
+
+
 Address = Annotated[str, AfterValidator(_host_and_port)]
+DualClip = Annotated[float, AfterValidator(_off_or_above_1)]
 
 
 class Section(BaseModel):
@@ -190,8 +201,8 @@ class ReplayConfig(Section):
     """How often a rollout that faulted is granted again."""
     max_bytes: PositiveInt = 20 * 1024**3
     """Size of the store above which consumed episodes are removed, oldest first."""
-    successes_per_task: Annotated[int, Field(ge=0)] = 8
-    """Successes kept for each task, first in first out; 0 switches replay of successes off."""
+    successes_per_task: PositiveInt = 8
+    """Successes kept for each task, first in first out."""
     success_above: float = 0.1
     """A reward above this is a success worth storing."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -255,7 +266,10 @@ class WarmStartConfig(Section):
 
 
 class GrpoConfig(Section):
-    """The reinforcement-learning phase; the defaults are the preset `deskrl`, corrected and asynchronous ARPO."""
+    """The reinforcement-learning phase; the defaults are the preset `deskrl`, corrected and asynchronous ARPO.
+
+    Every difference to ARPO as published is one key here or in `agent`; `presets.py` has its values.
+    """
 
     num_updates: Annotated[int, Field(ge=0)] = 100
     """Optimizer updates in all."""
@@ -265,6 +279,9 @@ class GrpoConfig(Section):
     """Versions between the oldest token's policy and the one that learns from it."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """AdamW learning rate."""
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    """Update n of these (n from 0) learns at n / warmup_updates of the learning rate, the first one at 0; then it is
+    constant. 0: constant from the start."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """AdamW weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -273,18 +290,36 @@ class GrpoConfig(Section):
     """The ratio is clipped below 1 - clip_low."""
     clip_high: Annotated[float, Field(ge=0)] = 0.3
     """The ratio is clipped above 1 + clip_high."""
+    dual_clip: DualClip = 0.0
+    """Largest ratio with which a token of negative advantage is pushed down; above 1, or 0: none."""
+    importance: Literal["truncated", "off"] = "truncated"
+    """`truncated`: tokens weigh by pi_prox / pi_behaviour up to `importance_cap`; `off`: as if the policy that the
+    update starts from had sampled them."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
     """Truncation of the weight pi_prox / pi_behaviour."""
+    advantage: Literal["centred", "standardised"] = "centred"
+    """`centred`: reward minus the group's mean; `standardised`: that by the group's sample standard deviation."""
+    format_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken from the reward of an episode that ended with an action that cannot be parsed. Neither success rates nor
+    the replay of successes see it."""
+    groups_without_spread: Literal["drop", "keep"] = "drop"
+    """`drop`: other work takes their place in the batch; `keep`: they fill it with advantage 0."""
     negative_scale: Annotated[float, Field(ge=0)] = 1.0
     """Multiplies negative advantages; below 1 it keeps a small policy from collapsing."""
     minibatches: PositiveInt = 1
     """Optimizer steps in which a batch is learnt."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature of rollouts, applied by the learner too."""
+    loss_denominator: Literal["constant", "trajectory_tokens"] = "constant"
+    """By what a token's loss is divided, besides the number of trajectories: `constant`: `loss_scale_tokens`;
+    `trajectory_tokens`: the tokens of its own trajectory, so the loss is the mean of the trajectories' means."""
     loss_scale_tokens: PositiveInt = 64
     """The constant denominator of the loss: tokens of a typical episode."""
     replay_successes: bool = True
-    """When all members of a group fail, one stored success of the task takes the place of one of them."""
+    """When a group fails, one stored success of the task takes the place of one member. Off: none is stored either."""
+    replay_when: FailureRule = "all_failed"
+    """`all_failed`: no reward is above `replay.success_above`; `low_and_alike`: their mean is below 0.2 and their
+    population standard deviation below 0.05."""
     success_ratio: Literal["one", "truncated"] = "one"
     """How a stored success is weighted: from ratio 1, or by its truncated importance weight."""
     shuffle_rewards: bool = False
@@ -340,6 +375,8 @@ class RunConfig(BaseSettings):
         cli_exit_on_error=False,  # an unknown option is one line too, not a page of usage
     )
 
+    preset: PresetName = "deskrl"
+    """Where values come from that the run does not state: `deskrl`, the defaults told here, or `arpo`, ARPO's own."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Name of the run: its folder is `<runs>/<name>`."""
     runs: Path = Path("runs")
@@ -379,6 +416,19 @@ class RunConfig(BaseSettings):
         return self.agent.image_width or self.desktop.width, self.agent.image_height or self.desktop.height
 
 
+class _PresetSource(PydanticBaseSettingsSource):
+    """The preset that the sources before this one have named."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Nothing field by field: values come all at once."""
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """The preset's values; of a name that is none nothing, and the schema refuses it."""
+        name = self.current_state.get("preset", "deskrl")
+        return copy.deepcopy(dict(PRESETS[name])) if name in PRESETS else {}
+
+
 def load_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
     """Read a run configuration.
 
@@ -404,7 +454,8 @@ def load_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
+            file = TomlConfigSettingsSource(settings_cls, toml_file=path)
+            return init_settings, env_settings, file, _PresetSource(settings_cls)
 
     try:
         return CliApp.run(FileRunConfig, cli_args=list(arguments))

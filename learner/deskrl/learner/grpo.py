@@ -17,11 +17,11 @@ from torch import Tensor
 from deskrl.core import ids
 from deskrl.core.config import GrpoConfig
 from deskrl.core.trajectory import Span
-from deskrl.learner.advantages import group_advantages
+from deskrl.learner.advantages import group_advantages, learnt_reward
 from deskrl.learner.batch import MicroBatch
 from deskrl.learner.engine import Engine
 from deskrl.learner.feed import Feed
-from deskrl.learner.losses import policy_loss
+from deskrl.learner.losses import policy_loss, token_denominators
 from deskrl.learner.model import Scores
 from deskrl.learner.packing import Row, pack, token_lags
 from deskrl.learner.select import Selection
@@ -37,6 +37,14 @@ class Learnable:
     rows: tuple[Row, ...]
     advantages_T: Tensor
     replayed_T: Tensor
+
+    @property
+    def num_tokens_T(self) -> Tensor:
+        """Action tokens of each trajectory."""
+        num_tokens = [0] * self.num_trajectories
+        for row in self.rows:
+            num_tokens[row.trajectory] += len(row.targets)
+        return torch.tensor(num_tokens)
 
     @property
     def num_trajectories(self) -> int:
@@ -69,7 +77,7 @@ class UpdateReport:
 def prepare(
     selections: Sequence[Selection],
     distance: Callable[[Span], int | None],
-    negative_scale: float,
+    config: GrpoConfig,
     shuffle_seed: int | None = None,
 ) -> Learnable:
     """Rows and advantages of the groups that are learnt from.
@@ -77,17 +85,17 @@ def prepare(
     Args:
         selections: not dropped.
         distance: versions between a span's policy and the one that learns; None for one that is not comparable.
-        negative_scale: multiplies negative advantages.
+        config: what rewards and advantages are made of.
         shuffle_seed: deal each group's rewards out at random, for a control experiment.
     """
     trajectories: list[Trajectory] = []
     advantages: list[float] = []
     for selection in selections:
-        rewards = [trajectory.reward for trajectory in selection.trajectories]
+        rewards = [learnt_reward(t.reward, t.format_ok, config.format_penalty) for t in selection.trajectories]
         if shuffle_seed is not None:
             random.Random(ids.derive_seed(shuffle_seed, selection.group_id)).shuffle(rewards)
         trajectories += selection.trajectories
-        advantages += group_advantages(rewards, negative_scale)
+        advantages += group_advantages(rewards, config.negative_scale, config.advantage)
     rows: list[Row] = []
     for index, trajectory in enumerate(trajectories):
         spans = {(span.lineage, span.step): distance(span) for step in trajectory.steps for span in step.spans}
@@ -101,26 +109,35 @@ def prepare(
     )
 
 
-def learn(engine: Engine, feed: Feed, batch: Learnable, config: GrpoConfig) -> UpdateReport:
-    """Learn a batch in `config.minibatches` optimizer steps."""
+def learning_rate(config: GrpoConfig, num_updates: int) -> float:
+    """Of the update that comes after `num_updates`: rises from 0 over the warm-up, then stays."""
+    if num_updates >= config.warmup_updates:
+        return config.learning_rate
+    return config.learning_rate * num_updates / config.warmup_updates
+
+
+def learn(engine: Engine, feed: Feed, batch: Learnable, config: GrpoConfig, num_updates: int) -> UpdateReport:
+    """Learn a batch in `config.minibatches` optimizer steps; `num_updates` batches were learnt before."""
     sums = _Sums(batch)
     minibatches = _split(batch, config.minibatches)
     # The policy that the batch starts from; for the first optimizer step it is that step's own forward pass.
     prox = [None, *(_score(engine, feed, rows, config.temperature) for rows, _ in minibatches[1:])]
-    engine.set_optimizer(config.learning_rate, config.weight_decay)
+    engine.set_optimizer(learning_rate(config, num_updates), config.weight_decay)
     applied, norms = True, []
     for (rows, num_trajectories), prox_of_step in zip(minibatches, prox, strict=True):
-        denominator = float(config.loss_scale_tokens * num_trajectories)
+        denominators_T = token_denominators(
+            batch.num_tokens_T, num_trajectories, config.loss_denominator, config.loss_scale_tokens
+        )
 
         def loss_of(
             index: int,
             micro: MicroBatch,
             scores: Scores,
             prox_of_step: list[Tensor] | None = prox_of_step,
-            denominator: float = denominator,
+            denominators_T: Tensor = denominators_T,
         ) -> Tensor:
             prox_N = scores.logprobs_N.detach() if prox_of_step is None else prox_of_step[index]
-            return sums.loss(micro, scores, prox_N, denominator, config)
+            return sums.loss(micro, scores, prox_N, denominators_T, config)
 
         share = feed.share(rows)
         outcome = engine.update(feed.batches(share), len(share), config.temperature, loss_of)
@@ -173,7 +190,9 @@ class _Sums:
         self._max_lag = 0.0
         self._max_fresh_gap = 0.0
 
-    def loss(self, micro: MicroBatch, scores: Scores, prox_N: Tensor, denominator: float, config: GrpoConfig) -> Tensor:
+    def loss(
+        self, micro: MicroBatch, scores: Scores, prox_N: Tensor, denominators_T: Tensor, config: GrpoConfig
+    ) -> Tensor:
         """The loss of a micro-batch, noted on the way."""
         device = scores.logprobs_N.device
         replayed_N = self._batch.replayed_T.to(device)[micro.trajectory_N]
@@ -182,11 +201,12 @@ class _Sums:
             prox_N,
             micro.behaviour_logprobs_N,
             self._batch.advantages_T.to(device)[micro.trajectory_N],
-            replayed_N if config.success_ratio == "one" else torch.zeros_like(replayed_N),
-            denominator,
+            self._uncorrected(replayed_N, config),
+            denominators_T.to(device)[micro.trajectory_N],
             config.clip_low,
             config.clip_high,
             config.importance_cap,
+            config.dual_clip,
         )
         sums = self._sums
         sums["loss"] += float(result.loss.detach())
@@ -196,6 +216,13 @@ class _Sums:
         sums["tokens"] += len(micro.target_N)
         self._note_lags(micro, prox_N, ~replayed_N)
         return result.loss
+
+    @staticmethod
+    def _uncorrected(replayed_N: Tensor, config: GrpoConfig) -> Tensor:
+        """Tokens that weigh as if the policy that the update starts from had sampled them."""
+        if config.importance == "off":
+            return torch.ones_like(replayed_N)
+        return replayed_N if config.success_ratio == "one" else torch.zeros_like(replayed_N)
 
     def _note_lags(self, micro: MicroBatch, prox_N: Tensor, own_N: Tensor) -> None:
         """Staleness and the gap to the behaviour policy, of tokens that are no replayed ones."""

@@ -178,11 +178,11 @@ class Learner:
     def _learn(self, batch: TakenBatch) -> grpo.UpdateReport | None:
         """One batch; None if no group of it tells good from bad."""
         shuffle_seed = self._config.seed if self._grpo.shuffle_rewards else None
-        learnable = grpo.prepare(batch.kept, self._distance, self._grpo.negative_scale, shuffle_seed)
+        learnable = grpo.prepare(batch.kept, self._distance, self._grpo, shuffle_seed)
         if not learnable.rows:
             _log.warning("batch %s has nothing to learn from: no optimizer step", batch.batch_id)
             return None
-        return grpo.learn(self._parts.engine, self._parts.feed, learnable, self._grpo)
+        return grpo.learn(self._parts.engine, self._parts.feed, learnable, self._grpo, self._state.num_updates)
 
     def _publish(self) -> None:
         """Bring the present weights to every replica."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from deskrl.core.config import RunConfig
 from deskrl.learner.evaluation import count_successes
-from deskrl.learner.grpo import UpdateReport
+from deskrl.learner.grpo import UpdateReport, learning_rate
 from deskrl.learner.publish import Outcome
 from deskrl.learner.state import LearnerState, PendingCommit
 from deskrl.learner.take import TakenBatch
@@ -43,7 +43,7 @@ def update_record(
         "policy_loss": report.loss if report else 0.0,
         "gradient_norm": report.gradient_norm if report and report.applied else None,
         "applied": bool(report and report.applied),
-        "learning_rate": grpo.learning_rate,
+        "learning_rate": learning_rate(grpo, num_updates - 1),
         # Over all fresh episodes of the batch, dropped groups too: what is kept is a biased sample.
         "success_rate": _mean([member.reward > config.replay.success_above for member in members]),
         "average_reward": _mean([member.reward for member in members]),

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from deskrl.core.config import GrpoConfig
+from deskrl.core.failure import group_failed
 from deskrl.core.trajectory import Span
-from deskrl.learner.advantages import has_spread
+from deskrl.learner.advantages import has_spread, learnt_reward
 from deskrl.learner.trajectories import TaskGroup, Trajectory
 
 
@@ -27,31 +29,30 @@ class Selection:
 def select(
     group: TaskGroup,
     distance: Callable[[Span], int | None],
-    max_staleness: int,
     success_above: float,
-    replay_successes: bool,
+    config: GrpoConfig,
 ) -> Selection:
     """Decide about one group.
 
     Args:
         group: complete, as replay gave it.
         distance: optimizer steps between the version of a span and the one that learns; None if unknown.
-        max_staleness: a group whose oldest token is farther than this is dropped.
         success_above: rewards above this are successes.
-        replay_successes: where all fail, let the offered success take a member's place.
+        config: how stale a group may be, when a stored success is used, and what becomes of groups without spread.
     """
     members = group.members
     if len(members) < 2:
         return _drop(group, "faults")
-    if any(staleness is None or staleness > max_staleness for staleness in map(distance, _spans(members))):
+    if any(staleness is None or staleness > config.max_staleness for staleness in map(distance, _spans(members))):
         return _drop(group, "stale")
-    all_failed = max(member.reward for member in members) <= success_above
-    if all_failed and replay_successes and group.candidate is not None:
+    failed = group_failed([member.reward for member in members], config.replay_when, success_above)
+    if failed and config.replay_successes and group.candidate is not None:
         # Which failure makes room is of no account: within the group they differ by their seeds alone.
         swapped = (group.candidate, *members[1:])
         return Selection(group.group_id, group.task_id, swapped, used_candidate=True)
-    if not has_spread([member.reward for member in members]):
-        return _drop(group, "all_failed" if all_failed else "all_succeeded")
+    learnt = [learnt_reward(member.reward, member.format_ok, config.format_penalty) for member in members]
+    if config.groups_without_spread == "drop" and not has_spread(learnt):
+        return _drop(group, "all_failed" if failed else "all_succeeded")
     return Selection(group.group_id, group.task_id, members)
 
 

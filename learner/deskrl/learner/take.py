@@ -90,15 +90,7 @@ class BatchTaker:
             group = decode_group(message)
             self.check_processor(group)
             batch.groups.append(group)
-            batch.selections.append(
-                select(
-                    group,
-                    distance,
-                    self._grpo.max_staleness,
-                    self._config.replay.success_above,
-                    self._grpo.replay_successes,
-                )
-            )
+            batch.selections.append(select(group, distance, self._config.replay.success_above, self._grpo))
         return batch
 
     def check_processor(self, group: TaskGroup) -> None:

@@ -16,6 +16,8 @@ class Trajectory:
     task_id: str
     reward: float
     steps: tuple[Step, ...]
+    format_ok: bool = True
+    """False: it ended with an action that could not be parsed."""
     replayed: bool = False
     """A stored success that took the place of a member; it counts in no success rate."""
 
@@ -49,5 +51,6 @@ def decode_episode(episode: replay_pb2.Episode, replayed: bool = False) -> Traje
         task_id=episode.task_id,
         reward=episode.result.reward,
         steps=tuple(decode_step(data) for data in episode.steps),
+        format_ok=episode.result.format_ok,
         replayed=replayed,
     )

@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from deskrl.core.failure import FailureRule
 from deskrl.proto.v1 import common_pb2, replay_pb2
 from deskrl.replay import counters, successes
 from deskrl.replay.pacing import PACED_QUEUE
@@ -26,11 +27,12 @@ class Place:
 
 @dataclass(frozen=True)
 class SuccessRules:
-    """What counts as a success, how many are kept, and where the choice among them starts from."""
+    """What counts as a success, how many are kept, where the choice among them starts from, and who is offered one."""
 
     above: float
     capacity: int
     seed: int
+    when: FailureRule = "all_failed"
 
 
 def bind(
@@ -60,7 +62,7 @@ def bind(
     if ready is None:
         return None
     position = int(ready[0])
-    candidate = successes.offer(connection, position, rules.above, rules.seed)
+    candidate = successes.offer(connection, position, rules.above, rules.seed, rules.when)
     successes.store(connection, position, rules.above, rules.capacity)
     connection.execute("INSERT OR IGNORE INTO batches (queue, batch_id) VALUES (?, ?)", (place.queue, place.batch_id))
     connection.execute(

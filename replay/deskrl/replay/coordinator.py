@@ -52,7 +52,10 @@ class Coordinator:
         self.metrics = metrics
         self._max_faults = config.replay.max_faults
         self._rules = batches.SuccessRules(
-            successes.threshold(config.replay.success_above), config.replay.successes_per_task, config.seed
+            above=successes.threshold(config.replay.success_above),
+            capacity=config.replay.successes_per_task if grpo.replay_successes else 0,
+            seed=config.seed,
+            when=grpo.replay_when,
         )
         self._clock = LeaseClock(self.lease_ttl_s)
         metrics.active.set_function(lambda: len(self._clock))

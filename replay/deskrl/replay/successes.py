@@ -10,6 +10,7 @@ import sqlite3
 import struct
 
 from deskrl.core import ids
+from deskrl.core.failure import FailureRule, group_failed
 from deskrl.core.trajectory import decode_step
 from deskrl.proto.v1 import rollout_pb2
 from deskrl.replay.pacing import PACED_QUEUE
@@ -26,13 +27,21 @@ def choose(num_stored: int, seed: int, group_id: str) -> int:
     return ids.derive_seed(seed, "candidate", group_id) % num_stored
 
 
-def offer(connection: sqlite3.Connection, position: int, success_above: float, seed: int) -> int | None:
-    """The rollout to offer to a group: a stored success of its task if the policy acted and every member failed."""
+def offer(
+    connection: sqlite3.Connection, position: int, success_above: float, seed: int, when: FailureRule
+) -> int | None:
+    """The rollout to offer to a group: a stored success of its task if the policy acted and the group failed."""
     row = connection.execute(
         "SELECT group_id, task_id FROM groups WHERE position = ? AND queue = ? AND acting_policy = ?",
         (position, PACED_QUEUE, rollout_pb2.ACTING_POLICY_SAMPLED),
     ).fetchone()
-    if row is None or _successes_of(connection, position, success_above):
+    rewards = [
+        reward
+        for (reward,) in connection.execute(
+            "SELECT reward FROM rollouts WHERE group_position = ? AND state = 'finished'", (position,)
+        )
+    ]
+    if row is None or not rewards or not group_failed(rewards, when, success_above):
         return None
     stored = connection.execute("SELECT rollout FROM successes WHERE task_id = ? ORDER BY number", (row[1],)).fetchall()
     return int(stored[choose(len(stored), seed, row[0])][0]) if stored else None
