@@ -271,14 +271,21 @@ def start_replay(tmp_path: Path) -> Iterator[StartReplay]:
 
 
 def replay_config(
-    runs: Path, *, staleness: int = 4, rollouts: int = 2, groups_per_batch: int = 1, **replay: Any
+    runs: Path,
+    *,
+    staleness: int = 4,
+    rollouts: int = 2,
+    groups_per_batch: int = 1,
+    security: Path | None = None,
+    **replay: Any,
 ) -> RunConfig:
-    """A run's configuration; further keywords are keys of its section `replay`."""
+    """A run's configuration; `security` is its folder, further keywords are keys of its section `replay`."""
     return RunConfig.model_validate(
         {
             "runs": runs,
             "tasks": {"rollouts": rollouts},
             "replay": {"address": f"127.0.0.1:{free_port()}", **replay},
+            "security": {"folder": security},
             "learner": {"grpo": {"groups_per_batch": groups_per_batch, "max_staleness": staleness}},
         }
     )

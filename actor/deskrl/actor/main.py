@@ -15,7 +15,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from deskrl.actor import metrics
 from deskrl.actor.agent import make_agent
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.orphans import reap_orphans
@@ -25,6 +24,7 @@ from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.worker import DesktopsDoNotStart, Worker
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
+from deskrl.core.exposition import expose
 from deskrl.core.ids import new_id
 from deskrl.core.lifetime import StopEvent, die_with_parent, stop_event
 
@@ -50,7 +50,7 @@ def run(config: RunConfig, actor: int = 0) -> int:
     die_with_parent()
     num_desktops = desktops_of(config, actor)
     if config.actor.metrics_port:
-        metrics.serve(config.actor.metrics_port + actor)
+        expose(config.security.metrics_host, config.actor.metrics_port + actor, "actor.metrics_port")
     if num_reaped := reap_orphans(desktops_folder(config)):
         _log.warning("ended %d desktops that a killed actor left", num_reaped)
     try:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import Counter, Gauge, Histogram
 
-from deskrl.core.errors import UserError
 from deskrl.proto.v1 import rollout_pb2
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0)
@@ -72,17 +71,3 @@ class StateGauge:
     def leave(self) -> None:
         """The desktop is no more."""
         DESKTOPS.labels(self.state).dec()
-
-
-def serve(port: int) -> None:
-    """Answer Prometheus on a loopback port.
-
-    Raises:
-        UserError: the port is taken.
-    """
-    try:
-        start_http_server(port, addr="127.0.0.1")
-    except OSError as error:
-        raise UserError(
-            f"port {port} cannot be listened on ({error.strerror})", "choose another actor.metrics_port"
-        ) from error

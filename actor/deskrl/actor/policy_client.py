@@ -79,10 +79,13 @@ class PolicyClient:
                 return number, await replica.stub.Act(request, timeout=left_s)
             except grpc.aio.AioRpcError as error:
                 reason = f"{replica.address}: {error.code().name}: {error.details()}"
+                if error.code() in rpc.DISTRUST:
+                    raise rpc.distrust(error, replica.address) from error
                 if error.code() not in TRANSIENT:
                     raise InferenceFailed(reason) from error
             if pauses.are_new:
                 _log.warning("no action from %s", reason)
+                await asyncio.to_thread(rpc.check_health, replica.address)  # it may be that there never will be one
             replica.avoided_until_s = time.monotonic() + _AVOIDED_FOR_S
             await pauses.take()
         raise InferenceFailed(f"no action within {self._timeout_s:g} s; the last answer was {reason}")

@@ -44,7 +44,7 @@ class ReplayClient:
         """Wait for work, however long it takes and however often replay is away meanwhile.
 
         Raises:
-            UserError: replay speaks another protocol version.
+            UserError: replay speaks another protocol version, or does not trust this process.
         """
         request = rollout_pb2.AcquireLeaseRequest(
             peer=self._peer, request_id=ids.new_id("acquire"), wait_s=ACQUIRE_WAIT_S
@@ -58,6 +58,7 @@ class ReplayClient:
                     raise _refusal(error, self._address) from error
                 if pauses.are_new:
                     _log.warning("replay at %s does not answer (%s): waiting for it", self._address, error.details())
+                    await asyncio.to_thread(rpc.check_health, self._address)  # it may be that it never will
                 await pauses.take()  # the same request again: a grant whose answer was lost is answered once more
                 continue
             if response.lease_id:
@@ -107,6 +108,8 @@ class ReplayClient:
 
 
 def _refusal(error: grpc.aio.AioRpcError, address: str) -> Exception:
+    if error.code() in rpc.DISTRUST:
+        return rpc.distrust(error, address)
     if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
         return UserError(f"replay at {address} refuses this actor", error.details() or "install the same version")
     return ReplayRefused(f"{error.code().name}: {error.details()}")

@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, help="the run's folder")
     report.set_defaults(takes_overrides=False)
 
+    certificates = add("certificates", "make the certificates and the token of a run whose roles are on several hosts")
+    certificates.add_argument("folder", type=Path, help="folder for them; its authority and token are kept")
+    certificates.add_argument("--host", action="append", default=[], help="name or address of a server; again for more")
+    certificates.add_argument("--days", type=int, default=365, help="until they expire")
+    certificates.set_defaults(takes_overrides=False)
+
     tasks = commands.add_parser("tasks", help="look at tasks and prove them").add_subparsers(
         dest="tasks_command", required=True, metavar="COMMAND"
     )
@@ -134,22 +140,41 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.command == "certificates":
+        return _certify(options)
     if options.command == "up":
         from deskrl.core.up import up
 
-        return up(load_config(options.config, rest))
+        return up(_identified(load_config(options.config, rest), "operator"))
     if options.command == "report":
         from deskrl.core.up import report
 
         return report(options.run)
     if options.command == "tasks":
         return _look_at_tasks(options)
-    config = _read(options.config, rest)
+    config = _identified(_read(options.config, rest), _ROLE_OF.get(options.command, options.command))
     if options.command == "model":
         return int(importlib.import_module("deskrl.learner.build_model").main(config))
     if options.command == "prove-checkpoint":
         return int(importlib.import_module("deskrl.learner.proof").main(config, options.outcome))
     return _run_role(options.command, config, getattr(options, "index", None), options.config, rest)
+
+
+def _identified(config: RunConfig, role: str) -> RunConfig:
+    """Take on the role's identity, before any channel is made."""
+    if config.security.folder is not None:
+        from deskrl.core import identity, rpc
+
+        rpc.identify(identity.load_identity(config.security.folder, role))
+    return config
+
+
+def _certify(options: argparse.Namespace) -> int:
+    from deskrl.core.certificates import make_certificates
+
+    for path in make_certificates(options.folder, options.host, options.days):
+        print(path)
+    return 0
 
 
 def _look_at_tasks(options: argparse.Namespace) -> int:

@@ -51,6 +51,11 @@ Address = Annotated[str, AfterValidator(_host_and_port)]
 DualClip = Annotated[float, AfterValidator(_off_or_above_1)]
 
 
+def _rehosted(address: str, host: str | None) -> str:
+    """`host:port` at another host; None: as it is."""
+    return address if host is None else f"{host}:{address.rpartition(':')[2]}"
+
+
 class Section(BaseModel):
     """A table of the TOML file: frozen, strict about names, its attribute docstrings are the help texts."""
 
@@ -194,7 +199,9 @@ class ReplayConfig(Section):
     """The replay service."""
 
     address: Address = "127.0.0.1:7411"
-    """Where it listens and where others find it."""
+    """Where others find it, and where it listens."""
+    listen_host: str | None = None
+    """Where it listens, if not at the host of `address`: 0.0.0.0 behind a load balancer or a name of a cluster."""
     lease_ttl_s: PositiveSeconds = 30.0
     """A lease that is not extended for this long is granted again."""
     max_faults: Annotated[int, Field(ge=0)] = 3
@@ -208,16 +215,25 @@ class ReplayConfig(Section):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus port; 0: none."""
 
+    @property
+    def listen_address(self) -> str:
+        """Where it listens."""
+        return _rehosted(self.address, self.listen_host)
+
 
 class InferenceConfig(Section):
     """The inference server."""
 
     address: Address = "127.0.0.1:7421"
-    """Where the gRPC service listens; replicas count the port up."""
+    """Where others find the gRPC service, and where it listens; replicas count the port up."""
+    listen_host: str | None = None
+    """Where it listens, if not at the host of `address`."""
     num_replicas: PositiveInt = 1
     """Data-parallel replicas."""
     openai_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the OpenAI-compatible endpoint of the first replica, counting up; 0: none."""
+    openai_host: str = "127.0.0.1"
+    """Where that endpoint listens. It asks for no certificate, and whoever reaches it can use the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Numeric type of weights and activations."""
     max_model_len: PositiveInt = 32768
@@ -241,13 +257,17 @@ class InferenceConfig(Section):
 
     @property
     def replica_addresses(self) -> list[str]:
-        """Where the replicas listen."""
+        """Where the replicas are found."""
         return [self.replica_address(index) for index in range(self.num_replicas)]
 
     def replica_address(self, index: int) -> str:
-        """Where replica number `index` listens: the first at `address`, the others counting its port up."""
+        """Where replica number `index` is found: the first at `address`, the others counting its port up."""
         host, _, port = self.address.rpartition(":")
         return f"{host}:{int(port) + index}"
+
+    def listen_address(self, index: int) -> str:
+        """Where replica number `index` listens."""
+        return _rehosted(self.replica_address(index), self.listen_host)
 
 
 class WarmStartConfig(Section):
@@ -362,6 +382,21 @@ class LearnerConfig(Section):
     """Prometheus port; 0: none."""
 
 
+class SecurityConfig(Section):
+    """Who may take part."""
+
+    folder: Path | None = None
+    """What `deskrl certificates` made: every channel is then encrypted, and both ends prove their role. Unset: loopback
+    addresses only."""
+    metrics_host: str = "127.0.0.1"
+    """Where Prometheus ports listen. They ask for no certificate: choose a network that only monitoring reaches."""
+
+    @field_validator("folder")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
+
+
 class RunConfig(BaseSettings):
     """A whole run."""
 
@@ -394,6 +429,7 @@ class RunConfig(BaseSettings):
     replay: ReplayConfig = ReplayConfig()
     inference: InferenceConfig = InferenceConfig()
     learner: LearnerConfig = LearnerConfig()
+    security: SecurityConfig = SecurityConfig()
 
     @field_validator("runs")
     @classmethod

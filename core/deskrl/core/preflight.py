@@ -60,8 +60,8 @@ def refuse_missing_packages(config: RunConfig) -> None:
 
 def refuse_ports(config: RunConfig) -> None:
     """Raise UserError if a role could not listen where it is to listen, or could be reached from other machines."""
-    rpc.refuse_exposure(config.replay.address)
-    rpc.refuse_exposure(config.inference.address)
+    rpc.refuse_exposure(config.replay.listen_address)
+    rpc.refuse_exposure(config.inference.listen_address(0))
     for key, host, port in endpoints(config):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -89,20 +89,21 @@ def endpoints(config: RunConfig) -> Iterator[Endpoint]:
     num_actors = math.ceil(config.desktop.num_envs / config.actor.desktops_per_actor)
     num_replicas = config.inference.num_replicas
     for key, addresses in (
-        ("replay.address", [config.replay.address]),
-        ("inference.address", config.inference.replica_addresses),
+        ("replay.address", [config.replay.listen_address]),
+        ("inference.address", [config.inference.listen_address(index) for index in range(num_replicas)]),
     ):
         for host, _, port in (address.rpartition(":") for address in addresses):
             yield Endpoint(key, host, int(port))
-    for key, first, num in (
-        ("inference.openai_port", config.inference.openai_port, num_replicas),
-        ("inference.metrics_port", config.inference.metrics_port, num_replicas),
-        ("actor.metrics_port", config.actor.metrics_port, num_actors),
-        ("replay.metrics_port", config.replay.metrics_port, 1),
-        ("learner.metrics_port", config.learner.metrics_port, 1),
-        ("learner.master_port", config.learner.master_port, 1),
+    metrics_host = config.security.metrics_host
+    for key, host, first, num in (
+        ("inference.openai_port", config.inference.openai_host, config.inference.openai_port, num_replicas),
+        ("inference.metrics_port", metrics_host, config.inference.metrics_port, num_replicas),
+        ("actor.metrics_port", metrics_host, config.actor.metrics_port, num_actors),
+        ("replay.metrics_port", metrics_host, config.replay.metrics_port, 1),
+        ("learner.metrics_port", metrics_host, config.learner.metrics_port, 1),
+        ("learner.master_port", "127.0.0.1", config.learner.master_port, 1),
     ):
-        yield from (Endpoint(key, "127.0.0.1", first + index) for index in range(num) if first)
+        yield from (Endpoint(key, host, first + index) for index in range(num) if first)
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:

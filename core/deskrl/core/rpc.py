@@ -1,7 +1,7 @@
-"""Channels and servers, made one way: limits, keep-alive, retries, health, reflection, protocol hand-shake.
+"""Channels and servers, made one way: who may call, limits, keep-alive, retries, health, reflection, hand-shake.
 
-Knows gRPC; knows no service in particular. Only loopback is served: anything else needs authentication, which this
-version does not have, so it is refused.
+Knows gRPC; knows no service in particular. A process has one identity, set once by `identify`: with it every channel
+is encrypted, and both ends prove who they are. Without it only loopback is served, and anything else is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from deskrl.core.admission import Doorkeeper
 from deskrl.core.errors import UserError
+from deskrl.core.identity import Identity, refuse_stranger
 from deskrl.proto.v1 import common_pb2
 
 # gRPC's core would write lines of its own to standard error beside the one line that a person is meant to read.
@@ -96,6 +98,15 @@ def protocol_refusal(caller: common_pb2.Peer) -> str | None:
     )
 
 
+_identity: Identity | None = None
+
+
+def identify(identity: Identity | None) -> None:
+    """Be this on every channel and server that this process makes from now on; None: nobody, on loopback only."""
+    global _identity
+    _identity = identity
+
+
 def connect(address: str, *, retry: bool = True) -> grpc.aio.Channel:
     """A channel to `host:port`; connects when first used and reconnects by itself.
 
@@ -103,17 +114,27 @@ def connect(address: str, *, retry: bool = True) -> grpc.aio.Channel:
         address: of the server.
         retry: repeat idempotent calls that find it unavailable; False where the caller rather asks another server.
     """
-    return grpc.aio.insecure_channel(address, options=[*CHANNEL_OPTIONS, ("grpc.enable_retries", int(retry))])
+    options = [*CHANNEL_OPTIONS, ("grpc.enable_retries", int(retry))]
+    if _identity is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, _channel_credentials(_identity), options=options)
 
 
 def connect_sync(address: str) -> grpc.Channel:
     """The same for callers without an event loop (the learner)."""
-    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    if _identity is None:
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, _channel_credentials(_identity), options=CHANNEL_OPTIONS)
+
+
+def _channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
+    encryption = grpc.ssl_channel_credentials(identity.ca, identity.key, identity.certificate)
+    return grpc.composite_channel_credentials(encryption, grpc.access_token_call_credentials(identity.token))
 
 
 def make_server() -> grpc.aio.Server:
     """A server with deskrl's limits, without services yet."""
-    return grpc.aio.server(options=_SERVER_OPTIONS)
+    return grpc.aio.server(options=_SERVER_OPTIONS, interceptors=[Doorkeeper(_identity)] if _identity else [])
 
 
 async def start_server(server: grpc.aio.Server, address: str, services: Sequence[str]) -> health.aio.HealthServicer:
@@ -121,18 +142,22 @@ async def start_server(server: grpc.aio.Server, address: str, services: Sequence
 
     Args:
         server: with its own services added.
-        address: `host:port`, a loopback address.
+        address: `host:port`; without an identity, a loopback address.
         services: full names of the services, SERVING from now on in the health service.
 
     Raises:
-        UserError: the address is taken, or not loopback.
+        UserError: the address is taken, or neither loopback nor protected.
     """
     refuse_exposure(address)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        server.add_insecure_port(address)
+        if _identity is None:
+            server.add_insecure_port(address)
+        else:
+            pair = (_identity.key, _identity.certificate)
+            server.add_secure_port(address, grpc.ssl_server_credentials([pair], _identity.ca, require_client_auth=True))
     except RuntimeError as error:
         raise UserError(f"{address} cannot be listened on (taken by another process?)", "choose a free port") from error
     await server.start()
@@ -142,7 +167,7 @@ async def start_server(server: grpc.aio.Server, address: str, services: Sequence
 
 
 def refuse_exposure(address: str) -> None:
-    """Raise UserError unless `host:port` is a loopback address: services have no authentication yet."""
+    """Raise UserError unless `host:port` is a loopback address, or this process has an identity to protect it by."""
     host = address.rpartition(":")[0].strip("[]")
     loopback = host == "localhost"
     if not loopback:
@@ -150,15 +175,44 @@ def refuse_exposure(address: str) -> None:
             loopback = ipaddress.ip_address(host).is_loopback
         except ValueError:
             loopback = False
-    if not loopback:
-        raise UserError(f"{address} is reachable from other machines", "use a loopback address such as 127.0.0.1:7411")
+    if not loopback and _identity is None:
+        raise UserError(
+            f"{address} is reachable from other machines",
+            "use a loopback address such as 127.0.0.1:7411, or make certificates (`deskrl certificates`) and name "
+            "their folder in security.folder",
+        )
 
 
-def is_healthy(address: str, timeout_s: float = 2.0) -> bool:
-    """Whether the server at `address` answers SERVING."""
+def check_health(address: str, timeout_s: float = 2.0) -> bool:
+    """Whether the server at `address` answers SERVING.
+
+    Raises:
+        UserError: it and this process will never trust each other: a certificate, the token, the role.
+    """
     with connect_sync(address) as channel:
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-        except grpc.RpcError:
+        except grpc.RpcError as error:
+            if error.code() in DISTRUST:
+                raise distrust(error, address) from error
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                refuse_stranger(address, _identity)
             return False
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def is_healthy(address: str, timeout_s: float = 2.0) -> bool:
+    """The same, where it does not matter why not."""
+    try:
+        return check_health(address, timeout_s)
+    except UserError:
+        return False
+
+
+DISTRUST = frozenset({grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED})
+"""What a server answers to a caller that it will never serve."""
+
+
+def distrust(error: grpc.RpcError, address: str) -> UserError:
+    """What a person is told of an error out of `DISTRUST`."""
+    return UserError(f"the server at {address} refuses this process: {error.details()}", "mend security.folder")

@@ -221,7 +221,7 @@ def _start_replay(config: RunConfig, folder: RunFolder, supervisor: Supervisor) 
 def _wait_healthy(address: str, supervisor: Supervisor, name: str, timeout_s: float) -> None:
     """Wait for a role to answer SERVING; raises RoleFailed if it ends, or does not get there in time."""
     deadline = time.monotonic() + timeout_s
-    while not rpc.is_healthy(address, timeout_s=1.0):
+    while not rpc.check_health(address, timeout_s=1.0):
         status = supervisor.children[name].process.poll()
         if status is not None:
             raise RoleFailed(name, status, supervisor.last_line(name))

@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import prometheus_client
 import psutil
 
 from deskrl.core import lifetime, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
+from deskrl.core.exposition import expose
 
 if TYPE_CHECKING:
     from deskrl.inference.acting import PromptFormat
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-_LOOPBACK = "127.0.0.1"
 _SERVICES = ("deskrl.proto.v1.InferenceService", "deskrl.proto.v1.WeightService")
 
 _MODEL_FILES = {
@@ -55,7 +54,7 @@ def run(config: RunConfig, replica: int = 0) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _end_at_once(folder))
     lifetime.die_with_parent()
-    address = config.inference.replica_address(replica)
+    address = config.inference.listen_address(replica)
     rpc.refuse_exposure(address)
     check_model_folder(config.model_folder)
     _refuse_taken_ports(config, replica, address)
@@ -87,9 +86,12 @@ def _end_at_once(folder: Path) -> NoReturn:
 def _refuse_taken_ports(config: RunConfig, replica: int, address: str) -> None:
     """Raise UserError now for what could otherwise not be listened on once the engine has started."""
     host, _, port = address.rpartition(":")
-    counted_up = {key: getattr(config.inference, key) for key in ("openai_port", "metrics_port")}
+    counted_up = {
+        "openai_port": (config.inference.openai_host, config.inference.openai_port),
+        "metrics_port": (config.security.metrics_host, config.inference.metrics_port),
+    }
     wanted = {"address": (host, int(port))}
-    wanted |= {key: (_LOOPBACK, first + replica) for key, first in counted_up.items() if first}
+    wanted |= {key: (at, first + replica) for key, (at, first) in counted_up.items() if first}
     for key, endpoint in wanted.items():
         try:
             socket.create_server(endpoint).close()
@@ -154,9 +156,10 @@ async def _serve_engine(
             from deskrl.inference.openai import serve_openai
 
             port = config.inference.openai_port + replica
-            await stack.enter_async_context(serve_openai(engine.llm, config.model_folder, config.name, port))
+            endpoint = (config.inference.openai_host, port)
+            await stack.enter_async_context(serve_openai(engine.llm, config.model_folder, config.name, endpoint))
         if config.inference.metrics_port:
-            prometheus_client.start_http_server(config.inference.metrics_port + replica, addr=_LOOPBACK)
+            expose(config.security.metrics_host, config.inference.metrics_port + replica, "inference.metrics_port")
         server = rpc.make_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(acting, server)
         weights_pb2_grpc.add_WeightServiceServicer_to_server(updating, server)

@@ -11,18 +11,16 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine.async_llm import AsyncLLM
 
-_HOST = "127.0.0.1"
-
 
 @contextlib.asynccontextmanager
-async def serve_openai(llm: AsyncLLM, model_folder: Path, name: str, port: int) -> AsyncIterator[None]:
-    """Serve chat completions, models and health on a loopback port for as long as the block runs.
+async def serve_openai(llm: AsyncLLM, model_folder: Path, name: str, endpoint: tuple[str, int]) -> AsyncIterator[None]:
+    """Serve chat completions, models and health for as long as the block runs.
 
     Args:
         llm: the engine.
         model_folder: its model.
         name: what clients call the model.
-        port: where to listen.
+        endpoint: host and port where to listen; nobody is asked who he is.
     """
     import asyncio
     import socket
@@ -51,7 +49,7 @@ async def serve_openai(llm: AsyncLLM, model_folder: Path, name: str, port: int) 
     tasks = await llm.get_supported_tasks()
     app = build_app(arguments, tasks)
     await init_app_state(llm, app.state, arguments, tasks)
-    listener = socket.create_server((_HOST, port))
+    listener = socket.create_server(endpoint)
     server = Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

@@ -14,6 +14,7 @@ from typing import Any
 
 from deskrl.core import ids
 from deskrl.core.config import RunConfig
+from deskrl.core.exposition import expose
 from deskrl.core.lifetime import die_with_parent, stop_event
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.trajectory import Span
@@ -73,7 +74,7 @@ class Learner:
     def run(self) -> None:
         """All phases."""
         if self._is_first:
-            metrics.expose(self._config.learner.metrics_port)
+            expose(self._config.security.metrics_host, self._config.learner.metrics_port, "learner.metrics_port")
         self._phase("loading")
         if not self._restore():
             self._warm_start()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
-
-from deskrl.core.errors import UserError
+from prometheus_client import Counter, Gauge, Histogram
 
 UPDATES = Counter("deskrl_learner_updates", "Batches learnt from.")
 SKIPPED = Counter("deskrl_learner_skipped_updates", "Batches without an optimizer step.", ["cause"])
@@ -60,20 +58,6 @@ for _phase in ("wait", "learn", "publish", "checkpoint"):
     PHASE_SECONDS.labels(_phase)
 for _outcome in ("confirmed", "failed"):
     WEIGHT_UPDATES.labels(_outcome)
-
-
-def expose(port: int) -> None:
-    """Serve the metrics on a loopback port; 0: not at all.
-
-    Raises:
-        UserError: the port is taken.
-    """
-    if port == 0:
-        return
-    try:
-        start_http_server(port, addr="127.0.0.1")
-    except OSError as error:
-        raise UserError(f"metrics port {port} cannot be listened on: {error}", "set learner.metrics_port") from error
 
 
 def note_update(record: Mapping[str, Any], seconds: Mapping[str, float]) -> None:

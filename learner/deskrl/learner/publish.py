@@ -116,11 +116,16 @@ class Publisher:
         self._catching_up: set[int] = set()
 
     def wait_for_replicas(self) -> None:
-        """Wait until every replica answers; after `START_TIMEOUT_S` until one does."""
+        """Wait until every replica answers; after `START_TIMEOUT_S` until one does.
+
+        Raises:
+            UserError: a replica and this process do not trust each other.
+            RuntimeError: none has come up in time.
+        """
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             stopping.check(self._stop)
-            num_healthy = sum(rpc.is_healthy(replica.address) for replica in self._replicas)
+            num_healthy = sum(rpc.check_health(replica.address) for replica in self._replicas)
             if num_healthy == len(self._replicas) or (num_healthy and time.monotonic() > deadline):
                 return
             if time.monotonic() > deadline:

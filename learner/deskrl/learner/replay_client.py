@@ -35,6 +35,7 @@ class ReplayClient:
     """
 
     def __init__(self, address: str, name: str, stop: StopEvent) -> None:
+        self._address = address
         self._channel = rpc.connect_sync(address)
         self._stub = replay_pb2_grpc.ReplayServiceStub(self._channel)
         self._peer = rpc.peer("learner", name)
@@ -124,6 +125,8 @@ class ReplayClient:
                     future.cancel()
                     raise stopping.Stopped from None
             except grpc.RpcError as error:
+                if error.code() in rpc.DISTRUST:
+                    raise rpc.distrust(error, self._address) from error
                 if error.code() not in _REFUSALS:
                     raise
                 mend = "see the log of replay; the newest checkpoint stands"

@@ -7,6 +7,7 @@ import logging
 
 from deskrl.core import lifetime, rpc
 from deskrl.core.config import RunConfig
+from deskrl.core.exposition import expose
 from deskrl.core.runfolder import RunFolder
 from deskrl.proto.v1 import replay_pb2_grpc, rollout_pb2_grpc
 from deskrl.replay.coordinator import Coordinator
@@ -44,9 +45,9 @@ async def _serve(config: RunConfig, store: Store, metrics: Metrics, stop: lifeti
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(coordinator), server)
     replay_pb2_grpc.add_ReplayServiceServicer_to_server(ReplayServicer(coordinator), server)
     await coordinator.open()
-    metrics.expose(config.replay.metrics_port)
-    await rpc.start_server(server, config.replay.address, SERVICES)
-    _log.info("serving %s on %s", store.path, config.replay.address)
+    expose(config.security.metrics_host, config.replay.metrics_port, "replay.metrics_port", metrics.registry)
+    await rpc.start_server(server, config.replay.listen_address, SERVICES)
+    _log.info("serving %s on %s", store.path, config.replay.listen_address)
     serving = asyncio.create_task(coordinator.serve())
     stopping = asyncio.create_task(stop.wait_async())
     try:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from deskrl.core.errors import UserError
 from deskrl.replay.writer import Commit
 
 
@@ -42,16 +41,3 @@ class Metrics:
         """A transaction went through. Called in the writer's thread."""
         self.commits.observe(commit.duration_s)
         self.operations.inc(commit.num_operations)
-
-    def expose(self, port: int) -> None:
-        """Serve the metrics on the loopback address; 0: not at all.
-
-        Raises:
-            UserError: the port is taken.
-        """
-        if port == 0:
-            return
-        try:
-            start_http_server(port, addr="127.0.0.1", registry=self.registry)
-        except OSError as error:
-            raise UserError(f"metrics port {port} cannot be listened on: {error}", "set replay.metrics_port") from error
