@@ -45,7 +45,7 @@ def be() -> Iterator[Be]:
     """`be(folder, role)`: this process is that role from now on; a folder of None: nobody."""
 
     def be(folder: Path | None, role: str) -> None:
-        rpc.identify(None if folder is None else load_identity(folder, role))
+        rpc.identify_as(role, folder)
 
     yield be
     rpc.identify(None)

@@ -163,9 +163,7 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _identified(config: RunConfig, role: str) -> RunConfig:
     """Take on the role's identity, before any channel is made."""
     if config.security.folder is not None:
-        from deskrl.core import identity, rpc
-
-        rpc.identify(identity.load_identity(config.security.folder, role))
+        importlib.import_module("deskrl.core.rpc").identify_as(role, config.security.folder)
     return config
 
 

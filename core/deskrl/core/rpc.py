@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -18,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from deskrl.core.admission import Doorkeeper
 from deskrl.core.errors import UserError
-from deskrl.core.identity import Identity, refuse_stranger
+from deskrl.core.identity import Identity, load_identity, refuse_stranger
 from deskrl.proto.v1 import common_pb2
 
 # gRPC's core would write lines of its own to standard error beside the one line that a person is meant to read.
@@ -105,6 +106,15 @@ def identify(identity: Identity | None) -> None:
     """Be this on every channel and server that this process makes from now on; None: nobody, on loopback only."""
     global _identity
     _identity = identity
+
+
+def identify_as(role: str, folder: Path | None) -> None:
+    """`identify` by what lies in a folder of certificates; None: as nobody.
+
+    Raises:
+        UserError: as `load_identity` does.
+    """
+    identify(None if folder is None else load_identity(folder, role))
 
 
 def connect(address: str, *, retry: bool = True) -> grpc.aio.Channel:

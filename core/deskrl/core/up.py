@@ -82,6 +82,7 @@ def report(root: Path) -> int:
     """Write report.html of a run, finished or cut short, with a replay service of its own."""
     folder = RunFolder(root.absolute())
     config = read_resolved(folder.config)
+    rpc.identify_as("operator", config.security.folder)
     preflight.refuse_ports(config)
     supervisor = Supervisor(folder)
     try:
