@@ -1,8 +1,9 @@
 """The replay service against bare SQLite: episodes of 15 screenshots inserted and read back.
 
-Both sides store the same bytes, durably, with the same settings and the same number of commits: the service runs
-first in each turn and its commits are counted (by its own metric), then as many are spread over the bare inserts. The
-service's time includes everything that a caller waits for: the wire, checking hashes and steps, leases, groups.
+Both sides store the same bytes, durably, with the same number of commits: the service runs first in each turn and its
+commits are counted (by its own metric), then as many are spread over the bare inserts, which have the page size that
+suits screenshots best. The service's time includes everything that a caller waits for: the wire, checking hashes and
+steps, leases, groups.
 Prints one JSON line; `ratio` is bare time over the service's time, writing and reading together, median of the turns.
 
     python tests/bench/replay_store.py [--turns 5] [--episodes 32] [--actors 4]

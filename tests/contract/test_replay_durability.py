@@ -182,6 +182,24 @@ def test_a_truncated_database_is_refused_and_left_as_it_is(start_replay: StartRe
     assert len(process.client().episodes()) == 1
 
 
+def test_screenshots_that_are_cut_short_or_missing_are_refused_and_left_as_they_are(start_replay: StartReplay) -> None:
+    process = start_replay()
+    client = process.client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    client.stream([begin(lease), *steps(lease, range(5), SHOT_BYTES), result(1, 5)])
+    process.stop()
+    (path,) = (process.folder / "screenshots").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert f"{path} was cut short" in refused_start(process)
+    path.unlink()
+    assert f"{path} is missing" in refused_start(process)
+    path.write_bytes(whole)
+    process.start()
+    assert len(process.client().episodes()) == 1
+
+
 def test_a_database_of_something_else_is_refused_and_left_as_it_is(start_replay: StartReplay) -> None:
     process = start_replay()
     process.stop()
@@ -244,8 +262,8 @@ def test_on_a_full_disk_nothing_is_acknowledged_and_it_goes_on_once_there_is_spa
                 client.stream(requests)
         assert client.extend(lease.lease_id) == [lease.lease_id], "the service lives on"
         ballast.unlink()
-        acks = client.stream([begin(lease), *steps(lease, range(num_acked, 4), 1_000_000), result(1, 4)])
-        assert acks[-1] == (4, True)
+        acks = client.stream([begin(lease), *steps(lease, range(num_acked, 15), 1_000_000), result(1, 15)])
+        assert acks[-1] == (15, True)
         status, log = process.stop()
         assert status == 0
         assert log.count("the disk is full") == 1, "said once"

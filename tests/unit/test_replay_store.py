@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -21,11 +22,15 @@ from deskrl.replay.leases import MAX_EXPIRIES
 from deskrl.replay.pacing import Pacing
 from deskrl.replay.planning import Ask
 from deskrl.replay.refusals import LeaseLost, Refused, StoreFull
+from deskrl.replay.segments import Segments
 from deskrl.replay.writer import Commit, Operation, T, Writer
 
 PACING = Pacing(max_staleness=1, groups_per_batch=2, rollouts=2)
 RULES = batches.SuccessRules(above=0.5, capacity=2, seed=0)
 MAX_FAULTS = 1
+SHOT_BYTES = 10
+SEGMENT_BYTES = 25
+"""Three screenshots fill a segment."""
 
 
 @pytest.fixture
@@ -48,16 +53,18 @@ def plan_group(connection: sqlite3.Connection, group_id: str, num: int = PACING.
     planning.plan(connection, [group])
 
 
-def send_step(connection: sqlite3.Connection, lease_id: str, index: int, shot: bytes) -> int:
+def send_step(connection: sqlite3.Connection, segments: Segments, lease_id: str, index: int, shot: bytes) -> int:
     image = images.Received(hashlib.sha256(shot).digest(), shot)
     payload = encode_step(Step(index=index, screenshot=image.hash.hex(), images=(), text=""))
     step = rollout_pb2.EpisodeStep(index=index, payload=payload)
-    return rollouts.add_step(connection, lease_id, step, [image], [image.hash])
+    return rollouts.add_step(connection, segments, lease_id, step, [image], [image.hash])
 
 
-def send_result(connection: sqlite3.Connection, lease_id: str, reward: float, num_steps: int) -> None:
+def send_result(
+    connection: sqlite3.Connection, segments: Segments, lease_id: str, reward: float, num_steps: int
+) -> None:
     result = rollout_pb2.EpisodeResult(reward=reward, num_steps=num_steps, termination=rollout_pb2.TERMINATION_FINISHED)
-    rollouts.finish(connection, lease_id, result, [], [], RULES.above)
+    rollouts.finish(connection, segments, lease_id, result, [], [], RULES.above)
 
 
 class AnyOrderOfEvents(RuleBasedStateMachine):
@@ -67,6 +74,8 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         super().__init__()
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
         schema._create(self.connection)
+        self.folder = tempfile.TemporaryDirectory()
+        self.segments = Segments(Path(self.folder.name), {}, max_bytes=SEGMENT_BYTES * 32)
         self.leases: dict[str, int] = {}  # running, with the steps sent
         self.dead_leases: list[str] = []
         self.num_planned_groups = 0
@@ -78,6 +87,8 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.connection.close()
+        self.segments.close()
+        self.folder.cleanup()
 
     @rule()
     def plan(self) -> None:
@@ -100,14 +111,14 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         self.plan()
         self.acquire(len(wins))
         for lease_id, win in zip(sorted(self.leases), wins, strict=False):
-            send_result(self.connection, lease_id, float(win), self.leases.pop(lease_id))
+            send_result(self.connection, self.segments, lease_id, float(win), self.leases.pop(lease_id))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), shot=st.integers(0, 5))
     def step(self, data: st.DataObject, shot: int) -> None:
         lease_id = data.draw(st.sampled_from(sorted(self.leases)))
         index = self.leases[lease_id]
-        assert send_step(self.connection, lease_id, index, bytes([shot])) == index + 1
+        assert send_step(self.connection, self.segments, lease_id, index, bytes([shot]) * SHOT_BYTES) == index + 1
         self.leases[lease_id] = index + 1
 
     @precondition(lambda self: self.leases)
@@ -125,16 +136,16 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
             assert rollouts.expire(self.connection, [lease_id]) == 1
             self.dead_leases.append(lease_id)
         else:
-            send_result(self.connection, lease_id, float(how == "win"), num_steps)
+            send_result(self.connection, self.segments, lease_id, float(how == "win"), num_steps)
 
     @precondition(lambda self: self.dead_leases)
     @rule(data=st.data())
     def old_holder_comes_back(self, data: st.DataObject) -> None:
         lease_id = data.draw(st.sampled_from(self.dead_leases))
         with pytest.raises(LeaseLost):
-            send_step(self.connection, lease_id, 0, b"late")
+            send_step(self.connection, self.segments, lease_id, 0, b"late")
         with pytest.raises(LeaseLost):
-            send_result(self.connection, lease_id, 1, 0)
+            send_result(self.connection, self.segments, lease_id, 1, 0)
 
     @precondition(lambda self: len(self.batch) - len(self.dropped) < PACING.groups_per_batch)
     @rule(drop=st.booleans())
@@ -164,6 +175,13 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         self.num_updates += 1
         self.batch, self.dropped = [], []
         retention.remove_oldest(self.connection, max_bytes)
+
+    @rule()
+    def commit(self) -> None:
+        """The end of a transaction, as the store does it."""
+        given_up = retention.give_up_segments(self.connection, self.segments)
+        self.segments.commit()
+        self.segments.remove(given_up)
 
     @rule()
     def redeliver(self) -> None:
@@ -202,8 +220,16 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         statement = "SELECT count(*) FROM image_uses u WHERE NOT EXISTS (SELECT 1 FROM images WHERE id = u.image)"
         assert self.connection.execute(statement).fetchone() == (0,)
         status = reading.status(self.connection, 0)
-        held = self.connection.execute("SELECT count(*), coalesce(sum(length(data)), 0) FROM images").fetchone()
-        assert held == (status.num_images, status.image_bytes)
+        rows = self.connection.execute("SELECT hash, num_bytes FROM images").fetchall()
+        assert (len(rows), sum(num_bytes for _, num_bytes in rows)) == (status.num_images, status.image_bytes)
+        shots = images.read(self.connection, self.segments, [row[0] for row in rows], max_bytes=10**9)
+        assert [hashlib.sha256(shot).digest() for shot in shots] == [row[0] for row in rows]
+
+    @invariant()
+    def segments_are_counted_by_what_is_wanted_of_them(self) -> None:
+        counted = dict(self.connection.execute("SELECT number, live_bytes FROM segments WHERE live_bytes > 0"))
+        rows = self.connection.execute("SELECT segment, sum(num_bytes) FROM images GROUP BY segment")
+        assert counted == dict(rows.fetchall())
 
     @invariant()
     def successes_are_whole_and_few(self) -> None:
@@ -251,7 +277,7 @@ class Held:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.commits: list[Commit] = []
-        self.writer = Writer(connection, lambda connection: None, self.commits.append)
+        self.writer = Writer(connection, lambda connection: None, self.commits.append, lambda: None)
 
     def together(self, *operations: Operation[T]) -> list[Future[T]]:
         entered, gate = threading.Event(), threading.Event()

@@ -119,7 +119,9 @@ class Coordinator:
     ) -> int:
         """End an episode with its result; returns the number of its steps on disk."""
         num_steps = await self.store.write(
-            lambda connection: rollouts.finish(connection, lease_id, result, received, named, self._rules.above)
+            lambda connection: rollouts.finish(
+                connection, self.store.segments, lease_id, result, received, named, self._rules.above
+            )
         )
         self._ended(lease_id)
         self.metrics.episodes.inc()

@@ -115,8 +115,9 @@ class EpisodeStream:
         spoken_of = {*step.image_hashes, *content.images, content.screenshot} - {""}
         named = [images.parse_hash(text) for text in sorted(spoken_of)]
         received, self._received = self._received, []
-        written = self._coordinator.store.submit(
-            lambda connection: rollouts.add_step(connection, self._lease_id, step, received, named)
+        store = self._coordinator.store
+        written = store.submit(
+            lambda connection: rollouts.add_step(connection, store.segments, self._lease_id, step, received, named)
         )
         self._coordinator.metrics.steps.inc()
         await self._await_commit(asyncio.wrap_future(written), closes=False)

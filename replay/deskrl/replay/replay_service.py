@@ -77,8 +77,9 @@ class ReplayServicer(replay_pb2_grpc.ReplayServiceServicer):
             await context.abort(refusal.code, str(refusal))
 
     def _read_images(self, hashes: list[bytes]) -> asyncio.Task[list[bytes]]:
-        part = partial(images.read, hashes=hashes, max_bytes=_READ_AHEAD_BYTES)
-        return asyncio.create_task(self._coordinator.store.read(part))
+        store = self._coordinator.store
+        part = partial(images.read, segments=store.segments, hashes=hashes, max_bytes=_READ_AHEAD_BYTES)
+        return asyncio.create_task(store.read(part))
 
     async def ListEpisodes(
         self, request: replay_pb2.ListEpisodesRequest, context: Any

@@ -16,6 +16,7 @@ from deskrl.replay import counters, images
 from deskrl.replay.leases import MAX_EXPIRIES
 from deskrl.replay.pacing import PACED_QUEUE
 from deskrl.replay.refusals import LeaseLost, Malformed
+from deskrl.replay.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def held(connection: sqlite3.Connection, lease_id: str, episode_id: str | None =
 
 def add_step(
     connection: sqlite3.Connection,
+    segments: Segments,
     lease_id: str,
     step: rollout_pb2.EpisodeStep,
     received: Sequence[images.Received],
@@ -70,11 +72,11 @@ def add_step(
     if not lease.is_active:
         return lease.num_steps
     if step.index < lease.num_steps:
-        images.keep(connection, lease.rollout, received, ())
+        images.keep(connection, segments, lease.rollout, received, ())
         return lease.num_steps
     if step.index > lease.num_steps:
         raise Malformed(f"step {step.index} came where step {lease.num_steps} was expected")
-    images.keep(connection, lease.rollout, received, named)
+    images.keep(connection, segments, lease.rollout, received, named)
     connection.execute(
         "INSERT INTO steps (rollout, step, payload) VALUES (?, ?, ?)", (lease.rollout, step.index, step.payload)
     )
@@ -84,6 +86,7 @@ def add_step(
 
 def finish(
     connection: sqlite3.Connection,
+    segments: Segments,
     lease_id: str,
     result: rollout_pb2.EpisodeResult,
     received: Sequence[images.Received],
@@ -101,7 +104,7 @@ def finish(
         return lease.num_steps
     if result.num_steps != lease.num_steps:
         raise Malformed(f"a result after {result.num_steps} steps, of which {lease.num_steps} were sent")
-    images.keep(connection, lease.rollout, received, named)
+    images.keep(connection, segments, lease.rollout, received, named)
     connection.execute("UPDATE leases SET state = 'finished' WHERE lease_id = ?", (lease_id,))
     connection.execute(
         "UPDATE rollouts SET reward = ?, result = ? WHERE id = ?",

@@ -5,6 +5,7 @@ Knows SQLite and the layout; knows no rule by which rows change (`rollouts`, `ba
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -14,12 +15,12 @@ from deskrl.core.errors import UserError
 
 FILE_NAME = "replay.sqlite"
 _APPLICATION_ID = 0x6465736B  # "desk"
-_SCHEMA_VERSION = 1
-FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
+_SCHEMA_VERSION = 2
+_FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
 """What SQLite says on a full disk, depending on which of its files it was about to write."""
 _MEND = "restore the file from a copy, or move it away and start the run anew"
 
-# Rows are small and pages large, because nearly all bytes are screenshots: a row each, four pages a piece.
+# Screenshots are nearly all bytes and lie in segments (see `segments`); a row says where.
 # `groups.state`: open -> complete -> bound -> consumed, or open -> closed (too few members).
 # `rollouts.state`: planned, leased, finished, faulted. `leases.state`: active, finished, faulted, expired, released.
 _TABLES = """
@@ -98,8 +99,16 @@ CREATE TABLE steps (
     payload BLOB NOT NULL,
     UNIQUE (rollout, step)
 );
-CREATE TABLE images (id INTEGER PRIMARY KEY, hash BLOB NOT NULL, num_bytes INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE TABLE segments (number INTEGER PRIMARY KEY, num_bytes INTEGER NOT NULL, live_bytes INTEGER NOT NULL);
+CREATE TABLE images (
+    id INTEGER PRIMARY KEY,
+    hash BLOB NOT NULL,
+    num_bytes INTEGER NOT NULL,
+    segment INTEGER NOT NULL REFERENCES segments (number),
+    position INTEGER NOT NULL
+);
 CREATE UNIQUE INDEX images_by_hash ON images (hash, num_bytes);
+CREATE INDEX images_by_segment ON images (segment);
 CREATE TABLE image_uses (rollout INTEGER NOT NULL, image INTEGER NOT NULL, PRIMARY KEY (rollout, image)) WITHOUT ROWID;
 CREATE INDEX uses_by_image ON image_uses (image);
 
@@ -160,13 +169,20 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
     except sqlite3.DatabaseError as error:
         connection.close()
-        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in FULL_CODES:
+        if is_full_disk(error):
             raise UserError(f"{path}: the disk is full", "free some space and start again; nothing is lost") from error
         raise UserError(f"{path} cannot be opened as a replay database: {error}", _MEND) from error
     except UserError:
         connection.close()
         raise
     return connection
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write failed for want of space: SQLite's, or one beside it."""
+    if isinstance(error, sqlite3.OperationalError):
+        return error.sqlite_errorcode in _FULL_CODES
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_reader(path: Path) -> sqlite3.Connection:
@@ -177,7 +193,6 @@ def open_reader(path: Path) -> sqlite3.Connection:
 
 
 def _create(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA page_size = 65536")
     # One transaction, so that a crash leaves a whole database or an empty file.
     connection.executescript(
         f"BEGIN; PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_SCHEMA_VERSION}; {_TABLES} COMMIT;"

@@ -1,5 +1,7 @@
 """The store as the service uses it: one writer with group commit, readers beside it, retention in every commit.
 
+What a commit names is on disk before it: first the screenshots' segments, then the database's log.
+
 Knows how operations reach the database, and nothing of what they do.
 """
 
@@ -14,7 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from deskrl.replay import retention, schema
+from deskrl.replay import images, retention, schema
+from deskrl.replay.segments import Segments
 from deskrl.replay.writer import Commit, Operation, T, Writer
 
 _log = logging.getLogger("deskrl.replay")
@@ -36,18 +39,21 @@ class Store:
             after_commit: called after each commit, in the writer's thread.
 
         Raises:
-            UserError: another process holds it, or its file is damaged or not ours.
+            UserError: another process holds it, or a file of it is damaged or not ours.
         """
         self.path = folder.absolute() / schema.FILE_NAME
         self._max_bytes = max_bytes
         self._lock = schema.lock_folder(folder)
         try:
             connection = schema.open_database(self.path)
+            self.segments = Segments(self.path.parent, images.extents(connection), max_bytes)
         except BaseException:
             os.close(self._lock)
             raise
         self._is_over = False
-        self._writer = Writer(connection, self._retain, after_commit)
+        self._given_up: list[int] = []
+        self._after_commit = after_commit
+        self._writer = Writer(connection, self._before_commit, self._committed, self.segments.roll_back)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="replay-reader")
         self._of_thread = threading.local()
         self._reader_connections: list[sqlite3.Connection] = []
@@ -70,6 +76,7 @@ class Store:
         for connection in self._reader_connections:
             connection.close()
         self._writer.close()
+        self.segments.close()
         os.close(self._lock)
 
     def _read(self, operation: Operation[T]) -> T:
@@ -78,6 +85,16 @@ class Store:
             connection = self._of_thread.connection = schema.open_reader(self.path)
             self._reader_connections.append(connection)
         return operation(connection)
+
+    def _before_commit(self, connection: sqlite3.Connection) -> None:
+        self._retain(connection)
+        self._given_up = retention.give_up_segments(connection, self.segments)
+        self.segments.sync()
+
+    def _committed(self, commit: Commit) -> None:
+        self.segments.commit()
+        self.segments.remove(self._given_up)
+        self._after_commit(commit)
 
     def _retain(self, connection: sqlite3.Connection) -> None:
         """Keep to `max_bytes`, a few episodes at a time; say once when nothing more may go."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from deskrl.replay.refusals import Refused, StoreFull
-from deskrl.replay.schema import FULL_CODES
+from deskrl.replay.schema import is_full_disk
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
@@ -50,18 +50,24 @@ class Writer:
     """Owns the writing connection and its thread."""
 
     def __init__(
-        self, connection: sqlite3.Connection, before_commit: Operation[None], after_commit: Callable[[Commit], None]
+        self,
+        connection: sqlite3.Connection,
+        before_commit: Operation[None],
+        after_commit: Callable[[Commit], None],
+        after_rollback: Callable[[], None],
     ) -> None:
-        """Start the thread.
+        """Start the thread, in which all of these are called.
 
         Args:
             connection: in autocommit mode; closed by `close`.
             before_commit: the last operation of every transaction.
-            after_commit: called after each commit, in the writer's thread.
+            after_commit: called after each commit.
+            after_rollback: called after each transaction that came to nothing.
         """
         self._connection = connection
         self._before_commit = before_commit
         self._after_commit = after_commit
+        self._after_rollback = after_rollback
         self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._full_reported_s = -math.inf
         self._thread = threading.Thread(target=self._serve, name="replay-writer")
@@ -137,7 +143,8 @@ class Writer:
         """Nothing of these entries is kept, and each is told why."""
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
-        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in FULL_CODES:
+        self._after_rollback()
+        if is_full_disk(error):
             self._report_full(error)
             error = StoreFull("the replay store's disk is full; free some space, nothing acknowledged is lost")
         else:
@@ -145,7 +152,7 @@ class Writer:
         for entry in entries:
             entry.future.set_exception(error)
 
-    def _report_full(self, error: sqlite3.Error) -> None:
+    def _report_full(self, error: Exception) -> None:
         """Say it once in a while: small writes may still fit in between, so nothing marks the end of it."""
         now_s = time.monotonic()
         if now_s - self._full_reported_s >= _FULL_REPORT_PERIOD_S:
