@@ -41,6 +41,8 @@ from deskrl.core.config import DesktopConfig
 from deskrl.core.trajectory import Step
 from deskrl.proto.v1 import common_pb2, rollout_pb2
 
+EVALUATION_TURN = 2**32 - 1
+"""The evaluation's place among the turns of a round, after all those of the policy."""
 BLAME_S = 5.0
 """A desktop that dies within this time after an action has settled was destroyed by that action."""
 
@@ -80,6 +82,7 @@ class Episode:
         config: deadlines.
         enter: called with what the desktop is about to do.
         blame_s: see BLAME_S.
+        await_turn: in lock-step, waits for the others before each turn of the policy and before the evaluation.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Episode:
         config: DesktopConfig,
         enter: Callable[[DesktopState], None],
         blame_s: float = BLAME_S,
+        await_turn: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         self._desktop = desktop
         self._task = task
@@ -102,6 +106,7 @@ class Episode:
         self._sink = sink
         self._config = config
         self._enter = enter
+        self._await_turn = await_turn
         self._blame_s = blame_s
         self._scripted = rollout.acting_policy == rollout_pb2.ACTING_POLICY_SCRIPTED
         self._acted_s: float | None = None
@@ -145,6 +150,7 @@ class Episode:
         timings_ms["setup"] = await self._set_up()
         await self._observe(await self._first_screen())
         for index in range(self._rollout.max_steps):
+            await self._wait_for_others(index)
             self._enter(DesktopState.WAITING_FOR_MODEL)
             decision = await self._player.decide(self._conversation, self._image, index)
             timings_ms |= decision.timings_ms
@@ -235,6 +241,7 @@ class Episode:
             self._raise_dead("while the model was waited for")
 
     async def _evaluate(self, final_action: Action | None) -> tuple[float, str]:
+        await self._wait_for_others(EVALUATION_TURN)
         self._enter(DesktopState.EVALUATING)
         try:
             async with asyncio.timeout(self._config.evaluate_timeout_s):
@@ -246,6 +253,11 @@ class Episode:
                 raise _Destroyed("the desktop cannot run a command any more") from error
             raise Fault(rollout_pb2.FAULT_KIND_EVALUATOR, describe(error)) from error
         return evaluation.reward, evaluation.evidence_json
+
+    async def _wait_for_others(self, turn: int) -> None:
+        if self._await_turn is not None:
+            self._enter(DesktopState.WAITING_FOR_OTHERS)
+            await self._await_turn(turn)
 
     def _raise_dead(self, place: str) -> None:
         """The desktop is found dead between actions: whose doing is it?"""

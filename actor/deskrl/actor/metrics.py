@@ -33,6 +33,7 @@ class DesktopState(StrEnum):
     SETTING_UP = "setting_up"
     WAITING_FOR_MODEL = "waiting_for_model"
     ACTING = "acting"
+    WAITING_FOR_OTHERS = "waiting_for_others"
     EVALUATING = "evaluating"
 
 

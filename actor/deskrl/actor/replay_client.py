@@ -20,7 +20,7 @@ from deskrl.core.errors import UserError
 from deskrl.proto.v1 import rollout_pb2, rollout_pb2_grpc
 
 ACQUIRE_WAIT_S = 10.0
-"""How long replay may hold a request for work before it answers that there is none."""
+"""How long replay may hold a request for work, or for a turn, before it answers that there is none."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +66,24 @@ class ReplayClient:
                 self._held[lease.id] = lease
                 return lease
             request.request_id = ids.new_id("acquire")
+            pauses = Pauses()
+
+    async def await_turn(self, lease: Lease, turn: int) -> None:
+        """In lock-step: wait until every running episode has come as far, or the lease is lost."""
+        request = rollout_pb2.AwaitTurnRequest(peer=self._peer, lease_id=lease.id, turn=turn, wait_s=ACQUIRE_WAIT_S)
+        pauses = Pauses()
+        while not lease.over.is_set():
+            try:
+                response = await self._stub.AwaitTurn(request, timeout=ACQUIRE_WAIT_S + rpc.UNARY_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() == grpc.StatusCode.NOT_FOUND:
+                    return lease.end(LeaseLost(error.details() or "lease not found"))
+                if error.code() not in TRANSIENT:
+                    raise _refusal(error, self._address) from error
+                await pauses.take()
+                continue
+            if response.is_open:
+                return
             pauses = Pauses()
 
     async def keep_alive(self, default_ttl_s: float) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from deskrl.actor import metrics
 from deskrl.actor.agent import Agent
@@ -49,6 +50,7 @@ class Worker:
         agent: how it is prompted.
         make_desktop: a new desktop, not started.
         config: deadlines.
+        lock_step: wait for the other desktops before each turn.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class Worker:
         agent: Agent,
         make_desktop: Callable[[], Desktop],
         config: DesktopConfig,
+        lock_step: bool = False,
     ) -> None:
         self._replay = replay
         self._policy = policy
         self._agent = agent
         self._make_desktop = make_desktop
         self._config = config
+        self._lock_step = lock_step
         self._desktop: Desktop | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._gauge = metrics.StateGauge()
@@ -123,7 +127,7 @@ class Worker:
     async def _play(self, lease: Lease, stream: EpisodeStream) -> End:
         rollout = lease.rollout
         try:
-            return await self._episode(rollout, stream).play(self._reset_ms)
+            return await self._episode(lease, stream).play(self._reset_ms)
         except Fault as fault:
             kind, message = fault.kind, str(fault)
         except UserError as error:
@@ -133,13 +137,22 @@ class Worker:
             kind, message = rollout_pb2.FAULT_KIND_ACTOR, describe(error)
         return rollout_pb2.EpisodeFault(kind=kind, message=message)
 
-    def _episode(self, rollout: rollout_pb2.Rollout, stream: EpisodeStream) -> Episode:
+    def _episode(self, lease: Lease, stream: EpisodeStream) -> Episode:
         assert self._desktop is not None
+        rollout = lease.rollout
         task = parse_task(rollout.task_json, f"task {rollout.task_id}")
         conversation = self._agent.begin(task.instruction)
         player = self._player(rollout, task)
         return Episode(
-            self._desktop, task, rollout, conversation, player, stream, self._config, enter=self._gauge.enter
+            self._desktop,
+            task,
+            rollout,
+            conversation,
+            player,
+            stream,
+            self._config,
+            enter=self._gauge.enter,
+            await_turn=partial(self._replay.await_turn, lease) if self._lock_step else None,
         )
 
     def _player(self, rollout: rollout_pb2.Rollout, task: Task) -> Player:

@@ -202,6 +202,9 @@ class ReplayConfig(Section):
     """Where others find it, and where it listens."""
     listen_host: str | None = None
     """Where it listens, if not at the host of `address`: 0.0.0.0 behind a load balancer or a name of a cluster."""
+    schedule: Literal["free", "lock_step"] = "free"
+    """`free`: every desktop goes on by itself; `lock_step`: all reset, act turn by turn and are evaluated together,
+    each waiting for the slowest. With `learner.grpo.max_staleness = 0` the learner takes its turn too: ARPO's loop."""
     lease_ttl_s: PositiveSeconds = 30.0
     """A lease that is not extended for this long is granted again."""
     max_faults: Annotated[int, Field(ge=0)] = 3

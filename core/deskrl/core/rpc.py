@@ -34,7 +34,7 @@ UNARY_TIMEOUT_S = 20.0
 
 # Calls whose repetition changes nothing (see the .proto comments). Streams are resumed by their callers.
 _RETRIED = {
-    "deskrl.proto.v1.RolloutService": ["AcquireLease", "ExtendLeases", "ReleaseLeases"],
+    "deskrl.proto.v1.RolloutService": ["AcquireLease", "AwaitTurn", "ExtendLeases", "ReleaseLeases"],
     "deskrl.proto.v1.ReplayService": [
         "PlanGroups",
         "SetPolicyVersion",

@@ -14,31 +14,17 @@ from functools import partial
 from deskrl.core.config import RunConfig
 from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
 from deskrl.replay import batches, images, planning, reading, rollouts, successes
+from deskrl.replay.bell import Bell
 from deskrl.replay.granting import GrantDesk
 from deskrl.replay.leases import LeaseClock
 from deskrl.replay.metrics import Metrics
 from deskrl.replay.pacing import Pacing
 from deskrl.replay.planning import Ask, Grant
-from deskrl.replay.refusals import StoreFull
+from deskrl.replay.refusals import LeaseLost, StoreFull
+from deskrl.replay.rounds import Rounds
 from deskrl.replay.store import Store
 
 _log = logging.getLogger("deskrl.replay")
-
-
-class Bell:
-    """Wakes whoever waits for something to have happened since they last looked."""
-
-    def __init__(self) -> None:
-        self._rung = asyncio.Event()
-
-    def ring(self) -> None:
-        """Something happened."""
-        self._rung.set()
-        self._rung = asyncio.Event()
-
-    def listen(self) -> asyncio.Event:
-        """An event that the next ring sets. Take it first, look then, wait last: nothing is missed."""
-        return self._rung
 
 
 class Coordinator:
@@ -59,6 +45,8 @@ class Coordinator:
         )
         self._clock = LeaseClock(self.lease_ttl_s)
         metrics.active.set_function(lambda: len(self._clock))
+        lock_step = config.replay.schedule == "lock_step"
+        self._rounds = Rounds(config.desktop.num_envs, self._clock) if lock_step else None
         self._desk = GrantDesk(self._grant, self.release)
         self._endings = Bell()
         self._is_closed = False
@@ -102,13 +90,21 @@ class Coordinator:
             alive + await self.store.read(partial(reading.own_endings, lease_ids=sorted(others))) if others else alive
         )
 
+    async def await_turn(self, lease_id: str, turn: int, wait_s: float) -> bool:
+        """Whether an episode may go on with a turn, after a wait if need be; out of lock-step it always may."""
+        if self._rounds is None:
+            return True
+        if lease_id not in self._clock:
+            raise LeaseLost(f"{lease_id} is not held any more: abandon the episode")
+        return await self._rounds.wait(lease_id, turn, wait_s)
+
     async def release(self, lease_ids: Iterable[str]) -> None:
         """Give work back."""
         names = list(lease_ids)
         await self.store.write(partial(rollouts.release, lease_ids=names))
         for lease_id in names:
             self._clock.end(lease_id)
-        self._desk.kick()
+        self._leases_ended()
 
     async def finish(
         self,
@@ -189,7 +185,8 @@ class Coordinator:
         return len(self._seen_s)
 
     async def _grant(self, asks: Sequence[Ask]) -> list[Grant | None]:
-        grants = await self.store.write(partial(planning.grant, pacing=self.pacing, asks=asks))
+        new_too = self._rounds is None or self._rounds.may_begin(len(asks))
+        grants = await self.store.write(partial(planning.grant, pacing=self.pacing, asks=asks, new_too=new_too))
         now_s = time.monotonic()
         for grant in grants:
             if grant is not None:
@@ -199,8 +196,14 @@ class Coordinator:
 
     def _ended(self, lease_id: str) -> None:
         self._clock.end(lease_id)
-        self._desk.kick()
+        self._leases_ended()
         self._endings.ring()
+
+    def _leases_ended(self) -> None:
+        """Who waits for work, or for the others of a round, looks again."""
+        self._desk.kick()
+        if self._rounds is not None:
+            self._rounds.update()
 
     async def _expire(self) -> None:
         """End leases as they run out. A lease granted while this sleeps cannot run out before it wakes."""
@@ -219,5 +222,5 @@ class Coordinator:
                 continue
             self.metrics.expired.inc(num_expired)
             _log.warning("%d leases ran out and are granted again: %s", num_expired, ", ".join(expired))
-            self._desk.kick()
+            self._leases_ended()
             self._endings.ring()

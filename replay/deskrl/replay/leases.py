@@ -6,7 +6,7 @@ lease starts with a fresh time to live, so that no actor loses a running episode
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 MAX_EXPIRIES = 10
 """A rollout whose leases ran out this often is FAULTED: a task that kills its actors must not do so for ever."""
@@ -22,6 +22,9 @@ class LeaseClock:
 
     def __len__(self) -> int:
         return len(self._deadlines_s)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deadlines_s)
 
     def start(self, lease_id: str, now_s: float) -> None:
         """A lease was granted, or found active at start: it lives for one time to live from now."""

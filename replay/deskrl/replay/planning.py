@@ -82,8 +82,17 @@ def allowance(connection: sqlite3.Connection, pacing: Pacing) -> int:
     return pacing.allowance(counters.read(connection, counters.UPDATES), num_consumed, num_outstanding)
 
 
-def grant(connection: sqlite3.Connection, pacing: Pacing, asks: Sequence[Ask]) -> list[Grant | None]:
-    """Answer asks in order, as far as there is work: queues that are not paced first, then groups already begun."""
+def grant(
+    connection: sqlite3.Connection, pacing: Pacing, asks: Sequence[Ask], *, new_too: bool = True
+) -> list[Grant | None]:
+    """Answer asks in order, as far as there is work: queues that are not paced first, then groups already begun.
+
+    Args:
+        connection: the writer's.
+        pacing: how far acting may run ahead.
+        asks: answered in order.
+        new_too: False: only asks that were granted before are answered with their grant, once more.
+    """
     num_allowed = allowance(connection, pacing)
     grants: list[Grant | None] = []
     for ask in asks:
@@ -93,7 +102,7 @@ def grant(connection: sqlite3.Connection, pacing: Pacing, asks: Sequence[Ask]) -
         if known is not None:
             grants.append(Grant(known[0], _rollout(connection, known[1])))
             continue
-        work = _next_work(connection, paced_too=num_allowed > 0)
+        work = _next_work(connection, paced_too=num_allowed > 0) if new_too else None
         if work is None:
             grants.append(None)
             continue

@@ -45,6 +45,14 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         return rollout_pb2.ExtendLeasesResponse(alive=await self._coordinator.extend(list(request.lease_ids)))
 
     @refusing
+    async def AwaitTurn(self, request: rollout_pb2.AwaitTurnRequest, context: Any) -> rollout_pb2.AwaitTurnResponse:
+        """Hold an episode until the others of its round have come as far."""
+        admit(request.peer)
+        wait_s = wait_within(request.wait_s, context)
+        is_open = await self._coordinator.await_turn(request.lease_id, request.turn, wait_s)
+        return rollout_pb2.AwaitTurnResponse(is_open=is_open)
+
+    @refusing
     async def ReleaseLeases(
         self, request: rollout_pb2.ReleaseLeasesRequest, context: Any
     ) -> rollout_pb2.ReleaseLeasesResponse:
