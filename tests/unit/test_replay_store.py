@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deskrl.core.trajectory import Step, encode_step
+from deskrl.core.trajectory import Span, Step, encode_step
 from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
 from deskrl.replay import batches, images, planning, reading, retention, rollouts, schema
 from deskrl.replay.leases import MAX_EXPIRIES
@@ -57,7 +57,7 @@ def send_step(connection: sqlite3.Connection, segments: Segments, lease_id: str,
     image = images.Received(hashlib.sha256(shot).digest(), shot)
     payload = encode_step(Step(index=index, screenshot=image.hash.hex(), images=(), text=""))
     step = rollout_pb2.EpisodeStep(index=index, payload=payload)
-    return rollouts.add_step(connection, segments, lease_id, step, [image], [image.hash])
+    return rollouts.add_step(connection, segments, lease_id, step, (), [image], [image.hash])
 
 
 def send_result(
@@ -346,3 +346,23 @@ def test_an_error_of_our_own_reaches_who_asked_and_the_writer_goes_on(held: Held
     with pytest.raises(ZeroDivisionError):
         broken.result()
     assert held.writer.submit(insert(1)).result() == 1
+
+
+def test_what_episodes_are_looked_up_by_outlives_their_steps(connection: sqlite3.Connection, tmp_path: Path) -> None:
+    segments = Segments(tmp_path, {}, 1000)
+    plan_group(connection, "demo/0", num=1)
+    (grant,) = planning.grant(connection, PACING, [Ask("request", "actor")])
+    assert grant is not None
+    for index, versions in enumerate(((3, 4), (5, 5))):
+        spans = [Span("line", version, 0, 1) for version in versions]
+        payload = encode_step(Step(index=index, screenshot="", images=(), text="", spans=tuple(spans)))
+        step = rollout_pb2.EpisodeStep(index=index, payload=payload)
+        rollouts.add_step(connection, segments, grant.lease_id, step, spans, [], [])
+    send_result(connection, segments, grant.lease_id, 1.0, 2)
+    looked_up = "SELECT termination, lineage, oldest_version, newest_version FROM rollouts"
+    expected = (rollout_pb2.TERMINATION_FINISHED, "line", 3, 5)
+    assert connection.execute(looked_up).fetchone() == expected
+    batches.bind(connection, batches.Place("demo", "demo", 0), [], RULES)
+    batches.commit(connection, "demo", "demo", [], common_pb2.PolicyVersion())
+    assert retention.remove_oldest(connection, 0) == 1
+    assert connection.execute(looked_up).fetchone() == expected

@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", "write report.html of a run, finished or cut short")
     report.add_argument("run", type=Path, help="the run's folder")
     report.set_defaults(takes_overrides=False)
+    view = add("view", "serve the episodes of a run to a browser, also while it trains")
+    view.add_argument("run", type=Path, help="the run's folder")
+    view.add_argument("--port", type=int, default=7441, help="on the loopback address; 0: a free one")
+    view.set_defaults(takes_overrides=False)
 
     certificates = add("certificates", "make the certificates and the token of a run whose roles are on several hosts")
     certificates.add_argument("folder", type=Path, help="folder for them; its authority and token are kept")
@@ -150,6 +154,8 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from deskrl.core.up import report
 
         return report(options.run)
+    if options.command == "view":
+        return int(importlib.import_module("deskrl.replay.viewer").main(options.run, options.port))
     if options.command == "tasks":
         return _look_at_tasks(options)
     config = _identified(_read(options.config, rest), _ROLE_OF.get(options.command, options.command))

@@ -117,7 +117,9 @@ class EpisodeStream:
         received, self._received = self._received, []
         store = self._coordinator.store
         written = store.submit(
-            lambda connection: rollouts.add_step(connection, store.segments, self._lease_id, step, received, named)
+            lambda connection: rollouts.add_step(
+                connection, store.segments, self._lease_id, step, content.spans, received, named
+            )
         )
         self._coordinator.metrics.steps.inc()
         await self._await_commit(asyncio.wrap_future(written), closes=False)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deskrl.replay.refusals import Malformed, NotHeld
-from deskrl.replay.segments import Place, Segments
+from deskrl.replay.segments import Place, SegmentReader, Segments
 
 HASH_BYTES = 32
 
@@ -73,7 +73,9 @@ def let_go(connection: sqlite3.Connection, rollout: int) -> None:
             connection.execute("UPDATE segments SET live_bytes = live_bytes - ? WHERE number = ?", (num_bytes, segment))
 
 
-def read(connection: sqlite3.Connection, segments: Segments, hashes: Sequence[bytes], max_bytes: int) -> list[bytes]:
+def read(
+    connection: sqlite3.Connection, segments: SegmentReader, hashes: Sequence[bytes], max_bytes: int
+) -> list[bytes]:
     """Bytes of the first screenshots of `hashes`: at least one, then as many as fit into `max_bytes`.
 
     Outside a transaction, so that what is moved meanwhile is found again.
@@ -140,13 +142,14 @@ def _reach(connection: sqlite3.Connection, place: Place, num_bytes: int) -> None
     )
 
 
-def _read(connection: sqlite3.Connection, segments: Segments, value: bytes) -> bytes:
+def _read(connection: sqlite3.Connection, segments: SegmentReader, value: bytes) -> bytes:
     statement = "SELECT segment, position, num_bytes FROM images WHERE hash = ?"
-    while row := connection.execute(statement, (value,)).fetchone():
+    gone = None
+    while (row := connection.execute(statement, (value,)).fetchone()) not in (None, gone):
         try:
             return segments.read(Place(row[0], row[1]), row[2])
         except FileNotFoundError:  # moved since that row was read: the next look finds it, unless it has gone
-            continue
+            gone = row
     raise NotHeld(f"screenshot {value.hex()} is not held")
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from deskrl.core.trajectory import Span
 from deskrl.proto.v1 import rollout_pb2
 from deskrl.replay import counters, images
 from deskrl.replay.leases import MAX_EXPIRIES
@@ -57,12 +58,21 @@ def add_step(
     segments: Segments,
     lease_id: str,
     step: rollout_pb2.EpisodeStep,
+    spans: Sequence[Span],
     received: Sequence[images.Received],
     named: Iterable[bytes],
 ) -> int:
     """Store the next step with the screenshots received before it; returns the number of steps on disk.
 
     A step that is there already is ignored, the screenshots that came with it are not: a later step may name them.
+
+    Args:
+        connection: the writer's.
+        lease_id: under which it was sent.
+        step: as it came.
+        spans: the policy versions in its payload.
+        received: screenshots that came before it.
+        named: screenshots that it shows.
 
     Raises:
         LeaseLost: the lease has been lost.
@@ -81,7 +91,19 @@ def add_step(
         "INSERT INTO steps (rollout, step, payload) VALUES (?, ?, ?)", (lease.rollout, step.index, step.payload)
     )
     connection.execute("UPDATE rollouts SET num_steps = num_steps + 1 WHERE id = ?", (lease.rollout,))
+    if spans:
+        note_versions(connection, lease.rollout, spans)
     return lease.num_steps + 1
+
+
+def note_versions(connection: sqlite3.Connection, rollout: int, spans: Sequence[Span]) -> None:
+    """Keep what is looked up of the policy versions that acted in an episode; `spans` are of its latest step."""
+    versions = [span.step for span in spans]
+    connection.execute(
+        "UPDATE rollouts SET lineage = ?1, oldest_version = min(ifnull(oldest_version, ?2), ?2),"
+        " newest_version = max(ifnull(newest_version, ?3), ?3) WHERE id = ?4",
+        (spans[-1].lineage, min(versions), max(versions), rollout),
+    )
 
 
 def finish(
@@ -107,8 +129,8 @@ def finish(
     images.keep(connection, segments, lease.rollout, received, named)
     connection.execute("UPDATE leases SET state = 'finished' WHERE lease_id = ?", (lease_id,))
     connection.execute(
-        "UPDATE rollouts SET reward = ?, result = ? WHERE id = ?",
-        (result.reward, result.SerializeToString(), lease.rollout),
+        "UPDATE rollouts SET reward = ?, termination = ?, result = ? WHERE id = ?",
+        (result.reward, result.termination, result.SerializeToString(), lease.rollout),
     )
     connection.execute(
         "UPDATE groups SET num_steps = num_steps + ?, num_succeeded = num_succeeded + ?"
@@ -132,8 +154,9 @@ def fault(connection: sqlite3.Connection, lease_id: str, cause: rollout_pb2.Epis
     connection.execute("UPDATE leases SET state = 'faulted' WHERE lease_id = ?", (lease_id,))
     counters.add(connection, counters.FAULT + rollout_pb2.FaultKind.Name(cause.kind))
     (num_faults,) = connection.execute(
-        "UPDATE rollouts SET num_faults = num_faults + 1, last_fault = ? WHERE id = ? RETURNING num_faults",
-        (cause.SerializeToString(), lease.rollout),
+        "UPDATE rollouts SET num_faults = num_faults + 1, fault_kind = ?, last_fault = ? WHERE id = ?"
+        " RETURNING num_faults",
+        (cause.kind, cause.SerializeToString(), lease.rollout),
     ).fetchone()
     _discard_attempt(connection, lease.rollout)
     _plan_again(connection, lease.rollout, give_up=num_faults > max_faults)
@@ -160,7 +183,10 @@ def expire(connection: sqlite3.Connection, lease_ids: Iterable[str]) -> int:
                 kind=rollout_pb2.FAULT_KIND_ACTOR, message=f"its lease ran out {num_expiries} times"
             )
             counters.add(connection, counters.FAULT + rollout_pb2.FaultKind.Name(cause.kind))
-            connection.execute("UPDATE rollouts SET last_fault = ? WHERE id = ?", (cause.SerializeToString(), rollout))
+            connection.execute(
+                "UPDATE rollouts SET fault_kind = ?, last_fault = ? WHERE id = ?",
+                (cause.kind, cause.SerializeToString(), rollout),
+            )
         _discard_attempt(connection, rollout)
         _plan_again(connection, rollout, give_up=give_up)
     counters.add(connection, counters.EXPIRED_LEASES, num_expired)
@@ -188,7 +214,10 @@ def _discard_attempt(connection: sqlite3.Connection, rollout: int) -> None:
     """What an attempt that came to nothing has sent leaves no trace."""
     connection.execute("DELETE FROM steps WHERE rollout = ?", (rollout,))
     images.let_go(connection, rollout)
-    connection.execute("UPDATE rollouts SET num_steps = 0 WHERE id = ?", (rollout,))
+    connection.execute(
+        "UPDATE rollouts SET num_steps = 0, lineage = NULL, oldest_version = NULL, newest_version = NULL WHERE id = ?",
+        (rollout,),
+    )
 
 
 def _plan_again(connection: sqlite3.Connection, rollout: int, *, give_up: bool) -> None:

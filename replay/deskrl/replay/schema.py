@@ -15,7 +15,7 @@ from deskrl.core.errors import UserError
 
 FILE_NAME = "replay.sqlite"
 _APPLICATION_ID = 0x6465736B  # "desk"
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
 """What SQLite says on a full disk, depending on which of its files it was about to write."""
 _MEND = "restore the file from a copy, or move it away and start the run anew"
@@ -23,6 +23,8 @@ _MEND = "restore the file from a copy, or move it away and start the run anew"
 # Screenshots are nearly all bytes and lie in segments (see `segments`); a row says where.
 # `groups.state`: open -> complete -> bound -> consumed, or open -> closed (too few members).
 # `rollouts.state`: planned, leased, finished, faulted. `leases.state`: active, finished, faulted, expired, released.
+# What episodes are looked up by stands beside the message that it comes from, and outlives it: `termination` of
+# `result`, `fault_kind` of `last_fault`, policy versions of the steps' tokens (`lineage` is that of the last token).
 _TABLES = """
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE policy (lineage TEXT NOT NULL, step INTEGER NOT NULL);
@@ -72,6 +74,11 @@ CREATE TABLE rollouts (
     reward REAL,
     result BLOB,
     last_fault BLOB,
+    termination INTEGER,
+    fault_kind INTEGER,
+    lineage TEXT,
+    oldest_version INTEGER,
+    newest_version INTEGER,
     ending INTEGER,
     ended_unix_s REAL,
     removable INTEGER NOT NULL DEFAULT 0,
@@ -199,13 +206,21 @@ def _create(connection: sqlite3.Connection) -> None:
     )
 
 
-def _check(connection: sqlite3.Connection, path: Path) -> None:
+def refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise UserError unless the database is ours, and of the layout that this version knows."""
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application_id != _APPLICATION_ID:
         raise UserError(f"{path} is a database of something else", _MEND)
     if version != _SCHEMA_VERSION:
-        raise UserError(f"{path} has layout {version}, this deskrl reads {_SCHEMA_VERSION}", _MEND)
+        age = "a newer" if version > _SCHEMA_VERSION else "an older"
+        other = f"{path} is of {age} deskrl: its layout is {version}, and this one knows {_SCHEMA_VERSION}"
+        raise UserError(other, "use the deskrl that wrote it, or start the run anew under another name")
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise UserError unless the whole database is ours and sound."""
+    refuse_foreign(connection, path)
     findings = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
     if findings != ["ok"]:
         raise UserError(f"{path} is damaged: {' '.join(findings[0].split())}", _MEND)

@@ -26,8 +26,34 @@ class Place:
     position: int
 
 
-class Segments:
-    """The segment files of one store. Writing is for one thread; reading is for any."""
+class SegmentReader:
+    """The segment files of one store, to be read only, by any thread of any process.
+
+    Args:
+        folder: the store's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "screenshots"
+
+    def read(self, place: Place, num_bytes: int) -> bytes:
+        """The bytes at a place.
+
+        Raises:
+            FileNotFoundError: the segment was removed; what was still wanted of it lies elsewhere by now.
+        """
+        descriptor = os.open(self._path(place.segment), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(descriptor, num_bytes, place.position)
+        finally:
+            os.close(descriptor)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:08d}.bin"
+
+
+class Segments(SegmentReader):
+    """The same for the one process that holds the store. Writing is for one thread of it."""
 
     def __init__(self, folder: Path, extents: Mapping[int, int], max_bytes: int) -> None:
         """Take up what the database knows of, and remove files that no commit ever named.
@@ -40,7 +66,7 @@ class Segments:
         Raises:
             UserError: a segment is missing or cut short. All files are left as they are.
         """
-        self._folder = folder / "screenshots"
+        super().__init__(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._segment_bytes = min(_MAX_SEGMENT_BYTES, max_bytes // _SEGMENTS_OF_A_STORE)
         for number, num_bytes in extents.items():
@@ -84,18 +110,6 @@ class Segments:
         """Whether the segment still grows."""
         return self._descriptor is not None and number == self._number
 
-    def read(self, place: Place, num_bytes: int) -> bytes:
-        """The bytes at a place.
-
-        Raises:
-            FileNotFoundError: the segment was removed; what was still wanted of it lies elsewhere by now.
-        """
-        descriptor = os.open(self._path(place.segment), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.pread(descriptor, num_bytes, place.position)
-        finally:
-            os.close(descriptor)
-
     def remove(self, numbers: Iterable[int]) -> None:
         """Remove segments that no committed row speaks of any more. Whoever reads one keeps it until done."""
         for number in numbers:
@@ -129,6 +143,3 @@ class Segments:
         if held_bytes < num_bytes:
             state = "is missing" if held_bytes < 0 else f"was cut short at {held_bytes} of {num_bytes} bytes"
             raise UserError(f"{path} {state}", "restore the replay folder from a copy, or move it away")
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{number:08d}.bin"

@@ -11,7 +11,6 @@ import struct
 
 from deskrl.core import ids
 from deskrl.core.failure import FailureRule, group_failed
-from deskrl.core.trajectory import decode_step
 from deskrl.proto.v1 import rollout_pb2
 from deskrl.replay.pacing import PACED_QUEUE
 
@@ -55,10 +54,10 @@ def store(connection: sqlite3.Connection, position: int, success_above: float, c
     if queue != PACED_QUEUE or acting_policy != rollout_pb2.ACTING_POLICY_SAMPLED or capacity == 0:
         return
     for rollout in _successes_of(connection, position, success_above):
-        lineage, step = _newest_version(connection, rollout)
         connection.execute(
-            "INSERT INTO successes (task_id, rollout, lineage, step) VALUES (?, ?, ?, ?)",
-            (task_id, rollout, lineage, step),
+            "INSERT INTO successes (task_id, rollout, lineage, step)"
+            " SELECT ?, id, ifnull(lineage, ''), ifnull(newest_version, 0) FROM rollouts WHERE id = ?",
+            (task_id, rollout),
         )
     connection.execute(
         "DELETE FROM successes WHERE task_id = ? AND number NOT IN"
@@ -80,12 +79,3 @@ def _successes_of(connection: sqlite3.Connection, position: int, success_above: 
         (position, success_above),
     )
     return [row[0] for row in rows]
-
-
-def _newest_version(connection: sqlite3.Connection, rollout: int) -> tuple[str, int]:
-    """Version of the last token that the policy sampled in an episode; ("", 0) for one without steps."""
-    row = connection.execute(
-        "SELECT payload FROM steps WHERE rollout = ? ORDER BY step DESC LIMIT 1", (rollout,)
-    ).fetchone()
-    spans = decode_step(row[0]).spans if row is not None else ()
-    return (spans[-1].lineage, spans[-1].step) if spans else ("", 0)
