@@ -21,6 +21,8 @@ from replay_kit import ReplayProcess, free_port
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.presets import PRESETS
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.scores import read_scores
+from deskrl.core.trajectory import decode_step
 
 _DEADLINE_S = 240.0
 
@@ -145,6 +147,7 @@ def test_a_run_from_demonstrations_to_results(world: Callable[..., World]) -> No
     assert all(line["ok"] and line["canary_max_difference"] < 1e-4 for line in weights)
     check_results(run)
     check_checkpoints(run)
+    check_scores(run, updates[-1])
 
 
 def test_arpos_preset_keeps_every_group_and_learns_in_lock_step(world: Callable[..., World]) -> None:
@@ -178,6 +181,28 @@ def check_results(run: World) -> None:
         assert record["eval"]["before"]["n"] == record["eval"]["after"]["n"] == 2
     stats = json.loads((run.folder.results / "replay_buffer_stats.json").read_text())
     assert all({"stored", "used", "newest_version"} <= entry.keys() for entry in stats.values())
+
+
+def check_scores(run: World, update: dict[str, Any]) -> None:
+    """What is kept of each token adds up to what the update says of all."""
+    groups = read_scores(run.folder, "train/000003")
+    assert len(groups) == 2
+    episodes = [episode for group in groups.values() for episode in group.values()]
+    assert len(episodes) == update["num_trajectories"]
+    entropies = [entropy for episode in episodes for entropy in episode.entropies]
+    assert len(entropies) == update["num_tokens"]
+    assert sum(entropies) / len(entropies) == pytest.approx(update["entropy"], rel=1e-5)
+    sampled = {episode.episode_id: episode for episode in run.replay.client().episodes(queue="train")}
+    largest = 0.0
+    for group in groups.values():
+        assert sum(episode.advantage for episode in group.values()) == pytest.approx(0, abs=1e-6)
+        for name, episode in group.items():
+            steps = [decode_step(data) for data in sampled[name].steps]
+            logprobs = [logprob for step in steps for logprob in step.logprobs]
+            fresh = all(span.step == 2 for step in steps for span in step.spans) and not episode.replayed
+            differences = [abs(a - b) for a, b in zip(logprobs, episode.logprobs, strict=True)]
+            largest = max(largest, *differences) if fresh else largest
+    assert largest <= (update["mismatch_max"] or 0.0) + 1e-7
 
 
 def check_checkpoints(run: World) -> None:

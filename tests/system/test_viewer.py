@@ -27,6 +27,8 @@ from replay_kit import OpenStream, ReplayClient, ReplayProcess, begin, fault, im
 from deskrl.core.cli import main
 from deskrl.core.config import dump_config
 from deskrl.core.ids import image_hash
+from deskrl.core.runfolder import RunFolder
+from deskrl.core.scores import EpisodeScores, write_scores
 from deskrl.core.trajectory import Span, Step, encode_step
 from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
@@ -117,6 +119,8 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplayProcess]:
     play(client, 0.0, version=1, text=f"Thought: {EVIL}\nAction: {EVIL}")
     assert client.take("train", "train/000001", 0) is not None
     client.commit("train", "train/000001")
+    scores = EpisodeScores(0.5, False, logprobs=(-0.5, -2.0, -0.5, -2.25), entropies=(0.1, 1.5, 0.2, 0.3))
+    write_scores(RunFolder(process.config.folder), "train/000001", {"train/0": {"train/0.0": scores}}, keep=1)
     client.set_updates(1)
     client.plan("train/1", task_id="fold")
     for _ in range(2):
@@ -185,6 +189,18 @@ def test_a_step_shows_what_the_policy_saw_did_and_sampled(viewer: Viewer, browse
     browser.wait_for_load()
     assert browser.evaluate("location.search") == "?step=1"
     assert browser.complaints == []
+
+
+def test_what_the_learner_made_of_it_is_beside_what_was_sampled(viewer: Viewer, browser: Browser) -> None:
+    browser.open(f"{viewer.url}/episode/train/0.0?step=1")
+    told = browser.evaluate("[...document.querySelectorAll('.tokens span')].map(it => it.title)")
+    assert "learner's logprob -2.0000, difference +2.5e-01\nentropy 1.500 nats" in told[1]
+    assert "advantage +0.5" in browser.evaluate("document.querySelector('.head').textContent")
+    heat = "getComputedStyle(document.querySelectorAll('.tokens span')[1]).getPropertyValue('--heat')"
+    browser.evaluate("document.querySelector('[value=difference]').click()")
+    assert float(browser.evaluate(heat)) == 0.25
+    browser.open(f"{viewer.url}/episode/train/0.1?step=1")
+    assert browser.evaluate("document.querySelector('[value=difference]')") is None, "no scores are kept of it"
 
 
 def test_a_changed_filter_applies_at_once_and_a_row_leads_to_its_episode(viewer: Viewer, browser: Browser) -> None:

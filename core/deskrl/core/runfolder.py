@@ -14,7 +14,8 @@ from typing import Any
 class RunFolder:
     """Paths of one run, and its append-only metrics file.
 
-    config.json, metrics.jsonl, report.html, checkpoints/epoch_N/, results/, logs/, replay/, model/, supervisor.json.
+    config.json, metrics.jsonl, report.html, checkpoints/epoch_N/, results/, scores/, logs/, replay/, model/,
+    supervisor.json.
     """
 
     def __init__(self, root: Path) -> None:
@@ -24,6 +25,7 @@ class RunFolder:
         self.report = root / "report.html"
         self.checkpoints = root / "checkpoints"
         self.results = root / "results"
+        self.scores = root / "scores"
         self.logs = root / "logs"
         self.replay = root / "replay"
         self.supervisor = root / "supervisor.json"

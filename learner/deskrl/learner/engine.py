@@ -12,7 +12,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed
@@ -21,6 +21,8 @@ from torch import Tensor
 from deskrl.core.config import LearnerConfig
 from deskrl.learner.batch import MicroBatch
 from deskrl.learner.model import Policy, Scores
+
+Gathered = TypeVar("Gathered")
 
 
 class UpdateOutcome(NamedTuple):
@@ -127,6 +129,12 @@ class Engine:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather(self, value: Gathered) -> list[Gathered]:
+        """What each rank says, on rank 0; nothing on the others."""
+        boxes: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        torch.distributed.gather_object(value, boxes, dst=0)
+        return boxes or []
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deskrl.core import ids
 from deskrl.core.config import GrpoConfig
+from deskrl.core.scores import BatchScores
 from deskrl.core.trajectory import Span
 from deskrl.learner.advantages import group_advantages, learnt_reward
 from deskrl.learner.batch import MicroBatch
@@ -25,6 +26,7 @@ from deskrl.learner.losses import policy_loss, token_denominators
 from deskrl.learner.model import Scores
 from deskrl.learner.packing import Row, pack, token_lags
 from deskrl.learner.select import Selection
+from deskrl.learner.token_scores import TokenScores
 from deskrl.learner.trajectories import Trajectory
 
 _log = logging.getLogger("deskrl.learner")
@@ -37,6 +39,8 @@ class Learnable:
     rows: tuple[Row, ...]
     advantages_T: Tensor
     replayed_T: Tensor
+    names_T: tuple[tuple[str, str], ...]
+    """The group and the episode."""
 
     @property
     def num_tokens_T(self) -> Tensor:
@@ -72,6 +76,8 @@ class UpdateReport:
     num_trajectories: int
     num_rows: int
     num_tokens: int
+    token_scores: BatchScores
+    """By group and episode; empty on ranks other than the first."""
 
 
 def prepare(
@@ -106,6 +112,7 @@ def prepare(
         rows=tuple(rows),
         advantages_T=torch.tensor(advantages, dtype=torch.float32),
         replayed_T=torch.tensor([trajectory.replayed for trajectory in trajectories], dtype=torch.bool),
+        names_T=tuple((it.group_id, trajectory.episode_id) for it in selections for trajectory in it.trajectories),
     )
 
 
@@ -118,7 +125,7 @@ def learning_rate(config: GrpoConfig, num_updates: int) -> float:
 
 def learn(engine: Engine, feed: Feed, batch: Learnable, config: GrpoConfig, num_updates: int) -> UpdateReport:
     """Learn a batch in `config.minibatches` optimizer steps; `num_updates` batches were learnt before."""
-    sums = _Sums(batch)
+    sums, token_scores = _Sums(batch), TokenScores()
     minibatches = _split(batch, config.minibatches)
     # The policy that the batch starts from; for the first optimizer step it is that step's own forward pass.
     prox = [None, *(_score(engine, feed, rows, config.temperature) for rows, _ in minibatches[1:])]
@@ -129,23 +136,27 @@ def learn(engine: Engine, feed: Feed, batch: Learnable, config: GrpoConfig, num_
             batch.num_tokens_T, num_trajectories, config.loss_denominator, config.loss_scale_tokens
         )
 
+        share = feed.share(rows)
+
         def loss_of(
             index: int,
             micro: MicroBatch,
             scores: Scores,
+            share: list[list[Row]] = share,
             prox_of_step: list[Tensor] | None = prox_of_step,
             denominators_T: Tensor = denominators_T,
         ) -> Tensor:
             prox_N = scores.logprobs_N.detach() if prox_of_step is None else prox_of_step[index]
+            token_scores.note(share[index], prox_N, scores.entropy_N)
             return sums.loss(micro, scores, prox_N, denominators_T, config)
 
-        share = feed.share(rows)
         outcome = engine.update(feed.batches(share), len(share), config.temperature, loss_of)
         if not outcome.applied:
             _log.error("the gradient is not finite: this optimizer step is skipped, the weights stay as they are")
         applied = applied and outcome.applied
         norms.append(outcome.gradient_norm)
-    return sums.report(engine, len(minibatches), applied, max(norms) if applied else math.nan)
+    norm = max(norms) if applied else math.nan
+    return sums.report(engine, len(minibatches), applied, norm, token_scores.gather(engine, batch))
 
 
 def measure_mismatch(
@@ -239,7 +250,14 @@ class _Sums:
         if bool(fresh_N.any()):
             self._max_fresh_gap = max(self._max_fresh_gap, float(gap_N[fresh_N].max()))
 
-    def report(self, engine: Engine, num_steps: int, applied: bool, gradient_norm: float) -> UpdateReport:
+    def report(
+        self,
+        engine: Engine,
+        num_steps: int,
+        applied: bool,
+        gradient_norm: float,
+        token_scores: BatchScores,
+    ) -> UpdateReport:
         """The sums of all ranks as means."""
         total = dict(zip(self._sums, engine.sum_over_ranks(list(self._sums.values())), strict=True))
         max_lag, max_fresh_gap = engine.max_over_ranks([self._max_lag, self._max_fresh_gap])
@@ -259,4 +277,5 @@ class _Sums:
             num_trajectories=self._batch.num_trajectories,
             num_rows=len(self._batch.rows),
             num_tokens=int(tokens),
+            token_scores=token_scores,
         )

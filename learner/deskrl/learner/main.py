@@ -17,6 +17,7 @@ from deskrl.core.config import RunConfig
 from deskrl.core.exposition import expose
 from deskrl.core.lifetime import die_with_parent, stop_event
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.scores import write_scores
 from deskrl.core.trajectory import Span
 from deskrl.learner import grpo, metrics, stopping
 from deskrl.learner.checkpoint import checkpoint_name
@@ -256,6 +257,8 @@ class Learner:
         status = self._parts.replay.status() if self._is_first else None
         num_tasks = self._parts.curriculum.num_tasks
         record = update_record(batch, report, self._state.num_updates, self._config, num_tasks, status)
+        if self._is_first and report is not None:
+            write_scores(self._parts.folder, batch.batch_id, report.token_scores, self._config.learner.keep_scores)
         add_counts(self._state, record["per_task"])
         self._state.history.append(record)
         self._state.pending.append(pending_commit(TRAIN, batch))

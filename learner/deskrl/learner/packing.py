@@ -27,6 +27,8 @@ class Row:
     """One for each target; 0 for demonstrations, which nobody sampled."""
     lags: tuple[int, ...]
     """One for each target: versions between the policy that sampled it and the one that learns."""
+    first_step: int = 0
+    """Index of the first step whose action is in it: what orders the rows of a trajectory."""
 
 
 def pack(trajectory: int, steps: Sequence[Step], lags: Sequence[Sequence[int]], share: bool = True) -> list[Row]:
@@ -108,6 +110,7 @@ def _row(trajectory: int, step: Step, lags: Sequence[int]) -> Row:
         targets=tuple(range(start, start + len(step.action_ids))),
         behaviour_logprobs=step.logprobs,
         lags=tuple(lags),
+        first_step=step.index,
     )
 
 
@@ -121,4 +124,5 @@ def _join(row: Row, longer: Row) -> Row:
         targets=row.targets + longer.targets,
         behaviour_logprobs=row.behaviour_logprobs + longer.behaviour_logprobs,
         lags=row.lags + longer.lags,
+        first_step=row.first_step,
     )

@@ -28,6 +28,8 @@ class EpisodeView:
     ending: str
     fault: str
     final_image: str
+    advantage: float | None
+    """What it was worth in its group's update; None if it was not learnt from, or that is not kept."""
 
     @property
     def url(self) -> str:
@@ -75,7 +77,7 @@ def filter_fields(filters: Filters, choices: Choices) -> list[FilterField]:
     ]
 
 
-def episode_view(record: EpisodeRecord, success_above: float) -> EpisodeView:
+def episode_view(record: EpisodeRecord, success_above: float, advantage: float | None = None) -> EpisodeView:
     """The episode in words."""
     verdict = _VERDICTS.get(record.state)
     if verdict is None:
@@ -87,6 +89,7 @@ def episode_view(record: EpisodeRecord, success_above: float) -> EpisodeView:
         termination_text(record.termination),
         fault_text(record.fault_kind),
         "" if record.result is None or record.removed else record.result.final_image_hash,
+        advantage,
     )
 
 

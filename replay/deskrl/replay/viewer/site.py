@@ -17,6 +17,7 @@ from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.report.page import span_text
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.scores import EpisodeScores, read_scores
 from deskrl.replay import images, schema, successes
 from deskrl.replay.refusals import Refused
 from deskrl.replay.segments import SegmentReader
@@ -60,7 +61,8 @@ class Site:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._path = (RunFolder(config.folder).replay / schema.FILE_NAME).absolute()
+        self._folder = RunFolder(config.folder)
+        self._path = (self._folder.replay / schema.FILE_NAME).absolute()
         self._success_above = successes.threshold(config.replay.success_above)
         self._size = (config.desktop.width, config.desktop.height)
         self._text_of = tokens.token_texts(config.model_folder)
@@ -136,18 +138,22 @@ class Site:
         if frames and not 1 <= number <= len(frames):
             raise NoSuchPage(f"{name} has {len(steps)} steps, and no step {number}")
         step = steps[number - 1] if number <= len(steps) else None
-        members = [pages.episode_view(member, self._success_above) for member in group.members]
+        scores = self._scores(group)
+        members = [self._view(member, scores) for member in group.members]
+        own = scores.get(name)
+        learnt = None if own is None or step is None else tokens.scores_of_step(steps, number - 1, own)
         return self._page(
             "episode.html.j2",
             title=f"{name} · {self._config.name}",
-            episode=pages.episode_view(record, self._success_above),
+            episode=self._view(record, scores),
             group=group,
             members=members,
             frames=frames,
             number=number,
             frame=frames[number - 1] if frames else None,
             step=step,
-            tokens=tokens.token_views(step, self._text_of) if step is not None else [],
+            tokens=tokens.token_views(step, self._text_of, learnt) if step is not None else [],
+            has_scores=learnt is not None,
             has_texts=self._text_of is not None,
         )
 
@@ -156,18 +162,31 @@ class Site:
             group = browse.group(connection, name)
             if group is None:
                 raise NoSuchPage(f"this run has no group {name}")
-            members = [self._member(connection, record, group) for record in group.members]
-            candidate = None if group.candidate is None else self._member(connection, group.candidate, group)
+            scores = self._scores(group)
+            members = [self._member(connection, record, group, scores) for record in group.members]
+            candidate = None if group.candidate is None else self._member(connection, group.candidate, group, scores)
         return self._page(
             "group.html.j2", title=f"{name} · {self._config.name}", group=group, members=members, candidate=candidate
         )
 
+    def _scores(self, group: browse.GroupRecord) -> Mapping[str, EpisodeScores]:
+        """What the learner made of a group's episodes, where that is kept."""
+        return read_scores(self._folder, group.batch_id).get(group.group_id, {}) if group.batch_id is not None else {}
+
+    def _view(self, record: browse.EpisodeRecord, scores: Mapping[str, EpisodeScores]) -> pages.EpisodeView:
+        own = scores.get(record.episode_id)
+        return pages.episode_view(record, self._success_above, None if own is None else own.advantage)
+
     def _member(
-        self, connection: sqlite3.Connection, record: browse.EpisodeRecord, group: browse.GroupRecord
+        self,
+        connection: sqlite3.Connection,
+        record: browse.EpisodeRecord,
+        group: browse.GroupRecord,
+        scores: Mapping[str, EpisodeScores],
     ) -> pages.MemberView:
         steps = browse.steps(connection, record.rollout)
         return pages.MemberView(
-            pages.episode_view(record, self._success_above),
+            self._view(record, scores),
             pages.frames_of(steps, record, self._size),
             pages.standing_of(record, group),
         )
