@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from deskrl.core.exposition import expose
 from deskrl.core.ids import new_id
 from deskrl.core.lifetime import StopEvent, die_with_parent, stop_event
 
+UNNUMBERED = -1
+"""In place of an actor's number: the launcher counts, as one that scales containers does."""
 FINISH_S = 2.0
 """How long running episodes may go on when the process is asked to end."""
 DRAIN_S = 8.0
@@ -41,7 +44,7 @@ def run(config: RunConfig, actor: int = 0) -> int:
 
     Args:
         config: the run.
-        actor: number of this process among the run's actors, from 0.
+        actor: number of this process among the run's actors, from 0; `UNNUMBERED`: one of as many as a launcher likes.
 
     Raises:
         UserError: bad input, as it comes to light.
@@ -50,7 +53,7 @@ def run(config: RunConfig, actor: int = 0) -> int:
     die_with_parent()
     num_desktops = desktops_of(config, actor)
     if config.actor.metrics_port:
-        expose(config.security.metrics_host, config.actor.metrics_port + actor, "actor.metrics_port")
+        expose(config.security.metrics_host, config.actor.metrics_port + max(actor, 0), "actor.metrics_port")
     if num_reaped := reap_orphans(desktops_folder(config)):
         _log.warning("ended %d desktops that a killed actor left", num_reaped)
     try:
@@ -63,10 +66,11 @@ def run(config: RunConfig, actor: int = 0) -> int:
 def desktops_of(config: RunConfig, actor: int) -> int:
     """How many desktops actor number `actor` drives, so that all actors together drive `num_envs`."""
     per_actor, num_envs = config.actor.desktops_per_actor, config.desktop.num_envs
-    num_actors = -(-num_envs // per_actor)
-    if not 0 <= actor < num_actors:
+    if actor == UNNUMBERED:
+        return per_actor
+    if not 0 <= actor < config.num_actors:
         raise UserError(
-            f"there is no actor {actor}: {num_envs} desktops, {per_actor} per actor, make {num_actors}",
+            f"there is no actor {actor}: {num_envs} desktops, {per_actor} per actor, make {config.num_actors}",
             "count actors from 0, or raise desktop.num_envs",
         )
     return min(per_actor, num_envs - actor * per_actor)
@@ -79,7 +83,7 @@ def desktops_folder(config: RunConfig) -> Path:
 
 
 async def _run(config: RunConfig, actor: int, num_desktops: int, stop: StopEvent) -> int:
-    name = f"actor-{actor}.{os.getpid()}"
+    name = f"actor-{actor if actor != UNNUMBERED else socket.gethostname()}.{os.getpid()}"
     replay = ReplayClient(config.replay.address, name)
     policy = PolicyClient(config.inference, name, config.actor.act_timeout_s)
     agent = make_agent(config.agent)

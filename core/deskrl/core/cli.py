@@ -81,6 +81,24 @@ def _parser() -> argparse.ArgumentParser:
         command = add(role, help_text)
         command.add_argument("config", type=Path, help="run configuration")
         command.add_argument("--index", type=int, default=0, help="which replica or actor of the run this is, from 0")
+    command.add_argument(
+        "--unnumbered",
+        dest="index",
+        action="store_const",
+        const=-1,
+        help="an actor that the launcher counts, not the configuration: it drives actor.desktops_per_actor desktops",
+    )
+
+    add("prepare", "write what the roles of a run expect to find; launchers run it before any role").add_argument(
+        "config", type=Path, help="run configuration"
+    )
+    add("size", "print how many processes make the run, for launchers").add_argument(
+        "config", type=Path, help="run configuration"
+    )
+    health = add("health", "say by the exit status whether a server of the run is up: 0, or 1")
+    health.add_argument("config", type=Path, help="run configuration")
+    health.add_argument("role", choices=("replay", "inference"), help="which server")
+    health.add_argument("--index", type=int, default=0, help="which replica, from 0")
 
     model = add("model", "build the model that a configuration asks for")
     model.add_argument("config", type=Path, help="run configuration")
@@ -158,7 +176,10 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return int(importlib.import_module("deskrl.replay.viewer").main(options.run, options.port))
     if options.command == "tasks":
         return _look_at_tasks(options)
-    config = _identified(_read(options.config, rest), _ROLE_OF.get(options.command, options.command))
+    config = _read(options.config, rest)
+    if options.command in ("prepare", "size", "health"):
+        return _help_launcher(options, config)
+    _identified(config, _ROLE_OF.get(options.command, options.command))
     if options.command == "model":
         return int(importlib.import_module("deskrl.learner.build_model").main(config))
     if options.command == "prove-checkpoint":
@@ -171,6 +192,14 @@ def _identified(config: RunConfig, role: str) -> RunConfig:
     if config.security.folder is not None:
         importlib.import_module("deskrl.core.rpc").identify_as(role, config.security.folder)
     return config
+
+
+def _help_launcher(options: argparse.Namespace, config: RunConfig) -> int:
+    from deskrl.core import launching
+
+    if options.command == "health":
+        return launching.health(config, options.role, options.index)
+    return launching.prepare(config) if options.command == "prepare" else launching.size(config)
 
 
 def _certify(options: argparse.Namespace) -> int:
@@ -201,7 +230,7 @@ def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _run_role(role: str, config: RunConfig, index: int | None, path: Path, overrides: Sequence[str]) -> int:
-    logs.setup(role if index is None else f"{role}-{index}")
+    logs.setup(role if index is None or index < 0 else f"{role}-{index}")
     if role == "learner" and config.learner.num_processes > 1 and "RANK" not in os.environ:
         return _run_ranks(config, path, overrides)
     run = importlib.import_module(f"deskrl.{role}.main").run

@@ -447,6 +447,11 @@ class RunConfig(BaseSettings):
         return self.runs / self.name
 
     @property
+    def num_actors(self) -> int:
+        """Actor processes, as they follow from the number of desktops."""
+        return -(-self.desktop.num_envs // self.actor.desktops_per_actor)
+
+    @property
     def model_folder(self) -> Path:
         """Where the initial model lies."""
         return self.model.path if self.model.path is not None else self.folder / "model"

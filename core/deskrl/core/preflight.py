@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import shutil
 import socket
 from collections.abc import Iterator
@@ -36,8 +35,7 @@ class Endpoint(NamedTuple):
 
 def refuse_bad_input(config: RunConfig) -> None:
     """Raise UserError for whatever can be known to be wrong by now; changes nothing."""
-    for contradiction in _contradictions(config):
-        raise UserError(contradiction, "change one of the two")
+    refuse_contradictions(config)
     refuse_ports(config)
     refuse_full_disk(RunFolder(config.folder))
     refuse_missing_packages(config)
@@ -47,6 +45,12 @@ def refuse_bad_input(config: RunConfig) -> None:
     else:
         importlib.import_module("deskrl.learner.build_model").refuse_unfit(config)
     importlib.import_module("deskrl.learner.checkpoint").refuse_unreadable(config)
+
+
+def refuse_contradictions(config: RunConfig) -> None:
+    """Raise UserError for values that are fine each by itself and not together."""
+    for contradiction in _contradictions(config):
+        raise UserError(contradiction, "change one of the two")
 
 
 def refuse_missing_packages(config: RunConfig) -> None:
@@ -86,7 +90,6 @@ def refuse_full_disk(folder: RunFolder) -> None:
 
 def endpoints(config: RunConfig) -> Iterator[Endpoint]:
     """Everything that the roles of a run will listen on; ports of replicas and actors count up."""
-    num_actors = math.ceil(config.desktop.num_envs / config.actor.desktops_per_actor)
     num_replicas = config.inference.num_replicas
     for key, addresses in (
         ("replay.address", [config.replay.listen_address]),
@@ -98,7 +101,7 @@ def endpoints(config: RunConfig) -> Iterator[Endpoint]:
     for key, host, first, num in (
         ("inference.openai_port", config.inference.openai_host, config.inference.openai_port, num_replicas),
         ("inference.metrics_port", metrics_host, config.inference.metrics_port, num_replicas),
-        ("actor.metrics_port", metrics_host, config.actor.metrics_port, num_actors),
+        ("actor.metrics_port", metrics_host, config.actor.metrics_port, config.num_actors),
         ("replay.metrics_port", metrics_host, config.replay.metrics_port, 1),
         ("learner.metrics_port", metrics_host, config.learner.metrics_port, 1),
         ("learner.master_port", "127.0.0.1", config.learner.master_port, 1),
@@ -107,7 +110,6 @@ def endpoints(config: RunConfig) -> Iterator[Endpoint]:
 
 
 def _contradictions(config: RunConfig) -> Iterator[str]:
-    """Values that are fine each by itself and not together."""
     for one, other in combinations(endpoints(config), 2):
         if one.port == other.port:
             yield f"{one.key} and {other.key} both come to port {one.port}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import shutil
 import sys
 import time
@@ -115,8 +114,7 @@ def _run(
     resolved = str(folder.config)
     importlib.import_module("deskrl.actor.prepare").main(config)
     _start_replay(config, folder, supervisor)
-    num_actors = math.ceil(config.desktop.num_envs / config.actor.desktops_per_actor)
-    for index in range(num_actors):
+    for index in range(config.num_actors):
         supervisor.start(f"actor-{index}", "actor", resolved, "--index", str(index))
     if config.model.build and not _is_built(config.model_folder):
         supervisor.run_to_end("model", "model", resolved, timeout_s=_MODEL_BUILD_S)
