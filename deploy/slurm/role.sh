@@ -41,5 +41,6 @@ deskrl learner "$config" &
 learner=$!
 trap 'kill -TERM $learner' TERM
 wait "$learner" || wait "$learner" # the first is cut short by the signal
-touch "$addresses/finished"
-scancel --me --name="deskrl-$name-actor,deskrl-$name-inference,deskrl-$name-replay" # the run is over, its servers too
+for other in actor inference replay; do
+    scancel --me --name="deskrl-$name-$other" # the run is over
+done

@@ -93,3 +93,4 @@ def test_actors_share_all_desktops_of_the_run(num_envs: int, shares: list[int]) 
     for actor in (-1, len(shares)):
         with pytest.raises(UserError, match=f"there is no actor {actor}"):
             desktops_of(config, actor)
+    assert desktops_of(config, None) == 4, "one that a launcher counts"

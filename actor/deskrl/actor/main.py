@@ -29,8 +29,6 @@ from deskrl.core.exposition import expose
 from deskrl.core.ids import new_id
 from deskrl.core.lifetime import StopEvent, die_with_parent, stop_event
 
-UNNUMBERED = -1
-"""In place of an actor's number: the launcher counts, as one that scales containers does."""
 FINISH_S = 2.0
 """How long running episodes may go on when the process is asked to end."""
 DRAIN_S = 8.0
@@ -39,12 +37,12 @@ DRAIN_S = 8.0
 _log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, actor: int = 0) -> int:
+def run(config: RunConfig, actor: int | None = 0) -> int:
     """Play episodes until a signal ends it; returns the exit status.
 
     Args:
         config: the run.
-        actor: number of this process among the run's actors, from 0; `UNNUMBERED`: one of as many as a launcher likes.
+        actor: number of this process among the run's actors, from 0; None: one of as many as a launcher likes.
 
     Raises:
         UserError: bad input, as it comes to light.
@@ -53,7 +51,7 @@ def run(config: RunConfig, actor: int = 0) -> int:
     die_with_parent()
     num_desktops = desktops_of(config, actor)
     if config.actor.metrics_port:
-        expose(config.security.metrics_host, config.actor.metrics_port + max(actor, 0), "actor.metrics_port")
+        expose(config.security.metrics_host, config.actor.metrics_port + (actor or 0), "actor.metrics_port")
     if num_reaped := reap_orphans(desktops_folder(config)):
         _log.warning("ended %d desktops that a killed actor left", num_reaped)
     try:
@@ -63,10 +61,10 @@ def run(config: RunConfig, actor: int = 0) -> int:
             desktops_folder(config).rmdir()
 
 
-def desktops_of(config: RunConfig, actor: int) -> int:
+def desktops_of(config: RunConfig, actor: int | None) -> int:
     """How many desktops actor number `actor` drives, so that all actors together drive `num_envs`."""
     per_actor, num_envs = config.actor.desktops_per_actor, config.desktop.num_envs
-    if actor == UNNUMBERED:
+    if actor is None:
         return per_actor
     if not 0 <= actor < config.num_actors:
         raise UserError(
@@ -82,8 +80,8 @@ def desktops_folder(config: RunConfig) -> Path:
     return Path(tempfile.gettempdir()) / f"deskrl-desktops-{name}"
 
 
-async def _run(config: RunConfig, actor: int, num_desktops: int, stop: StopEvent) -> int:
-    name = f"actor-{actor if actor != UNNUMBERED else socket.gethostname()}.{os.getpid()}"
+async def _run(config: RunConfig, actor: int | None, num_desktops: int, stop: StopEvent) -> int:
+    name = f"actor-{socket.gethostname() if actor is None else actor}.{os.getpid()}"
     replay = ReplayClient(config.replay.address, name)
     policy = PolicyClient(config.inference, name, config.actor.act_timeout_s)
     agent = make_agent(config.agent)

@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         "--unnumbered",
         dest="index",
         action="store_const",
-        const=-1,
+        const=None,
         help="an actor that the launcher counts, not the configuration: it drives actor.desktops_per_actor desktops",
     )
 
@@ -184,7 +184,7 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return int(importlib.import_module("deskrl.learner.build_model").main(config))
     if options.command == "prove-checkpoint":
         return int(importlib.import_module("deskrl.learner.proof").main(config, options.outcome))
-    return _run_role(options.command, config, getattr(options, "index", None), options.config, rest)
+    return _run_role(options, config, rest)
 
 
 def _identified(config: RunConfig, role: str) -> RunConfig:
@@ -229,12 +229,13 @@ def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
     return read_resolved(path)
 
 
-def _run_role(role: str, config: RunConfig, index: int | None, path: Path, overrides: Sequence[str]) -> int:
-    logs.setup(role if index is None or index < 0 else f"{role}-{index}")
+def _run_role(options: argparse.Namespace, config: RunConfig, overrides: Sequence[str]) -> int:
+    role, index = options.command, getattr(options, "index", None)
+    logs.setup(role if index is None else f"{role}-{index}")
     if role == "learner" and config.learner.num_processes > 1 and "RANK" not in os.environ:
-        return _run_ranks(config, path, overrides)
+        return _run_ranks(config, options.config, overrides)
     run = importlib.import_module(f"deskrl.{role}.main").run
-    return int(run(config) if index is None else run(config, index))
+    return int(run(config, index) if "index" in options else run(config))
 
 
 def _run_ranks(config: RunConfig, path: Path, overrides: Sequence[str]) -> int:
