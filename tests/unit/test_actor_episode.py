@@ -152,6 +152,7 @@ def play(
     acting: rollout_pb2.ActingPolicy = rollout_pb2.ACTING_POLICY_SAMPLED,
     blame_s: float = 60.0,
     max_steps: int = 4,
+    evaluate_format_errors: bool = False,
 ) -> rollout_pb2.EpisodeResult:
     """Play one episode with deadlines that are over soon."""
     data = json.dumps(TASK).encode()
@@ -162,7 +163,16 @@ def play(
 
     async def scenario() -> rollout_pb2.EpisodeResult:
         episode = Episode(
-            desktop, task, rollout, conversation, player, sink or Sink(), config, lambda state: None, blame_s
+            desktop,
+            task,
+            rollout,
+            conversation,
+            player,
+            sink or Sink(),
+            config,
+            lambda state: None,
+            blame_s,
+            evaluate_format_errors=evaluate_format_errors,
         )
         return await episode.play(reset_ms=7.0)
 
@@ -204,6 +214,13 @@ def test_what_cannot_be_parsed_ends_the_episode_unrewarded_whatever_the_desktop_
     assert (result.reward, result.termination) == (0.0, rollout_pb2.TERMINATION_FORMAT_ERROR)
     assert not result.format_ok and "frobnicate" in result.evidence_json
     assert [step.action.get("kind") for step in sink.steps] == ["click", None]
+
+
+def test_what_cannot_be_parsed_can_be_judged_by_the_state_that_was_reached() -> None:
+    result = play(DoubleDesktop(), Says(CLICK, NONSENSE), evaluate_format_errors=True)
+    assert (result.reward, result.termination) == (1.0, rollout_pb2.TERMINATION_FORMAT_ERROR)
+    assert not result.format_ok and "frobnicate" in result.evidence_json and "solved" in result.evidence_json
+    assert play(DoubleDesktop(), Says(NONSENSE), evaluate_format_errors=True).reward == 0.0
 
 
 def test_giving_up_a_feasible_task_is_unrewarded() -> None:

@@ -103,6 +103,12 @@ def make_agent(config: AgentConfig) -> Agent:
     return UiTars15Agent(config)
 
 
+def prompt_characters(config: AgentConfig) -> int:
+    """How long the prompt is before the first screenshot, in characters, a task's instruction not counted."""
+    opening = make_agent(config).begin("").prompt().messages
+    return sum(len(content.text) for message in opening for content in message.contents)
+
+
 class UiTars15Agent(Agent):
     """UI-TARS 1.5: thought and action as text, absolute coordinates in the image that the model sees."""
 

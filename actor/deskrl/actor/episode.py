@@ -9,8 +9,8 @@ A *result* is what the policy achieved; a *fault* is what the infrastructure spo
   bad reward, also where the destruction takes a moment (a fork bomb, a filling disk) or leaves a desktop that answers
   but can run nothing (`rm -rf /`).
 - It died at any other time, or failed while it is alive: a fault.
-- An action that cannot be parsed ends the episode with FORMAT_ERROR and reward 0. The end state is not evaluated:
-  a reward that the desktop happens to hold would teach that format does not matter.
+- An action that cannot be parsed ends the episode with FORMAT_ERROR and reward 0. The end state is not evaluated,
+  unless that is asked for: a reward that the desktop happens to hold would teach that format does not matter.
 - A scripted solution that is not rewarded with 1.0 is a fault, never a demonstration.
 """
 
@@ -82,6 +82,7 @@ class Episode:
         config: deadlines.
         enter: called with what the desktop is about to do.
         blame_s: see BLAME_S.
+        evaluate_format_errors: ask the evaluator too where an action could not be parsed.
         await_turn: in lock-step, waits for the others before each turn of the policy and before the evaluation.
     """
 
@@ -96,6 +97,7 @@ class Episode:
         config: DesktopConfig,
         enter: Callable[[DesktopState], None],
         blame_s: float = BLAME_S,
+        evaluate_format_errors: bool = False,
         await_turn: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         self._desktop = desktop
@@ -108,6 +110,7 @@ class Episode:
         self._enter = enter
         self._await_turn = await_turn
         self._blame_s = blame_s
+        self._evaluate_format_errors = evaluate_format_errors
         self._scripted = rollout.acting_policy == rollout_pb2.ACTING_POLICY_SCRIPTED
         self._acted_s: float | None = None
         self._image = common_pb2.Image()
@@ -158,7 +161,11 @@ class Episode:
                 action = self._conversation.parse(decision.step.text).action
             except FormatError as error:
                 self._send(decision.step, timings_ms)
-                return rollout_pb2.TERMINATION_FORMAT_ERROR, 0.0, json.dumps({"format_error": str(error)})
+                reward, told = 0.0, {"format_error": str(error)}
+                if self._evaluate_format_errors:
+                    reward, evidence = await self._evaluate(None)
+                    told["evaluation"] = json.loads(evidence)
+                return rollout_pb2.TERMINATION_FORMAT_ERROR, reward, json.dumps(told)
             step = replace(decision.step, action=action.to_record())
             if action.ends_episode:
                 self._send(step, timings_ms)

@@ -90,7 +90,10 @@ async def _run(config: RunConfig, actor: int | None, num_desktops: int, stop: St
         return make_desktop(config.desktop, new_id("desktop"), desktops_folder(config))
 
     lock_step = config.replay.schedule == "lock_step"
-    workers = [Worker(replay, policy, agent, fresh_desktop, config.desktop, lock_step) for _ in range(num_desktops)]
+    judges_all = config.agent.format_error == "evaluate"
+    workers = [
+        Worker(replay, policy, agent, fresh_desktop, config.desktop, lock_step, judges_all) for _ in range(num_desktops)
+    ]
     _log.info("driving %d desktops", num_desktops)
     heartbeat = asyncio.create_task(replay.keep_alive(config.replay.lease_ttl_s))
     stopping = asyncio.create_task(stop.wait_async())

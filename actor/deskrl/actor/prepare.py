@@ -51,6 +51,17 @@ def load(config: RunConfig) -> tuple[list[Task], dict[str, list[str]]]:
     return playable, left_out
 
 
+def count(config: RunConfig) -> int:
+    """How many tasks a run plays where its desktops are: on another machine than this one perhaps.
+
+    Raises:
+        UserError: a task is unknown, invalid or twice there.
+    """
+    if config.tasks.unplayable == "refuse":
+        config = config.model_copy(update={"tasks": config.tasks.model_copy(update={"unplayable": "play"})})
+    return len(load(config)[0])
+
+
 def main(config: RunConfig) -> None:
     """Write the files; raises UserError as `load` does."""
     tasks, left_out = load(config)

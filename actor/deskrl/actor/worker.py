@@ -51,6 +51,7 @@ class Worker:
         make_desktop: a new desktop, not started.
         config: deadlines.
         lock_step: wait for the other desktops before each turn.
+        evaluate_format_errors: see `Episode`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Worker:
         make_desktop: Callable[[], Desktop],
         config: DesktopConfig,
         lock_step: bool = False,
+        evaluate_format_errors: bool = False,
     ) -> None:
         self._replay = replay
         self._policy = policy
@@ -68,6 +70,7 @@ class Worker:
         self._make_desktop = make_desktop
         self._config = config
         self._lock_step = lock_step
+        self._evaluate_format_errors = evaluate_format_errors
         self._desktop: Desktop | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._gauge = metrics.StateGauge()
@@ -152,6 +155,7 @@ class Worker:
             stream,
             self._config,
             enter=self._gauge.enter,
+            evaluate_format_errors=self._evaluate_format_errors,
             await_turn=partial(self._replay.await_turn, lease) if self._lock_step else None,
         )
 

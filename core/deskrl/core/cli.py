@@ -14,11 +14,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from deskrl.core import logs
 from deskrl.core.config import RunConfig, load_config, read_resolved
 from deskrl.core.errors import UserError, missing_package
+from deskrl.core.explain.timing import Assumptions
+
+if TYPE_CHECKING:
+    from deskrl.core.arpo import Note
 
 _ROLE_OF = {"model": "learner", "prove-checkpoint": "learner", "tasks": "actor"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -67,8 +71,19 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(takes_overrides=True)
         return command
 
-    up = add("up", "start every role of a run on this machine, watch it, and judge it at its end")
-    up.add_argument("config", type=Path, help="run configuration (TOML)")
+    for name, help_text in (
+        ("up", "start every role of a run on this machine, watch it, and judge it at its end"),
+        ("explain", "say what a run would do, need and take, and where it departs from ARPO, before anything starts"),
+    ):
+        command = add(name, help_text)
+        command.add_argument("config", type=Path, help="run configuration (TOML)")
+        command.add_argument(
+            "--arpo",
+            action="store_true",
+            help="the configuration is one of ARPO's (YAML); overrides as worker.rollout.n=8 may follow",
+        )
+        if name == "explain":
+            _add_assumptions(command)
     for role, help_text in (
         ("replay", "the replay service: leases, durable episodes, groups"),
         ("learner", "the learner: imitation, GRPO, checkpoints, weight updates"),
@@ -148,6 +163,13 @@ def _add_list_commands(tasks: argparse._SubParsersAction[_Parser]) -> None:
         command.set_defaults(takes_overrides=False)
 
 
+def _add_assumptions(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON document")
+    for name, field in Assumptions.model_fields.items():
+        kind = int if field.annotation is int else float
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=field.description)
+
+
 def _dispatch(arguments: Sequence[str]) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -167,7 +189,14 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command == "up":
         from deskrl.core.up import up
 
-        return up(_identified(load_config(options.config, rest), "operator"))
+        config, _ = _configure(options, rest)
+        return up(_identified(config, "operator"))
+    if options.command == "explain":
+        from deskrl.core.explain.main import explain
+
+        config, notes = _configure(options, rest)
+        assumed = Assumptions(**{name: getattr(options, name) for name in Assumptions.model_fields})
+        return explain(config, notes, assumed, as_document=options.json)
     if options.command == "report":
         from deskrl.core.up import report
 
@@ -208,6 +237,15 @@ def _certify(options: argparse.Namespace) -> int:
     for path in make_certificates(options.folder, options.host, options.days):
         print(path)
     return 0
+
+
+def _configure(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunConfig, list[Note]]:
+    """The configuration of a run, and what became of ARPO's keys if it is one of ARPO's."""
+    if not options.arpo:
+        return load_config(options.config, rest), []
+    from deskrl.core.arpo import load_arpo
+
+    return load_arpo(options.config, rest, must_resume=options.command == "up")
 
 
 def _look_at_tasks(options: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ those of the services it calls. Imports no engine, so that `deskrl --help` and a
 from __future__ import annotations
 
 import copy
+import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -180,6 +182,9 @@ class AgentConfig(Section):
     """Width to which screenshots are scaled before the policy sees them; unset: as they are."""
     image_height: PositiveInt | None = None
     """Height to which screenshots are scaled before the policy sees them; unset: as they are."""
+    format_error: Literal["fail", "evaluate"] = "fail"
+    """What an action that cannot be parsed is worth, which always ends the episode: `fail`: 0, whatever was reached, so
+    that format matters; `evaluate`: what the evaluator says of the state (`learner.grpo.format_penalty` comes off)."""
     language: str = "English"
     """Language of the thoughts, as the prompt asks for it."""
 
@@ -487,9 +492,33 @@ def load_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file", "name a run configuration, such as deploy/runs/smoke.toml")
+    return _load(lambda schema: TomlConfigSettingsSource(schema, toml_file=path), str(path), arguments)
 
-    class FileRunConfig(RunConfig):
-        """The same schema, bound to its file."""
+
+def load_values(values: Mapping[str, Any], origin: str, arguments: Sequence[str] = ()) -> RunConfig:
+    """A run configuration from nested values in place of a file; environment and command line win as they do there.
+
+    Args:
+        values: as a TOML file would hold them.
+        origin: where they come from, for refusals.
+        arguments: overrides as they stand on the command line.
+    """
+    return _load(lambda schema: InitSettingsSource(schema, dict(values)), origin, arguments)
+
+
+def overridden_keys(arguments: Sequence[str]) -> set[str]:
+    """Dotted keys that environment or command line set."""
+    options = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
+    prefix, delimiter = "DESKRL_", "__"
+    variables = {name.removeprefix(prefix).lower() for name in os.environ if name.startswith(prefix)}
+    return options | {name.replace(delimiter, ".") for name in variables}
+
+
+def _load(
+    source_of: Callable[[type[BaseSettings]], PydanticBaseSettingsSource], origin: str, arguments: Sequence[str]
+) -> RunConfig:
+    class BoundRunConfig(RunConfig):
+        """The same schema, bound to a source of its own."""
 
         @classmethod
         def settings_customise_sources(
@@ -500,15 +529,14 @@ def load_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            file = TomlConfigSettingsSource(settings_cls, toml_file=path)
-            return init_settings, env_settings, file, _PresetSource(settings_cls)
+            return init_settings, env_settings, source_of(settings_cls), _PresetSource(settings_cls)
 
     try:
-        return CliApp.run(FileRunConfig, cli_args=list(arguments))
+        return CliApp.run(BoundRunConfig, cli_args=list(arguments))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not readable as TOML: {error}", "mend the file") from error
+        raise UserError(f"{origin}: not readable as TOML: {error}", "mend the file") from error
     except ValidationError as error:
-        raise UserError(f"{path}: {_describe(error)}", "mend the key, or remove it") from error
+        raise UserError(f"{origin}: {_describe(error)}", "mend the key, or remove it") from error
     except SettingsError as error:  # of the command line or the environment, and it says which
         raise UserError(_describe(error), "mend the key, or remove it") from error
 

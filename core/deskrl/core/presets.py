@@ -16,9 +16,9 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
     "deskrl": {},
     "arpo": {
         "tasks": {"rollouts": 8, "max_steps": 15},
-        "agent": {"context": "episode"},
+        "agent": {"context": "episode", "format_error": "evaluate"},
         "inference": {"max_images": 15},
-        "replay": {"successes_per_task": 8, "success_above": 0.1},
+        "replay": {"schedule": "lock_step", "successes_per_task": 8, "success_above": 0.1},
         "learner": {
             "grpo": {
                 # 16 tasks x 8 rollouts are a batch of 128; optimizer steps are of 8 tasks x 8 rollouts.

@@ -34,6 +34,29 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 
+TEXT: Mapping[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": MAX_LENGTH,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+}
+VISION: Mapping[str, Any] = {
+    "depth": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 2,
+    "patch_size": PATCH_PIXELS,
+    "temporal_patch_size": 1,
+    "spatial_merge_size": MERGE,
+    "window_size": 4 * PATCH_PIXELS * MERGE,
+    "fullatt_block_indexes": [0, 1],
+}
+"""About two and a half million parameters, by transformers' names."""
+
 _IMAGE_PROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
@@ -132,38 +155,20 @@ def write_image_processor(folder: Path, settings: Mapping[str, Any], min_pixels:
 
 
 def _model_config(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """About two and a half million parameters: 4 language layers of width 192, 2 vision layers of width 128."""
+    """TEXT and VISION with this tokenizer's vocabulary."""
     from transformers import Qwen2_5_VLConfig
 
     token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     text = {
+        **TEXT,
         "vocab_size": len(tokenizer),
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": MAX_LENGTH,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
         "tie_word_embeddings": True,
         "bos_token_id": token["<|endoftext|>"],
         "eos_token_id": token["<|im_end|>"],
         "pad_token_id": token["<|endoftext|>"],
         "dtype": "float32",
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_heads": 2,
-        "out_hidden_size": text["hidden_size"],
-        "patch_size": PATCH_PIXELS,
-        "temporal_patch_size": 1,
-        "spatial_merge_size": MERGE,
-        "window_size": 4 * PATCH_PIXELS * MERGE,
-        "fullatt_block_indexes": [0, 1],
-    }
+    vision = {**VISION, "out_hidden_size": TEXT["hidden_size"]}
     return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,

@@ -1,0 +1,129 @@
+"""All that `deskrl explain` tells of a run, put together. Starts nothing.
+
+Knows the order of things; the numbers come from pure functions beside it, and the layout from `show`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from deskrl.core.arpo.translate import Note
+from deskrl.core.config import RunConfig
+from deskrl.core.errors import UserError
+from deskrl.core.explain.batches import Batches, Rows, count_batches, count_rows
+from deskrl.core.explain.differences import differences
+from deskrl.core.explain.explanation import Explanation
+from deskrl.core.explain.facts import gather, sizing_of_screens
+from deskrl.core.explain.memory import ReplicaMemory, learner_memory, replica_memory
+from deskrl.core.explain.show import show
+from deskrl.core.explain.timing import Assumptions, Timing, predict
+from deskrl.core.preflight import refuse_contradictions
+
+
+def explain(config: RunConfig, notes: Sequence[Note], assumed: Assumptions, *, as_document: bool) -> int:
+    """Print the explanation; the exit status.
+
+    Args:
+        config: of the run.
+        notes: what became of ARPO's keys.
+        assumed: what predictions rest on.
+        as_document: print one JSON document.
+
+    Raises:
+        UserError: the configuration contradicts itself.
+    """
+    explanation = explain_run(config, notes, assumed)
+    if as_document:
+        print(json.dumps(asdict(explanation), indent=2, default=str))
+        return 0
+    show(explanation, config)
+    return 0
+
+
+def explain_run(config: RunConfig, notes: Sequence[Note], assumed: Assumptions) -> Explanation:
+    """Everything that is told; raises UserError for a contradiction."""
+    refuse_contradictions(config)
+    facts = gather(config)
+    size, patches, tokens = sizing_of_screens(config, facts.sizing)
+    action_tokens = min(assumed.action_tokens, config.inference.max_action_tokens)
+    batches = count_batches(config, facts.num_tasks)
+    rows = count_rows(config, size, patches, tokens, facts.prompt_tokens, action_tokens)
+    _refuse_what_does_not_fit(config, batches, rows)
+    shape = facts.shape
+    learner = replica = None
+    if shape is not None:
+        learner = learner_memory(config, shape, rows)
+        replica = replica_memory(config, shape, int(assumed.gpu_memory_gib * 1024**3))
+    timing = predict(config, batches, rows, shape, assumed)
+    remarks = [*facts.remarks, *_remarks(config, batches, rows, replica, timing)]
+    if learner is not None and learner.total > assumed.gpu_memory_gib * 1024**3:
+        remarks.append(
+            f"a rank of the learner needs about {learner.total / 1024**3:.0f} GiB, and its GPU is taken to have "
+            f"{assumed.gpu_memory_gib:g} (--gpu-memory-gib)"
+        )
+    return Explanation(
+        name=config.name,
+        preset=config.preset,
+        model=facts.model,
+        num_parameters=None if shape is None else shape.num_parameters,
+        batches=batches,
+        rows=rows,
+        learner_memory=learner,
+        replica_memory=replica,
+        timing=timing,
+        max_staleness=config.learner.grpo.max_staleness,
+        assumptions=assumed.model_dump(),
+        differences=differences(config),
+        arpo_keys=list(notes),
+        remarks=remarks,
+    )
+
+
+def _refuse_what_does_not_fit(config: RunConfig, batches: Batches, rows: Rows) -> None:
+    """Raise UserError for what the numbers rule out: a prompt too long for the policy, more steps than episodes."""
+    limit = config.inference.max_model_len
+    if rows.images_per_row * rows.tokens_per_image > limit:
+        raise UserError(
+            f"{rows.images_per_row} screenshots of {rows.tokens_per_image} tokens are "
+            f"{rows.images_per_row * rows.tokens_per_image}, and inference.max_model_len = {limit}",
+            "raise that, or show fewer (agent.context, agent.window_images, tasks.max_steps) or smaller ones "
+            "(agent.image_width, agent.image_height)",
+        )
+    if config.learner.grpo.minibatches > batches.episodes_per_update:
+        raise UserError(
+            f"learner.grpo.minibatches = {config.learner.grpo.minibatches} optimizer steps share "
+            f"{batches.episodes_per_update} episodes (learner.grpo.groups_per_batch x tasks.rollouts)",
+            "lower the first",
+        )
+
+
+def _remarks(
+    config: RunConfig, batches: Batches, rows: Rows, replica: ReplicaMemory | None, timing: Timing | None
+) -> list[str]:
+    """What a person should know who reads the numbers."""
+    remarks = []
+    if rows.tokens_per_row > config.inference.max_model_len:
+        remarks.append(
+            f"an episode of full length comes to about {rows.tokens_per_row} tokens, more than "
+            f"inference.max_model_len = {config.inference.max_model_len}: the longest would be faults"
+        )
+    if rows.tokens_per_row > config.learner.micro_batch_tokens:
+        remarks.append(
+            f"a row of {rows.tokens_per_row} tokens is longer than learner.micro_batch_tokens = "
+            f"{config.learner.micro_batch_tokens}: it goes through the model alone, and memory is counted for it"
+        )
+    if timing is not None and timing.desktops_allowed < timing.desktops:
+        remarks.append(
+            f"pacing keeps {timing.desktops_allowed} of {timing.desktops} desktops busy: the others wait for updates "
+            "(raise learner.grpo.max_staleness or groups_per_batch, or lower desktop.num_envs)"
+        )
+    if replica is not None and replica.kv_tokens is not None:
+        held = replica.kv_tokens * config.inference.num_replicas // max(1, rows.tokens_per_row)
+        busy = config.desktop.num_envs if timing is None else timing.desktops_allowed
+        if held < busy:
+            remarks.append(f"the KV caches hold {held} prompts of full length, and {busy} desktops may ask at once")
+    if batches.num_tasks and config.learner.grpo.groups_per_batch > batches.num_tasks:
+        remarks.append("a batch is larger than the task list: a task comes up in it more than once")
+    return remarks

@@ -1,0 +1,141 @@
+"""Wall clock of an update: what acting takes, what learning takes, and what pacing lets happen at once. Pure.
+
+The times of a desktop and of the policy are assumptions, and told as such; each can be given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deskrl.core.config import RunConfig, Section
+from deskrl.core.explain.batches import Batches, Rows
+from deskrl.core.explain.shape import ModelShape
+
+_PROVIDER_TIMES_S: Mapping[str, tuple[float, float, float]] = {
+    # reset, action with its screenshot, evaluation
+    "embedded": (0.6, 0.15, 0.1),
+    "docker": (2.0, 0.2, 0.2),
+    "osworld": (45.0, 3.0, 15.0),
+    "vmware": (45.0, 3.0, 15.0),
+    "remote": (45.0, 3.0, 15.0),
+}
+_BFLOAT16_TFLOPS = 700.0
+_FLOAT32_TFLOPS = 0.1
+
+
+class Assumptions(Section):
+    """What a prediction rests on; None: a value that fits the provider or the device."""
+
+    env_reset_s: float | None = None
+    """A reset with the task's setup."""
+    env_step_s: float | None = None
+    """An action with the screenshot after it."""
+    evaluate_s: float | None = None
+    """The evaluator."""
+    act_s: float | None = None
+    """The policy, asked for one action."""
+    steps: float | None = None
+    """Of an episode, on the average."""
+    learn_s: float | None = None
+    """The learner, for one update."""
+    action_tokens: int = 60
+    """Of an answer."""
+    gpu_memory_gib: float = 139.0
+    """Of one GPU; an H200's."""
+    gpu_tflops: float | None = None
+    """What one rank's device multiplies, measured and not promised; unset: 700 in bfloat16 (about an H200's), 0.1 in
+    float32 (a few CPU cores')."""
+    utilisation: float = 0.45
+    """The share of that which the learner turns into progress."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """An update in seconds."""
+
+    env_reset_s: float
+    env_step_s: float
+    evaluate_s: float
+    act_s: float
+    steps: float
+    episode_s: float
+    desktops: int
+    desktops_allowed: int
+    """How many pacing can keep busy at once."""
+    acting_s: float
+    """All episodes of an update on the desktops that may act."""
+    learning_s: float
+    overlap: bool
+    """Whether acting goes on while the learner learns."""
+    update_s: float
+    run_s: float
+
+
+def predict(
+    config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape | None, assumed: Assumptions
+) -> Timing | None:
+    """Wall clock; None where the model's shape, and so its work, is not known and no time is given for it."""
+    learning_s = assumed.learn_s
+    if learning_s is None:
+        if shape is None:
+            return None
+        learning_s = learning_seconds(config, batches, rows, shape, assumed)
+    reset_s, step_s, evaluate_s = _desktop_times(config)
+    reset_s = reset_s if assumed.env_reset_s is None else assumed.env_reset_s
+    step_s = step_s if assumed.env_step_s is None else assumed.env_step_s
+    evaluate_s = evaluate_s if assumed.evaluate_s is None else assumed.evaluate_s
+    act_s = (0.1 if config.model.build == "tiny" else 5.0) if assumed.act_s is None else assumed.act_s
+    steps = float(config.tasks.max_steps) if assumed.steps is None else assumed.steps
+    staleness = config.learner.grpo.max_staleness
+    allowed = min(config.desktop.num_envs, (staleness + 1) * batches.episodes_per_update)
+    episode_s = reset_s + steps * (act_s + step_s) + evaluate_s
+    rounds = batches.episodes_per_update / allowed
+    # In lock-step a batch is played in whole rounds; otherwise desktops go on with the next batch.
+    acting_s = episode_s * (-(-batches.episodes_per_update // allowed) if staleness == 0 else rounds)
+    update_s = acting_s + learning_s if staleness == 0 else max(acting_s, learning_s)
+    return Timing(
+        env_reset_s=reset_s,
+        env_step_s=step_s,
+        evaluate_s=evaluate_s,
+        act_s=act_s,
+        steps=steps,
+        episode_s=episode_s,
+        desktops=config.desktop.num_envs,
+        desktops_allowed=allowed,
+        acting_s=acting_s,
+        learning_s=learning_s,
+        overlap=staleness > 0,
+        update_s=update_s,
+        run_s=update_s * batches.num_updates,
+    )
+
+
+def learning_seconds(config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape, assumed: Assumptions) -> float:
+    """One update of the learner at the assumed share of its GPUs' rate."""
+    share = (assumed.steps or rows.steps) / rows.steps
+    device = _BFLOAT16_TFLOPS if config.learner.dtype == "bfloat16" else _FLOAT32_TFLOPS
+    tflops = device if assumed.gpu_tflops is None else assumed.gpu_tflops
+    rate = tflops * 1e12 * assumed.utilisation * config.learner.num_processes
+    return update_flops(config, batches, rows, shape) * share / rate
+
+
+def update_flops(config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape) -> float:
+    """Forward and backward of every row, and the forward pass that scores the later optimizer steps' rows before."""
+    targets = rows.steps * rows.action_tokens / rows.rows_per_trajectory
+    mean_tokens = rows.tokens_per_trajectory / rows.rows_per_trajectory
+    language = shape.language_flops(round(mean_tokens), round(targets)) * rows.rows_per_trajectory
+    vision = shape.vision_flops(rows.patches_per_image) * rows.images_per_trajectory
+    later = 1 - 1 / batches.optimizer_steps_per_update
+    passes = 3 + later
+    vision_passes = 1 + later if config.learner.freeze_vision else passes
+    return batches.episodes_per_update * (passes * language + vision_passes * vision)
+
+
+def _desktop_times(config: RunConfig) -> tuple[float, float, float]:
+    if config.desktop.provider == "simulated":
+        times = config.desktop.simulated
+        evaluation = (times.evaluation_min_s + times.evaluation_max_s) / 2
+        scale = times.time_scale
+        return times.reset_median_s * scale, times.action_median_s * scale, evaluation * scale
+    return _PROVIDER_TIMES_S[config.desktop.provider]

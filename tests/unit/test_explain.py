@@ -1,0 +1,233 @@
+"""What `deskrl explain` tells: numbers worked out by hand, contradictions by name, and no engine to find them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deskrl.core.config import RunConfig, load_config
+from deskrl.core.errors import UserError
+from deskrl.core.explain.batches import Rows, count_batches, count_rows, rows_by_images
+from deskrl.core.explain.differences import differences
+from deskrl.core.explain.explanation import Explanation
+from deskrl.core.explain.main import explain_run
+from deskrl.core.explain.memory import learner_memory, replica_memory
+from deskrl.core.explain.shape import ModelShape, shape_of_config, shape_of_name
+from deskrl.core.explain.timing import Assumptions, predict, update_flops
+
+RUNS = Path(__file__).parents[2] / "deploy" / "runs"
+SEVEN = shape_of_name("UI-TARS-1.5-7B")
+assert SEVEN is not None
+SMALL = ModelShape("small", 8, 16, 2, 2, 1, 100, False, 4, 8, 1, True)
+
+
+def config_of(**tables: Any) -> RunConfig:
+    return RunConfig.model_validate(tables)
+
+
+def explanation_of(path: Path, *arguments: str, **assumed: Any) -> Explanation:
+    return explain_run(load_config(path, arguments), [], Assumptions(**assumed))
+
+
+def rows_of(config: RunConfig) -> Rows:
+    return count_rows(config, (28, 28), patches_per_image=4, tokens_per_image=1, prompt_tokens=10, action_tokens=3)
+
+
+def test_the_published_shapes_have_the_published_numbers_of_parameters() -> None:
+    for name, num_parameters in (("UI-TARS-1.5-7B", 8_292_166_656), ("UI-TARS-2B-SFT", 2_208_985_600)):
+        shape = shape_of_name(name)
+        assert shape is not None and shape.num_parameters == num_parameters, name
+    assert shape_of_name("my-model") is None
+
+
+def test_parameters_are_those_that_transformers_counts() -> None:
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from deskrl.learner import tiny_model
+
+    text = {**tiny_model.TEXT, "vocab_size": 512, "tie_word_embeddings": True}
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config={**tiny_model.VISION, "out_hidden_size": 192}, tie_word_embeddings=True
+    )
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.tie_weights()
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    content = {"text_config": text, "vision_config": tiny_model.VISION, "tie_word_embeddings": True}
+    assert shape_of_config(content, "tiny").num_parameters == counted
+
+
+def test_batch_arithmetic_of_arpos_full_run() -> None:
+    grpo = {"groups_per_batch": 16, "minibatches": 2, "num_updates": 120}
+    batches = count_batches(config_of(learner={"grpo": grpo, "eval": {"episodes": 128}}), num_tasks=128)
+    assert (batches.episodes_per_update, batches.trajectories_per_optimizer_step) == (128, [64, 64])
+    assert (batches.updates_per_epoch, batches.num_epochs, batches.num_episodes) == (8, 15, 15360)
+    assert batches.num_evaluation_episodes == 256, "no group has fewer than two members"
+
+
+def test_rows_of_a_whole_episode_and_of_a_window() -> None:
+    """Prompt 10, screenshots of 1, answers of 3 with 12 marks: 4 steps are 10 + 4 + 60 tokens in one row."""
+    assert rows_by_images(4, 4) == [4] and rows_by_images(4, 2) == [2, 2, 2]
+    whole = rows_of(config_of(tasks={"max_steps": 4}, agent={"context": "episode"}))
+    assert (whole.rows_per_trajectory, whole.tokens_per_row, whole.images_per_row) == (1, 74, 4)
+    # Rows of two screenshots after 2, 3 and 4 answers: 10 + 2 + 30, + 45, + 60.
+    window = rows_of(config_of(tasks={"max_steps": 4}, agent={"context": "window", "window_images": 2}))
+    assert (window.rows_per_trajectory, window.tokens_per_row, window.images_per_trajectory) == (3, 72, 6)
+    assert window.tokens_per_trajectory == 42 + 57 + 72
+
+
+def test_a_window_makes_the_rows_that_the_learner_packs() -> None:
+    """The same steps, as conversations have them and as `pack` joins them."""
+    from deskrl.core.trajectory import Step
+    from deskrl.learner.packing import pack
+
+    steps = []
+    for index in range(4):
+        first = max(0, index - 1)
+        ids = [token for turn in range(index + 1) for token in ([100 + turn] if turn >= first else []) + [turn] * 2]
+        shown = tuple(str(turn) for turn in range(first, index + 1))
+        steps.append(Step(index, str(index), shown, "", (1, *ids[:-2]), (index, index), (0.0, 0.0)))
+    packed = pack(0, steps, [[0, 0]] * 4)
+    assert [len(row.images) for row in packed] == rows_by_images(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 2, 2, 12), (1, 2, 2, 3), (2, 2, 0.5, 3), (3, 0.5, 0.5, 3)],
+)
+def test_each_zero_stage_shards_one_part_more(stage: int, weights: float, gradients: float, optimizer: float) -> None:
+    """Bytes a parameter on one of four ranks."""
+    learner = {"zero_stage": stage, "num_processes": 4}
+    config = config_of(tasks={"max_steps": 4}, learner=learner)
+    memory = learner_memory(config, SMALL, rows_of(config))
+    per_parameter = [part / SMALL.num_parameters for part in (memory.weights, memory.gradients, memory.optimizer)]
+    assert per_parameter == pytest.approx([weights, gradients, optimizer], rel=1e-3)
+    assert memory.total == sum((*map(round, (memory.weights, memory.gradients, memory.optimizer)),
+                                memory.activations, memory.logits))  # fmt: skip
+
+
+def test_a_frozen_tower_has_neither_gradients_nor_moments() -> None:
+    config = config_of(tasks={"max_steps": 4}, learner={"freeze_vision": True})
+    memory = learner_memory(config, SMALL, rows_of(config))
+    assert memory.gradients == 2 * SMALL.num_language_parameters
+    assert memory.weights == 2 * SMALL.num_parameters
+
+
+def test_logits_are_of_action_tokens_alone() -> None:
+    """Rows of 74 tokens in micro-batches of 148: two rows with 4 x 3 action tokens each, 100 words, three copies."""
+    config = config_of(
+        tasks={"max_steps": 4}, agent={"context": "episode"}, learner={"micro_batch_tokens": 148, "dtype": "float32"}
+    )
+    assert learner_memory(config, SMALL, rows_of(config)).logits == 3 * 4 * 24 * 100
+
+
+def test_a_kv_cache_of_a_7b_takes_56_kib_a_token() -> None:
+    assert SEVEN is not None and SEVEN.key_value_bytes_per_token == 2 * 28 * 512 * 2
+    cache = replica_memory(config_of(inference={"kv_cache_bytes": 57344 * 1000}), SEVEN, gpu_bytes=None)
+    assert (cache.kv_tokens, cache.kv_cache) == (1000, 57344 * 1000)
+    left = replica_memory(config_of(inference={"gpu_memory_fraction": 0.5}), SEVEN, gpu_bytes=40 * 10**9)
+    assert left.kv_cache == 20 * 10**9 - 2 * 8_292_166_656
+
+
+def test_lock_step_adds_acting_and_learning_and_asynchrony_takes_the_longer() -> None:
+    """An episode is 10 + 4 x (5 + 3) + 8 = 50 s; 8 of them on 4 desktops are 100 s."""
+    times = {"env_reset_s": 10, "env_step_s": 3, "evaluate_s": 8, "act_s": 5, "learn_s": 60}
+    for staleness, update_s in ((0, 160), (1, 100)):
+        grpo = {"groups_per_batch": 2, "max_staleness": staleness, "num_updates": 10}
+        config = config_of(tasks={"rollouts": 4, "max_steps": 4}, desktop={"num_envs": 4}, learner={"grpo": grpo})
+        timing = predict(config, count_batches(config, 2), rows_of(config), None, Assumptions.model_validate(times))
+        assert timing is not None
+        assert (timing.episode_s, timing.acting_s, timing.update_s, timing.run_s) == (50, 100, update_s, 10 * update_s)
+
+
+def test_pacing_keeps_no_more_desktops_busy_than_it_grants() -> None:
+    grpo = {"groups_per_batch": 1, "max_staleness": 0}
+    config = config_of(tasks={"rollouts": 4}, desktop={"num_envs": 32}, learner={"grpo": grpo})
+    timing = predict(config, count_batches(config, 4), rows_of(config), SMALL, Assumptions())
+    assert timing is not None and (timing.desktops, timing.desktops_allowed) == (32, 4)
+
+
+def test_later_optimizer_steps_cost_one_forward_pass_more() -> None:
+    one, two = (
+        config_of(tasks={"max_steps": 4}, learner={"grpo": {"minibatches": steps}}) for steps in (1, 2)
+    )  # 3 passes' worth against 3.5
+    work = [update_flops(config, count_batches(config, 4), rows_of(config), SMALL) for config in (one, two)]
+    assert work[1] / work[0] == pytest.approx(3.5 / 3)
+
+
+def test_arpos_preset_departs_from_arpos_code_only_where_that_is_a_fault() -> None:
+    arpo = load_config(RUNS / "arpo-full.toml", ["--desktop.num_envs", "128", "--tasks.rollouts", "8"])
+    arpo = arpo.model_copy(update={"tasks": arpo.tasks.model_copy(update={"max_steps": 15})})
+    differing = {row.topic for row in differences(arpo) if row.run != row.code}
+    assert differing == {
+        "evaluator that raises",
+        "tokens learnt from",
+        "replay: can be off",
+        "replay: what is stored",
+    }
+    assert all(row.keys for row in differences(arpo) if row.topic in ("advantage", "clip", "reward", "batch"))
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_run_is_explained(path: Path) -> None:
+    explanation = explanation_of(path)
+    assert explanation.learner_memory is not None and explanation.timing is not None
+    assert explanation.timing.update_s > 0 and explanation.learner_memory.total > 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "sizes"),
+    [("smoke", (2, 2, 10, 1)), ("small", (8, 4, 12, 4)), ("full", (8, 4, 16, 10)), ("paper", (256, 8, 15, 15))],
+)
+def test_the_stages_are_those_of_arpo(stage: str, sizes: tuple[int, int, int, int]) -> None:
+    """Desktops, rollouts, steps, epochs."""
+    config = load_config(RUNS / f"arpo-{stage}.toml")
+    num_tasks = {"smoke": 4, "small": 32, "full": 128, "paper": 128}[stage]
+    epochs = count_batches(config, num_tasks).num_epochs
+    desktops, rollouts, steps, num_epochs = sizes
+    assert (config.desktop.num_envs, config.tasks.rollouts, config.tasks.max_steps) == (desktops, rollouts, steps)
+    assert epochs == num_epochs if stage != "smoke" else epochs is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--inference.max_model_len", "100"], "6 screenshots of 45 tokens are 270, and inference.max_model_len = 100"),
+        (["--learner.grpo.minibatches", "33"], "learner.grpo.minibatches = 33 optimizer steps share 32 episodes"),
+        (["--inference.max_images", "5"], "tasks.max_steps = 6 screenshots can come into one prompt"),
+    ],
+)
+def test_contradictions_are_refused_by_name(arguments: list[str], told: str) -> None:
+    with pytest.raises(UserError) as refused:
+        explanation_of(RUNS / "smoke.toml", *arguments, "--inference.max_action_tokens", "40")
+    assert told in str(refused.value)
+
+
+def test_the_command_needs_no_engine_and_prints_a_document() -> None:
+    program = (
+        "import sys; from deskrl.core.cli import main\n"
+        f"status = main(['explain', {str(RUNS / 'smoke.toml')!r}, '--json', '--env-step-s', '1.5'])\n"
+        "print([m for m in ('torch', 'vllm', 'deepspeed', 'transformers') if m in sys.modules], file=sys.stderr)\n"
+        "sys.exit(status)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stderr == "[]\n"
+    told = json.loads(result.stdout)
+    assert (told["timing"]["env_step_s"], told["batches"]["episodes_per_update"]) == (1.5, 32)
+
+
+def test_the_text_names_the_three_columns_and_what_became_of_arpos_keys(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from deskrl.core.arpo.translate import Note
+    from deskrl.core.explain.main import explain
+
+    note = Note("worker.rollout.name", "vllm", "as it is")
+    explain(load_config(RUNS / "smoke.toml"), [note], Assumptions(), as_document=False)
+    text = capsys.readouterr().out
+    for told in ("paper", "ARPO's code", "this run", "8 tasks x 4 rollouts = 32", "worker.rollout.name"):
+        assert told in text
