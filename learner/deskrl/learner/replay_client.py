@@ -5,7 +5,7 @@ A replay service that restarts is waited for; while waiting, a stop is noticed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -20,6 +20,8 @@ WAIT_S = 2.0
 """How long one TakeGroup waits on the server."""
 RESTART_S = 60.0
 """How long a replay service may be away."""
+KEPT_IMAGE_BYTES = 1024**3
+"""Of screenshots, as they came: about what a batch of 256 episodes shows."""
 _POLL_S = 0.2
 _REFUSALS = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED}
 """Another protocol version, a store that contradicts this learner, a full disk: a person has to see to it."""
@@ -40,6 +42,9 @@ class ReplayClient:
         self._stub = replay_pb2_grpc.ReplayServiceStub(self._channel)
         self._peer = rpc.peer("learner", name)
         self._stop = stop
+        self._images: dict[str, bytes] = {}
+        """The newest screenshots, oldest first: rows of one batch show the same ones, micro-batches apart."""
+        self._num_image_bytes = 0
 
     def plan(self, groups: Sequence[replay_pb2.GroupPlan]) -> None:
         """Add work; groups that exist already stay as they are."""
@@ -91,13 +96,26 @@ class ReplayClient:
         self._call(self._stub.CommitBatch, request)
 
     def fetch_images(self, hashes: Iterable[str]) -> dict[str, bytes]:
-        """Bytes of screenshots by hash."""
-        images: dict[str, bytes] = {}
+        """Bytes of screenshots by hash; each is asked for once, as long as there is room to keep it."""
+        wanted = set(hashes)
         stopping.check(self._stop)
-        request = replay_pb2.FetchImagesRequest(hashes=sorted(set(hashes)))
-        for response in self._stub.FetchImages(request, timeout=RESTART_S, wait_for_ready=True):
-            images[response.image.hash] = response.image.data
+        images = {name: self._images[name] for name in wanted if name in self._images}
+        if missing := sorted(wanted.difference(images)):
+            request = replay_pb2.FetchImagesRequest(hashes=missing)
+            for response in self._stub.FetchImages(request, timeout=RESTART_S, wait_for_ready=True):
+                images[response.image.hash] = response.image.data
+        self._keep(images)
         return images
+
+    def _keep(self, images: Mapping[str, bytes]) -> None:
+        """Hold these as the newest ones, and let the oldest go."""
+        for name, data in images.items():
+            self._num_image_bytes -= len(self._images.pop(name, b""))
+            self._images[name] = data
+            self._num_image_bytes += len(data)
+        while self._num_image_bytes > KEPT_IMAGE_BYTES:
+            oldest = next(iter(self._images))
+            self._num_image_bytes -= len(self._images.pop(oldest))
 
     def status(self) -> replay_pb2.GetReplayStatusResponse:
         """Counters of the service."""

@@ -1,0 +1,55 @@
+"""A relay between a client and a server that counts bytes. Knows TCP, nothing of what passes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+_CHUNK_BYTES = 1024**2
+
+
+class Relay:
+    """Passes bytes on to a port of this machine and counts them."""
+
+    def __init__(self, target: str) -> None:
+        self.num_bytes = 0
+        self._target_port = int(target.rpartition(":")[2])
+        self._loop = asyncio.new_event_loop()
+        self._over = asyncio.Event()
+        self._listening = threading.Event()
+        self._port = 0
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+        self._thread.start()
+        self._listening.wait()
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self._port}"
+
+    def close(self) -> None:
+        """Stop."""
+        self._loop.call_soon_threadsafe(self._over.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        self._port = server.sockets[0].getsockname()[1]
+        self._listening.set()
+        await self._over.wait()
+        server.close()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        await asyncio.gather(self._pass(reader, target_writer), self._pass(target_reader, writer))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(_CHUNK_BYTES):
+                self.num_bytes += len(data)
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
