@@ -136,3 +136,16 @@ def test_scripts_report_how_they_ended(guest: Guest) -> None:
 def test_nonsense_is_refused(guest: Guest) -> None:
     assert guest.send("POST", "/execute", b"{", "application/json")[0] == 400
     assert guest.send("GET", "/no/such/route")[0] == 404
+
+
+def test_commands_that_import_pyautogui_reach_the_application_in_front(guest: Guest) -> None:
+    guest.post_json("/setup/launch", command=["xterm", "-u8", "-e", "sh", "-c", "cat > /home/user/typed"])
+    code = "import pyautogui; import time; pyautogui.FAILSAFE = False; "
+    while guest.post_form("/window_size", app_class_name="XTerm")[0] != 200:
+        pass
+    steps = "pyautogui.click(320, 240); pyautogui.write('a < \u00e9', interval=0.01); pyautogui.press(['b', 'enter']); "
+    status, done = guest.post_json("/execute", command=["python", "-c", code + steps + "pyautogui.hotkey('ctrl', 'd')"])
+    assert (status, done["returncode"], done["error"]) == (200, 0, "")
+    while guest.post_form("/window_size", app_class_name="XTerm")[0] == 200:
+        pass
+    assert guest.post_form("/file", file_path="/home/user/typed")[1].decode() == "a < \u00e9b\n"

@@ -29,6 +29,9 @@ class DoubleDesktop:
         if self._start == "fails":
             raise DesktopError("no display")
 
+    async def idle(self) -> None:
+        """Stay awake."""
+
     async def close(self) -> None:
         """Note it."""
         self.closed = True

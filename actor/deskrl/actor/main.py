@@ -18,8 +18,7 @@ from pathlib import Path
 
 from deskrl.actor.agent import make_agent
 from deskrl.actor.desktops.base import Desktop
-from deskrl.actor.desktops.orphans import reap_orphans
-from deskrl.actor.desktops.provider import make_desktop
+from deskrl.actor.desktops.provider import make_desktop, reap
 from deskrl.actor.policy_client import PolicyClient
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.worker import DesktopsDoNotStart, Worker
@@ -52,7 +51,7 @@ def run(config: RunConfig, actor: int | None = 0) -> int:
     num_desktops = desktops_of(config, actor)
     if config.actor.metrics_port:
         expose(config.security.metrics_host, config.actor.metrics_port + (actor or 0), "actor.metrics_port")
-    if num_reaped := reap_orphans(desktops_folder(config)):
+    if num_reaped := reap(config.desktop, desktops_folder(config)):
         _log.warning("ended %d desktops that a killed actor left", num_reaped)
     try:
         return asyncio.run(_run(config, actor, num_desktops, stop))

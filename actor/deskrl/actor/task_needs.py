@@ -52,10 +52,8 @@ _SHELL_PROGRAMS = {
 """Programs that are looked for in shell text: OSWorld's guest has or fetches them, a small system may lack them."""
 
 _COMMAND_STARTS = re.compile(r"(?:^|[|;&\n(]|\bsudo(?:\s+-\S+)*)\s*(?:\w+=\S*\s+)*([\w.-]+)")
-_PYAUTOGUI = "pyautogui"  # a Python package that OSWorld's commands press keys with
 _SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/games"
 _DESKTOP_PATH = f"{Path(__file__).parent / 'guest' / 'bin'}:{_SYSTEM_PATH}"
-_PYTHON_PACKAGES = ("lib/python3/dist-packages", "local/lib/python3*/dist-packages")
 
 _COMMAND_STEPS = ("command", "execute", "execute_with_verification", "launch")
 _ACCOUNT_STEPS = ("googledrive", "login")
@@ -76,7 +74,7 @@ class Needs:
     applications: tuple[str, ...]
     """By one name each, whatever task files call them."""
     programs: tuple[str, ...]
-    """What its commands start, as far as they tell; "pyautogui" is the Python package."""
+    """What its commands start, as far as they tell."""
     network: tuple[str, ...]
     """Why the desktop must reach the live web, or the evaluator a page of it."""
     accounts: tuple[str, ...]
@@ -126,12 +124,7 @@ def absent_applications(needs: Needs) -> tuple[str, ...]:
 def absent_programs(needs: Needs) -> tuple[str, ...]:
     """Of the programs that a task's commands start, those that an embedded desktop on this machine does not find."""
 
-    def found(name: str) -> bool:
-        if name == _PYAUTOGUI:
-            return any(any(Path("/usr").glob(f"{place}/{name}")) for place in _PYTHON_PACKAGES)
-        return shutil.which(name, path=_DESKTOP_PATH) is not None
-
-    return tuple(name for name in needs.programs if not found(name))
+    return tuple(name for name in needs.programs if shutil.which(name, path=_DESKTOP_PATH) is None)
 
 
 def unsupported(task: Task, needs: Needs | None = None) -> list[str]:
@@ -157,8 +150,6 @@ def _programs(task: Task, steps: Iterable[TypedItem], items: Iterable[TypedItem]
     for item in (*commanding, *(item for item in items if "command" in item.parameters)):
         command = item.parameters.get("command")
         words = _words(task, item)
-        if _PYAUTOGUI in " ".join(words):
-            yield _PYAUTOGUI
         if isinstance(command, str):
             yield from _SHELL_PROGRAMS.intersection(_COMMAND_STARTS.findall(command))
         elif words and not words[0].startswith("."):

@@ -8,6 +8,7 @@ work is asked for only once a desktop is ready, so a lease never waits for one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -93,6 +94,7 @@ class Worker:
         await self._renew()
         while not self._draining:
             self._gauge.enter(DesktopState.IDLE)
+            await self._rest()
             self.lease = await self._replay.acquire()
             await self._work(self.lease)
             self.lease = None
@@ -103,6 +105,12 @@ class Worker:
         self._gauge.leave()
         if self._closing:
             await asyncio.wait(self._closing)
+
+    async def _rest(self) -> None:
+        """Let the desktop sleep until there is work; one that fails at that is found dead by then."""
+        assert self._desktop is not None
+        with contextlib.suppress(DesktopError):
+            await self._desktop.idle()
 
     async def _work(self, lease: Lease) -> None:
         if not await self._is_usable():  # it died while it was idle
@@ -203,6 +211,7 @@ class Worker:
     async def _renew(self) -> None:
         """Reset the desktop, or start a fresh one where there is none or it fails."""
         pauses = Pauses()
+        reason = ""
         for attempt in range(MAX_FAILED_STARTS):
             if attempt:
                 await pauses.take()
@@ -213,14 +222,15 @@ class Worker:
                 async with asyncio.timeout(self._config.start_timeout_s):
                     await desktop.reset()
             except (DesktopError, OSError) as error:  # a full disk, a time-out
-                _log.warning("a desktop did not come up: %s", describe(error))
+                reason = describe(error)
+                _log.warning("a desktop did not come up: %s", reason)
                 self._discard()
                 continue
             reset_s = time.monotonic() - started_s
             self._reset_ms = 1000 * reset_s
             metrics.RESET_SECONDS.observe(reset_s)
             return
-        raise DesktopsDoNotStart(f"{MAX_FAILED_STARTS} desktops in a row did not start; see the log for each")
+        raise DesktopsDoNotStart(f"{MAX_FAILED_STARTS} desktops in a row did not start; the last: {reason}")
 
     def _discard(self) -> None:
         """Close the desktop in the background."""

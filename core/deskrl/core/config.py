@@ -135,12 +135,58 @@ class SimulatedConfig(Section):
     """Share of episodes that are rewarded whatever was done."""
 
 
+class DockerConfig(Section):
+    """Desktops of the provider `docker`."""
+
+    image: str = "deskrl-desktop"
+    """Image of the desktop, as deploy/docker/build.sh makes it."""
+    network: str = "bridge"
+    """Docker network that the desktops are in; an internal one keeps them off the live web."""
+    cpus: Annotated[float, Field(gt=0)] | None = None
+    """Processors that one desktop may use; unset: all."""
+
+    @field_validator("network")
+    @classmethod
+    def _publishes_ports(cls, value: str) -> str:
+        if value in ("host", "none"):
+            raise ValueError(f"{value}: in that network no desktop has ports of its own")
+        return value
+
+
+class RemoteConfig(Section):
+    """Desktops of the provider `remote`."""
+
+    addresses: tuple[Address, ...] = ()
+    """Guest servers, host:port, that speak OSWorld's protocol; one desktop each."""
+    reset_command: str = ""
+    """Shell command of this machine that brings a guest back to its first state; {host} and {port} are replaced. Unset:
+    a reset only closes the windows, and files that an episode leaves stay for the next."""
+
+
+class OSWorldConfig(Section):
+    """Desktops of the provider `osworld`: the official virtual machine in a container."""
+
+    image: str = "happysixd/osworld-docker"
+    """Image that runs the virtual machine."""
+    disk: Path | None = None
+    """The virtual machine's disk (Ubuntu.qcow2)."""
+    kvm: Literal["auto", "require", "off"] = "auto"
+    """Hardware virtualisation: where /dev/kvm is, or not without it, or not at all (many times slower)."""
+    cpus: PositiveInt = 4
+    """Processors of one virtual machine."""
+    ram_bytes: PositiveInt = 4 * 1024**3
+    """Memory of one virtual machine."""
+    pause: bool = True
+    """Pause a virtual machine while nothing is asked of it: it takes no processor time and does not lock its screen."""
+
+
 class DesktopConfig(Section):
     """The desktops."""
 
-    provider: Literal["embedded", "simulated"] = "embedded"
-    """`embedded`: Xvfb and applications in an unprivileged sandbox on this machine; `simulated`: no desktop, but the
-    time one takes, a made-up screen and a reward by a rule (scale tests, machines without desktops)."""
+    provider: Literal["embedded", "docker", "osworld", "remote", "simulated"] = "embedded"
+    """`embedded`: Xvfb and applications in an unprivileged sandbox on this machine; `docker`: the same in containers;
+    `osworld`: OSWorld's virtual machine in containers; `remote`: guest servers that run already; `simulated`: no
+    desktop, but the time one takes, a made-up screen and a reward by a rule (scale tests, machines without any)."""
     num_envs: PositiveInt = 4
     """Desktops in the whole run: the knob from which the number of actor processes follows."""
     width: PositiveInt = 1280
@@ -165,6 +211,12 @@ class DesktopConfig(Section):
     """The longest that an action waits for a settled screen."""
     simulated: SimulatedConfig = SimulatedConfig()
     """The provider `simulated`."""
+    docker: DockerConfig = DockerConfig()
+    """For the provider `docker`."""
+    osworld: OSWorldConfig = OSWorldConfig()
+    """For the provider `osworld`."""
+    remote: RemoteConfig = RemoteConfig()
+    """For the provider `remote`."""
 
 
 class AgentConfig(Section):

@@ -40,6 +40,7 @@ def refuse_bad_input(config: RunConfig) -> None:
     refuse_full_disk(RunFolder(config.folder))
     refuse_missing_packages(config)
     importlib.import_module("deskrl.actor.prepare").load(config)
+    importlib.import_module("deskrl.actor.desktops.provider").refuse_unusable(config.desktop)
     if config.model.path is not None:
         importlib.import_module("deskrl.inference.main").check_model_folder(config.model.path)
     else:

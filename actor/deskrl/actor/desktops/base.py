@@ -47,6 +47,10 @@ class Desktop(ABC):
     async def close(self) -> None:
         """End it and everything of it: processes, mounts, sockets, folders. Never raises; safe to call twice."""
 
+    async def idle(self) -> None:
+        """Nothing will be asked of it for a while: it may sleep until the next call."""
+        return
+
     @abstractmethod
     async def is_alive(self) -> bool:
         """Whether it still exists and answers. Cheap."""

@@ -1,4 +1,4 @@
-"""The host's end of the guest server: HTTP over a Unix socket, a connection a request. Knows no route's meaning."""
+"""The host's end of a guest server: HTTP over a socket, a connection a request. Knows no route's meaning."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 from deskrl.actor.desktops.base import DesktopError, DesktopGone
 
 _BUFFER_BYTES = 4 * 1024**2
+
+Address = Path | tuple[str, int]
+"""Where a guest server listens: a Unix socket, or host and port."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,31 @@ class Reply:
         return str(value.get("error") or value.get("message")) if isinstance(value, dict) else str(value)
 
 
-async def request(path: Path, method: str, target: str, body: bytes | dict[str, Any] = b"") -> Reply:
-    """Send one request to the server on the socket `path`.
+async def request(
+    address: Address,
+    method: str,
+    target: str,
+    body: bytes | dict[str, Any] = b"",
+    content_type: str = "application/json",
+) -> Reply:
+    """Send one request to the server at `address`.
 
     Raises:
         DesktopGone: nobody listens there, or the answer broke off.
         DesktopError: the answer is not HTTP.
     """
     data = json.dumps(body).encode() if isinstance(body, dict) else body
-    head = f"{method} {target} HTTP/1.1\r\nHost: desktop\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    fields = {"Host": "desktop", "Connection": "close", "Content-Type": content_type, "Content-Length": len(data)}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     try:
-        reader, writer = await asyncio.open_unix_connection(path, limit=_BUFFER_BYTES)
+        if isinstance(address, Path):
+            reader, writer = await asyncio.open_unix_connection(address, limit=_BUFFER_BYTES)
+        else:
+            reader, writer = await asyncio.open_connection(*address, limit=_BUFFER_BYTES)
     except OSError as error:
         raise DesktopGone(f"the guest server is gone: {error}") from error
     try:
-        writer.write(head.encode() + data)
+        writer.write(f"{method} {target} HTTP/1.1\r\n{head}\r\n".encode() + data)
         await writer.drain()
         answer = await reader.readuntil(b"\r\n\r\n")
         status_line, *lines = answer.decode("latin-1").split("\r\n")
@@ -61,3 +74,10 @@ async def request(path: Path, method: str, target: str, body: bytes | dict[str, 
         raise DesktopError("the guest server answered nonsense") from error
     finally:
         writer.close()
+
+
+def checked(reply: Reply) -> Reply:
+    """The reply; raises DesktopError with the guest's words if it is a refusal."""
+    if reply.status != 200:
+        raise DesktopError(f"the guest refused ({reply.status}): {reply.error}")
+    return reply

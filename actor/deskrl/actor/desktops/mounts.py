@@ -13,6 +13,8 @@ from deskrl.actor.desktops.base import DesktopError
 
 LIBRARY = Path("/opt/deskrl/lib")
 """Where the guest server's modules lie inside."""
+_PYTHON = Path("/opt/deskrl/python")
+"""What the desktop's interpreter called `python` imports besides its own."""
 _CHROME = Path("/opt/deskrl/chrome")
 _BROWSERS = ("/usr/lib/chromium/chromium", "/usr/lib/chromium-browser/chromium-browser", "/opt/google/chrome/chrome")
 
@@ -36,6 +38,13 @@ def guest_sources() -> dict[Path, Path]:
     compileall.compile_dir(guest, quiet=2)  # inside it is read-only, and compiling would be half of a start
     sources[guest] = LIBRARY / "deskrl" / "actor" / "guest"
     return sources
+
+
+def python_arguments() -> list[str]:
+    """Links that make up the folder of what `python` imports: OSWorld's commands import pyautogui."""
+    modules = {name: LIBRARY / name for name in ("Xlib", "six.py", "deskrl")}
+    modules["pyautogui.py"] = LIBRARY / "deskrl" / "actor" / "guest" / "pyautogui.py"
+    return [word for name, target in modules.items() for word in ("--symlink", str(target), str(_PYTHON / name))]
 
 
 @cache

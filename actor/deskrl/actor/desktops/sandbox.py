@@ -28,7 +28,7 @@ from pathlib import Path
 
 from deskrl.actor.desktops.base import DesktopError
 from deskrl.actor.desktops.limits import ControlGroups, supports_process_limit
-from deskrl.actor.desktops.mounts import LIBRARY, chrome_arguments, guest_sources, top_level_arguments
+from deskrl.actor.desktops.mounts import LIBRARY, chrome_arguments, guest_sources, python_arguments, top_level_arguments
 from deskrl.core.errors import UserError
 
 TAG = "DESKRL_DESKTOP_FOLDER"
@@ -234,7 +234,7 @@ def _bubblewrap(spec: SandboxSpec, passed: dict[str, int], staged: list[tuple[st
     arguments += ["--size", home, "--perms", "0755", "--tmpfs", "/home/user", "--chdir", "/home/user"]
     for source, destination in staged:
         arguments += ["--ro-bind", source, destination]
-    arguments += chrome_arguments()
+    arguments += [*chrome_arguments(), *python_arguments()]
     arguments += ["--clearenv", "--setenv", TAG, str(spec.folder), "--setenv", "PYTHONPATH", str(LIBRARY)]
     return [*arguments, "--setenv", "PATH", "/usr/bin:/bin", "--info-fd", str(passed["info"]), "--"]
 

@@ -14,7 +14,7 @@ from deskrl.actor.guest.http import Request, Response, Routes, json_response
 
 
 def fast_routes(desk: Desk, commands: Commands) -> Routes:
-    """Routes over one desktop; the host's end of each is a method of `EmbeddedDesktop`."""
+    """Routes over one desktop; the host's end of each is a method of `GuestDesktop`."""
 
     def pixels(data: bytes) -> Response:
         size = {"X-Width": str(desk.screen.width), "X-Height": str(desk.screen.height)}

@@ -1,8 +1,8 @@
 """OSWorld's guest protocol: the routes that its client and evaluators use. Knows the protocol, holds no state.
 
 Left out, answered with 404: recordings, accessibility trees, wallpapers. `/terminal` answers as OSWorld's server does
-where no GNOME terminal runs. Actions of OSWorld's client are `python -c "import pyautogui; …"`: they work where the
-interpreter called `python` in the desktop has pyautogui.
+where no GNOME terminal runs. Actions of OSWorld's client are `python -c "import pyautogui; …"`: for the desktop's
+interpreter called `python` that module is `guest/pyautogui.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The guest server's entry: brings the session up, then answers on the socket that it was handed.
 
 Run inside the sandbox as `python -m deskrl.actor.guest.server OPTIONS`, its options a JSON object: `listener` (the
-descriptor of a listening socket), `width`, `height`, and `max_processes` and `max_data_bytes`, null where a control
-group of the host sees to them. Its end ends the sandbox.
+descriptor of a listening socket) or `port` (in a container, to listen on), `width`, `height`, and `max_processes` and
+`max_data_bytes`, null where a control group of the host sees to them. Its end ends the sandbox.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from typing import Any
 
 from Xlib.display import Display
 
@@ -42,7 +43,13 @@ def main() -> None:
     screen = Screen(framebuffer)
     desk = Desk(screen, Hands(Display(DISPLAY), screen.width, screen.height), windows, commands)
     routes = {**osworld_routes(desk, commands), **fast_routes(desk, commands)}
-    Server(socket.socket(fileno=options["listener"]), routes).serve_forever()
+    Server(_listener(options), routes).serve_forever()
+
+
+def _listener(options: dict[str, Any]) -> socket.socket:
+    if "port" in options:
+        return socket.create_server(("", options["port"]), backlog=64)
+    return socket.socket(fileno=options["listener"])
 
 
 def paint_background(display: Display) -> None:

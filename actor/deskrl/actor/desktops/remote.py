@@ -1,0 +1,136 @@
+"""The provider `remote`: guest servers that run already, at addresses. Knows how one is taken and given back.
+
+An address serves one desktop at a time, whichever process of this machine holds it: a lock file among the run's
+desktops says so, and the kernel drops the lock with its holder. What brings such a guest back to its first state is a
+command of the user's; without one a reset closes the windows, and files stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import itertools
+import logging
+import time
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from deskrl.actor.desktops.base import DesktopError, DesktopGone
+from deskrl.actor.desktops.client import Address
+from deskrl.actor.desktops.osworld_guest import OSWorldGuestDesktop
+from deskrl.core.config import DesktopConfig
+from deskrl.core.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
+_POLL_S = 0.2
+_SHARE = 0.95  # so that this says what was wrong before the caller's own deadline cuts it off
+
+_turns = itertools.count()
+
+
+class RemoteDesktop(OSWorldGuestDesktop):
+    """One desktop at one of the configured addresses, whichever is free.
+
+    Args:
+        config: patience, and in its section `remote` the addresses.
+        run_root: folder of the run's desktops, where locks lie.
+    """
+
+    def __init__(self, config: DesktopConfig, run_root: Path) -> None:
+        super().__init__(config)
+        self._run_root = run_root
+        self._held: tuple[str, IO[bytes]] | None = None
+
+    @property
+    def address(self) -> Address:
+        """Where the guest server listens."""
+        if self._held is None:
+            raise DesktopGone("no guest is held")
+        host, _, port = self._held[0].rpartition(":")
+        return host, int(port)
+
+    async def start(self) -> None:
+        """Take a free address and wait until its guest answers."""
+        deadline = time.monotonic() + _SHARE * self._config.start_timeout_s
+        while self._held is None:
+            self._held = self._take()
+            if self._held is None:
+                if time.monotonic() > deadline:
+                    raise DesktopError(f"none of {len(self._config.remote.addresses)} remote guests is free")
+                await asyncio.sleep(_POLL_S)
+        while True:
+            try:
+                async with asyncio.timeout(max(_POLL_S, deadline - time.monotonic())):
+                    await self.screenshot()
+                    return
+            except (DesktopError, TimeoutError) as error:
+                if time.monotonic() > deadline:
+                    raise DesktopError(f"the guest at {self._held[0]} does not answer: {error}") from error
+            await asyncio.sleep(_POLL_S)
+
+    async def reset(self) -> None:
+        """Back to the first state, as far as the reset command brings it there."""
+        if self._held is None:
+            await self.start()
+        if self._config.remote.reset_command:
+            await self._run_reset_command()
+            self._has_hands = False
+            await self.start()
+        else:
+            _warn_of_leftovers()
+            await self.close_all_windows()
+
+    async def close(self) -> None:
+        """Give the address back."""
+        if self._held is not None:
+            self._held[1].close()
+            self._held = None
+
+    def _take(self) -> tuple[str, IO[bytes]] | None:
+        """A free address with its lock; the next one each time, lest a dead guest be taken again and again."""
+        addresses = self._config.remote.addresses
+        self._run_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        first = next(_turns)
+        for number in range(len(addresses)):
+            address = addresses[(first + number) % len(addresses)]
+            lock = open(self._run_root / f"remote-{address.replace('/', '_')}.lock", "wb")  # noqa: SIM115 - held
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                continue
+            return address, lock
+        return None
+
+    async def _run_reset_command(self) -> None:
+        assert self._held is not None
+        host, _, port = self._held[0].rpartition(":")
+        command = self._config.remote.reset_command.replace("{host}", host).replace("{port}", port)
+        process = await asyncio.create_subprocess_shell(
+            command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        try:
+            written, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            told = " ".join(written.decode("utf-8", "replace").split())[-300:]
+            raise DesktopError(f"desktop.remote.reset_command ended with status {process.returncode}: {told}")
+
+
+def refuse_unusable(config: DesktopConfig) -> None:
+    """Raise UserError if the run has too few addresses."""
+    num_addresses = len(set(config.remote.addresses))
+    if num_addresses < config.num_envs:
+        raise UserError(
+            f"desktop.num_envs = {config.num_envs} and desktop.remote.addresses names {num_addresses} guests",
+            "name a guest server for each desktop, or lower desktop.num_envs",
+        )
+
+
+@cache
+def _warn_of_leftovers() -> None:
+    _LOGGER.warning("desktop.remote.reset_command is unset: files that an episode leaves stay for the next one")

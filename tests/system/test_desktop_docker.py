@@ -1,0 +1,247 @@
+"""Desktops in containers, on a real docker daemon that is started for these tests.
+
+How containers live is tested with an image that holds no desktop; the desktop itself where its image can be had: with
+`DESKRL_DOCKER_DESKTOP=unix:///…`, a daemon that holds `deskrl-desktop` (deploy/docker/build.sh).
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+from docker_kit import SLEEPER, docker_daemon, import_sleeper, why_no_daemon
+
+from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.desktops import containers
+from deskrl.actor.desktops.base import DesktopError, DesktopGone
+from deskrl.actor.desktops.containers import Container, reap_containers
+from deskrl.actor.desktops.osworld import container_options
+from deskrl.actor.desktops.provider import make_desktop, refuse_unusable
+from deskrl.core.config import DesktopConfig, DockerConfig, OSWorldConfig
+from deskrl.core.errors import UserError
+
+WITH_DESKTOP = os.environ.get("DESKRL_DOCKER_DESKTOP", "")
+needs_desktop = pytest.mark.skipif(not WITH_DESKTOP, reason="DESKRL_DOCKER_DESKTOP names no daemon with the image")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    if reason := why_no_daemon():
+        pytest.skip(reason)
+    with docker_daemon() as address:
+        client = docker.DockerClient(address)
+        import_sleeper(client)
+        client.close()
+        yield address
+
+
+@pytest.fixture
+def daemon(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.DockerClient]:
+    monkeypatch.setenv("DOCKER_HOST", address)
+    containers.connect.cache_clear()
+    yield containers.connect()
+    containers.connect.cache_clear()
+
+
+def sleeper(name: str, run_root: Path, *ports: int) -> Container:
+    return Container(name, run_root, {"image": SLEEPER, "init": True}, ports)
+
+
+def config(**keys: Any) -> DesktopConfig:
+    return DesktopConfig(provider="docker", docker=DockerConfig(image=SLEEPER), **keys)
+
+
+def test_containers_start_together_on_ports_that_docker_chooses_and_leave_nothing(
+    daemon: docker.DockerClient, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        started = [sleeper(f"deskrl-test-{number}", tmp_path, 5000, 9222) for number in range(4)]
+        try:
+            await asyncio.gather(*(container.start() for container in started))
+            addresses = {container.address(port) for container in started for port in (5000, 9222)}
+            assert len(addresses) == 8 and {host for host, _ in addresses} == {"127.0.0.1"}
+            assert len(daemon.volumes.list()) == 4
+        finally:
+            await asyncio.gather(*(container.remove() for container in started))
+        assert (daemon.containers.list(all=True), daemon.volumes.list()) == ([], [])
+        with pytest.raises(DesktopGone):
+            started[0].address(5000)
+
+    asyncio.run(run())
+
+
+def test_a_start_that_is_given_up_leaves_no_container(daemon: docker.DockerClient, tmp_path: Path) -> None:
+    async def run() -> None:
+        container = sleeper("deskrl-test-given-up", tmp_path)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(container.start(), 0.001)
+        await container.remove()
+        assert daemon.containers.list(all=True) == []
+
+    asyncio.run(run())
+
+
+def test_a_guest_that_never_gets_ready_is_named_and_its_container_can_be_removed(
+    daemon: docker.DockerClient, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        desktop = make_desktop(config(start_timeout_s=1.5), "never", tmp_path)
+        with pytest.raises(
+            DesktopError, match=r"the guest of deskrl-never-1 was not ready in 1\.5 s: the guest server"
+        ):
+            await desktop.reset()
+        await desktop.close()
+        assert daemon.containers.list(all=True) == []
+
+    asyncio.run(run())
+
+
+def test_a_container_that_ends_by_itself_is_found_out_at_once(daemon: docker.DockerClient, tmp_path: Path) -> None:
+    async def run() -> None:
+        options = {"image": SLEEPER, "entrypoint": ["/bin/sleep", "--no-such-option"]}
+        container = Container("deskrl-test-ends", tmp_path, options, [])
+        try:
+            await container.start()
+            daemon.containers.get("deskrl-test-ends").wait()
+            with pytest.raises(DesktopGone, match=r"deskrl-test-ends is exited: .*unrecognized option"):
+                await container.refuse_ended()
+        finally:
+            await container.remove()
+
+    asyncio.run(run())
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from deskrl.actor.desktops.containers import Container
+asyncio.run(Container("deskrl-test-left", Path(sys.argv[1]), {"image": sys.argv[2]}, []).start())
+"""
+
+
+def test_what_a_killed_actor_left_is_removed_at_the_next_start(daemon: docker.DockerClient, tmp_path: Path) -> None:
+    async def run() -> None:
+        mine = sleeper("deskrl-test-mine", tmp_path / "run")
+        await mine.start()
+        try:
+            await asyncio.to_thread(
+                partial(subprocess.run, [sys.executable, "-c", OWNER, tmp_path / "run", SLEEPER], check=True)
+            )
+            assert {container.name for container in daemon.containers.list()} == {
+                "deskrl-test-mine",
+                "deskrl-test-left",
+            }
+            assert reap_containers(tmp_path / "another-run") == 0
+            assert reap_containers(tmp_path / "run") == 1
+            assert [container.name for container in daemon.containers.list(all=True)] == ["deskrl-test-mine"]
+        finally:
+            await mine.remove()
+
+    asyncio.run(run())
+
+
+def test_a_paused_container_goes_on(daemon: docker.DockerClient, tmp_path: Path) -> None:
+    async def run() -> None:
+        container = sleeper("deskrl-test-paused", tmp_path)
+        await container.start()
+        try:
+            await container.pause()
+            await container.refuse_ended()
+            assert daemon.containers.get("deskrl-test-paused").status == "paused"
+            await container.unpause()
+            assert daemon.containers.get("deskrl-test-paused").status == "running"
+        finally:
+            await container.remove()
+
+    asyncio.run(run())
+
+
+def test_an_image_that_is_not_there_is_named(daemon: docker.DockerClient) -> None:
+    with pytest.raises(UserError, match="there is no docker image no-such-image on this machine; build it"):
+        refuse_unusable(DesktopConfig(provider="docker", docker=DockerConfig(image="no-such-image")))
+
+
+def test_a_daemon_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    containers.connect.cache_clear()
+    with pytest.raises(UserError, match=r"there is no docker daemon at unix://.*none\.sock; start one"):
+        refuse_unusable(config())
+
+
+def test_a_user_without_the_right_to_docker_is_told_so(address: str, tmp_path: Path) -> None:
+    program = "from deskrl.actor.desktops.containers import connect; connect()"
+    as_nobody = ["setpriv", "--reuid=65534", "--clear-groups"]
+    reachable = Path(address.removeprefix("unix://"))
+    reachable.parent.chmod(0o755)
+    ended = subprocess.run(
+        [*as_nobody, sys.executable, "-c", program],
+        env={**os.environ, "DOCKER_HOST": address},
+        capture_output=True,
+        text=True,
+    )
+    if "ModuleNotFoundError" in ended.stderr or "Permission denied: '/" in ended.stderr:
+        pytest.skip("another user cannot read this interpreter")
+    assert "this user may not use the docker daemon at unix://" in ended.stderr
+
+
+def osworld(disk: Path | None, **keys: Any) -> DesktopConfig:
+    limits = {"start_timeout_s": 300.0} | {name: keys.pop(name) for name in ("start_timeout_s",) if name in keys}
+    return DesktopConfig(provider="osworld", osworld=OSWorldConfig(disk=disk, **keys), **limits)
+
+
+def test_what_osworlds_virtual_machine_lacks_is_named(daemon: docker.DockerClient, tmp_path: Path) -> None:
+    disk = tmp_path / "Ubuntu.qcow2"
+    with pytest.raises(UserError, match=r"desktop\.osworld\.disk is unset; name the disk"):
+        refuse_unusable(osworld(None))
+    with pytest.raises(UserError, match=r"Ubuntu\.qcow2: no such file"):
+        refuse_unusable(osworld(disk))
+    disk.touch()
+    with pytest.raises(UserError, match="no virtual machine boots in"):
+        refuse_unusable(osworld(disk, start_timeout_s=60.0))
+    with pytest.raises(UserError, match="there is no docker image nothing on this machine"):
+        refuse_unusable(osworld(disk, image="nothing"))
+    refuse_unusable(osworld(disk, image=SLEEPER))
+
+
+def test_a_missing_kvm_is_refused_only_where_it_is_required(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "disk").touch()
+    monkeypatch.setattr("deskrl.actor.desktops.osworld._KVM", tmp_path / "kvm")
+    with pytest.raises(UserError, match=r"kvm = require, and .*/kvm is not there; use a machine with hardware"):
+        refuse_unusable(osworld(tmp_path / "disk", kvm="require"))
+    without = container_options(OSWorldConfig(disk=tmp_path / "disk"))
+    assert without["environment"]["KVM"] == "N" and without["devices"] == []
+    (tmp_path / "kvm").touch()
+    assert "KVM" not in container_options(OSWorldConfig(disk=tmp_path / "disk"))["environment"]
+
+
+@needs_desktop
+def test_the_light_desktop_runs_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", WITH_DESKTOP)
+    containers.connect.cache_clear()
+
+    async def run() -> None:
+        desktop = make_desktop(DesktopConfig(provider="docker", width=800, height=600), "desktop", tmp_path)
+        try:
+            await desktop.reset()
+            assert (await desktop.screenshot()).size == (800, 600)
+            await desktop.write_file("~/left", b"behind")
+            await desktop.launch(["xterm", "-u8", "-e", "sh", "-c", "cat > /home/user/typed"])
+            await desktop.wait_for_window("xterm")
+            await desktop.act(Action(ActionKind.TYPE, text="<é 漢>\n"))
+            await desktop.settle()
+            assert (await desktop.read_file("~/typed")).decode() == "<é 漢>\n"
+            assert (await desktop.execute("touch /usr/x", shell=True)).returncode != 0
+            await desktop.reset()
+            with pytest.raises(FileNotFoundError):
+                await desktop.read_file("~/left")
+        finally:
+            await desktop.close()
+            containers.connect.cache_clear()
+
+    asyncio.run(run())
