@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from deskrl.core.rpc import VERSION
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.supervisor import describe_leftovers
 
@@ -36,6 +38,7 @@ class Run:
             "tasks.rollouts": "4",
             "desktop.num_envs": "2",
             "replay.address": f"127.0.0.1:{ports()}",
+            **{f"{role}.metrics_port": str(ports()) for role in ("replay", "inference", "learner", "actor")},
             "inference.address": f"127.0.0.1:{ports()}",
             "learner.warm_start.demos_per_task": "2",
             "learner.warm_start.stop_likelihood": "0.2",
@@ -126,6 +129,7 @@ def test_whatever_is_killed_the_run_goes_on_and_nothing_is_lost_or_learnt_twice(
         run.wait_for(lambda number=number: len(run.metrics("restart")) >= number)
 
     run.wait_for_update(5)
+    check_every_role_is_seen(run)
     run.signal(signal.SIGTERM)
     status, output = run.finish()
     assert status == 130, output[-2000:]
@@ -148,6 +152,23 @@ def test_whatever_is_killed_the_run_goes_on_and_nothing_is_lost_or_learnt_twice(
     assert verdicts["the checkpoint is valid"]
     assert not verdicts["it finishes"]
     assert describe_leftovers(run.folder) == []
+
+
+def check_every_role_is_seen(run: Run) -> None:
+    """`deskrl status` and `deskrl top` beside the run, once the last victim is back."""
+
+    def deskrl(*command: str) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-m", "deskrl.core.cli", *command, str(run.folder.root)]
+        return subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+
+    run.wait_for(lambda: deskrl("status").returncode == 0)
+    told = deskrl("status").stdout
+    for role in ("replay", "inference-0", "learner", "actor-0"):
+        assert re.search(rf"{role} +│ well +│ {re.escape(VERSION)}", told), told
+    top = deskrl("top", "--interval", "1")
+    assert top.returncode == 0, top.stderr
+    assert "4 of 4 answer" in top.stdout
+    assert re.search(r"updates +[5-7] ", top.stdout), top.stdout
 
 
 def check_nothing_lost_or_learnt_twice(run: Run, kept: dict[str, tuple[float, int]]) -> None:

@@ -128,6 +128,16 @@ def _parser() -> argparse.ArgumentParser:
     view.add_argument("--port", type=int, default=7441, help="on the loopback address; 0: a free one")
     view.set_defaults(takes_overrides=False)
 
+    status = add("status", "say how each role of a run is; exit status 0: all are well")
+    status.add_argument("run", type=Path, help="the run's folder")
+    status.set_defaults(takes_overrides=False)
+
+    top = add("top", "show throughput, latencies and learning of a run as it goes")
+    top.add_argument("run", type=Path, help="the run's folder")
+    top.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
+    top.add_argument("--frames", type=int, default=None, help="look so many times; unset: until Ctrl-C")
+    top.set_defaults(takes_overrides=False)
+
     certificates = add("certificates", "make the certificates and the token of a run whose roles are on several hosts")
     certificates.add_argument("folder", type=Path, help="folder for them; its authority and token are kept")
     certificates.add_argument("--host", action="append", default=[], help="name or address of a server; again for more")
@@ -201,6 +211,14 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from deskrl.core.up import report
 
         return report(options.run)
+    if options.command == "status":
+        from deskrl.core.status import status
+
+        return status(options.run)
+    if options.command == "top":
+        from deskrl.core.top import top
+
+        return top(options.run, options.interval, options.frames)
     if options.command == "view":
         return int(importlib.import_module("deskrl.replay.viewer").main(options.run, options.port))
     if options.command == "tasks":

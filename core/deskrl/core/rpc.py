@@ -9,7 +9,9 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import grpc
@@ -24,6 +26,8 @@ from deskrl.proto.v1 import common_pb2
 
 # gRPC's core would write lines of its own to standard error beside the one line that a person is meant to read.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+VERSION = metadata.version("deskrl")
 
 PROTOCOL = 1
 """Version of the contracts; peers with another one refuse each other."""
@@ -86,7 +90,12 @@ _SERVER_OPTIONS: list[tuple[str, object]] = [
 
 def peer(role: str, name: str) -> common_pb2.Peer:
     """Who is calling, with the protocol it speaks."""
-    return common_pb2.Peer(role=role, name=name, protocol=PROTOCOL)
+    return common_pb2.Peer(role=role, name=name, protocol=PROTOCOL, version=VERSION)
+
+
+def service_status(started_s: float) -> common_pb2.ServiceStatus:
+    """What a service says of itself that was started when `time.monotonic` gave `started_s`."""
+    return common_pb2.ServiceStatus(version=VERSION, uptime_s=time.monotonic() - started_s)
 
 
 def protocol_refusal(caller: common_pb2.Peer) -> str | None:

@@ -11,7 +11,7 @@ import grpc.aio
 
 from deskrl.core import rendering
 from deskrl.core.config import RunConfig
-from deskrl.core.rpc import protocol_refusal
+from deskrl.core.rpc import protocol_refusal, service_status
 from deskrl.inference import metrics
 from deskrl.inference.engine import Engine, EngineDead, Prompt, Sampled
 from deskrl.inference.images import ImageCache, ImageError, decode_image
@@ -120,6 +120,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._format = prompt_format
         self._prompter = prompter
         self._on_engine_death = on_engine_death
+        self._started_s = time.monotonic()
 
     async def Act(self, request: inference_pb2.ActRequest, context: Context) -> inference_pb2.ActResponse:
         """Sample one action; see inference.proto."""
@@ -164,6 +165,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             max_model_len=self._config.inference.max_model_len,
             max_images=self._config.inference.max_images,
             engine=self._engine.name,
+            service=service_status(self._started_s),
         )
 
     def _check(self, request: inference_pb2.ActRequest) -> None:

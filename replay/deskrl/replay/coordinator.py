@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 
+from deskrl.core import rpc
 from deskrl.core.config import RunConfig
 from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
 from deskrl.replay import batches, images, planning, reading, rollouts, successes
+from deskrl.replay.attendance import Attendance
 from deskrl.replay.bell import Bell
 from deskrl.replay.granting import GrantDesk
 from deskrl.replay.leases import LeaseClock
@@ -36,6 +38,7 @@ class Coordinator:
         self.pacing = Pacing(grpo.max_staleness, grpo.groups_per_batch, config.tasks.rollouts)
         self.lease_ttl_s = config.replay.lease_ttl_s
         self.metrics = metrics
+        self.attendance = Attendance()
         self._max_faults = config.replay.max_faults
         self._rules = batches.SuccessRules(
             above=successes.threshold(config.replay.success_above),
@@ -50,7 +53,7 @@ class Coordinator:
         self._desk = GrantDesk(self._grant, self.release)
         self._endings = Bell()
         self._is_closed = False
-        self._seen_s: dict[str, float] = {}
+        self._started_s = time.monotonic()
 
     async def open(self) -> None:
         """Take up the leases that the last service granted: each lives for a whole time to live from now."""
@@ -70,17 +73,9 @@ class Coordinator:
         self._desk.close()
         self._endings.ring()
 
-    def see(self, actor: str) -> None:
-        """An actor was heard of."""
-        self._seen_s[actor] = time.monotonic()
-
     async def acquire(self, ask: Ask, wait_s: float) -> Grant | None:
         """A lease for an actor, after a wait if need be."""
-        self.see(ask.holder)
-        try:
-            return await self._desk.ask(ask, wait_s)
-        finally:
-            self.see(ask.holder)
+        return await self._desk.ask(ask, wait_s)
 
     async def extend(self, lease_ids: Sequence[str]) -> list[str]:
         """Those leases that are not lost: alive, or ended by their own result or fault."""
@@ -178,11 +173,13 @@ class Coordinator:
         if is_new:
             self.metrics.batches.inc()
 
-    def num_actors(self) -> int:
-        """Actors heard of within the last time to live."""
-        horizon_s = time.monotonic() - self.lease_ttl_s
-        self._seen_s = {actor: seen_s for actor, seen_s in self._seen_s.items() if seen_s > horizon_s}
-        return len(self._seen_s)
+    async def status(self) -> replay_pb2.GetReplayStatusResponse:
+        """Everything that can be counted, and who is there."""
+        status = await self.store.read(reading.status)
+        status.num_actors = self.attendance.num_actors(self.lease_ttl_s)
+        status.peers.extend(self.attendance.peers())
+        status.service.CopyFrom(rpc.service_status(self._started_s))
+        return status
 
     async def _grant(self, asks: Sequence[Ask]) -> list[Grant | None]:
         new_too = self._rounds is None or self._rounds.may_begin(len(asks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from deskrl.replay.writer import Commit
 
@@ -12,6 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self.leases = Counter("deskrl_replay_leases_granted_total", "Leases granted.", registry=self.registry)
         self.active = Gauge("deskrl_replay_active_leases", "Leases that are running.", registry=self.registry)
         self.expired = Counter("deskrl_replay_leases_expired_total", "Leases that ran out.", registry=self.registry)

@@ -118,7 +118,7 @@ def own_endings(connection: sqlite3.Connection, lease_ids: Sequence[str]) -> lis
     return [row[0] for row in rows if row is not None]
 
 
-def status(connection: sqlite3.Connection, num_actors: int) -> replay_pb2.GetReplayStatusResponse:
+def status(connection: sqlite3.Connection) -> replay_pb2.GetReplayStatusResponse:
     """Counters of the whole store."""
     num_images, image_bytes = images.totals(connection)
     return replay_pb2.GetReplayStatusResponse(
@@ -130,7 +130,6 @@ def status(connection: sqlite3.Connection, num_actors: int) -> replay_pb2.GetRep
         num_images=num_images,
         image_bytes=image_bytes,
         database_bytes=retention.used_bytes(connection),
-        num_actors=num_actors,
     )
 
 

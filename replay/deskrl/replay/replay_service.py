@@ -27,6 +27,7 @@ class ReplayServicer(replay_pb2_grpc.ReplayServiceServicer):
     async def PlanGroups(self, request: replay_pb2.PlanGroupsRequest, context: Any) -> replay_pb2.PlanGroupsResponse:
         """Add work."""
         admit(request.peer)
+        self._coordinator.attendance.note(request.peer)
         for group in request.groups:
             _check_plan(group, self._coordinator.pacing.rollouts)
         return replay_pb2.PlanGroupsResponse(num_added=await self._coordinator.plan(list(request.groups)))
@@ -47,13 +48,15 @@ class ReplayServicer(replay_pb2_grpc.ReplayServiceServicer):
             raise Malformed("a group is taken from a queue into a batch; name both")
         place = batches.Place(request.queue, request.batch_id, request.ordinal)
         wait_s = wait_within(request.wait_s, context)
-        group = await self._coordinator.take(place, list(request.dropped_group_ids), wait_s)
+        with self._coordinator.attendance.present(request.peer):
+            group = await self._coordinator.take(place, list(request.dropped_group_ids), wait_s)
         return replay_pb2.TakeGroupResponse(group=group)
 
     @refusing
     async def CommitBatch(self, request: replay_pb2.CommitBatchRequest, context: Any) -> replay_pb2.CommitBatchResponse:
         """Consume a batch."""
         admit(request.peer)
+        self._coordinator.attendance.note(request.peer)
         await self._coordinator.commit(request.queue, request.batch_id, list(request.verdicts), request.version)
         return replay_pb2.CommitBatchResponse()
 
@@ -95,7 +98,7 @@ class ReplayServicer(replay_pb2_grpc.ReplayServiceServicer):
         self, request: replay_pb2.GetReplayStatusRequest, context: Any
     ) -> replay_pb2.GetReplayStatusResponse:
         """Count."""
-        return await self._coordinator.store.read(partial(reading.status, num_actors=self._coordinator.num_actors()))
+        return await self._coordinator.status()
 
 
 def _check_plan(group: replay_pb2.GroupPlan, rollouts: int) -> None:

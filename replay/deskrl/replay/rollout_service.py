@@ -28,7 +28,8 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         if not request.request_id:
             raise Malformed("a lease is asked for without a request_id, so a retry could not be told from a new ask")
         ask = Ask(request.request_id, request.peer.name)
-        grant = await self._coordinator.acquire(ask, wait_within(request.wait_s, context))
+        with self._coordinator.attendance.present(request.peer):
+            grant = await self._coordinator.acquire(ask, wait_within(request.wait_s, context))
         if grant is None:
             return rollout_pb2.AcquireLeaseResponse()
         return rollout_pb2.AcquireLeaseResponse(
@@ -41,7 +42,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     ) -> rollout_pb2.ExtendLeasesResponse:
         """One heartbeat for all leases of an actor."""
         admit(request.peer)
-        self._coordinator.see(request.peer.name)
+        self._coordinator.attendance.note(request.peer)
         return rollout_pb2.ExtendLeasesResponse(alive=await self._coordinator.extend(list(request.lease_ids)))
 
     @refusing
@@ -71,7 +72,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             if first is None or first.WhichOneof("event") != "begin":
                 raise Malformed("an episode starts with its begin")
             admit(first.begin.peer)
-            self._coordinator.see(first.begin.peer.name)
+            self._coordinator.attendance.note(first.begin.peer)
             await EpisodeStream(self._coordinator, first.begin, context).run(request_iterator)
         except Refused as refusal:
             await context.abort(refusal.code, str(refusal))

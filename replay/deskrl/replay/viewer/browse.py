@@ -81,7 +81,7 @@ class Choices:
 
     tasks: list[str]
     queues: list[str]
-    versions: list[int]
+    newest_version: int
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def find(
     """
     place = "r.id" if filters.outcome == "running" else "r.ending"
     conditions, values = _conditions(filters, success_above)
-    (num_matching,) = connection.execute(f"SELECT count(*) FROM {_SOURCE} WHERE {conditions}", values).fetchone()
+    source = _SOURCE if filters.task or filters.queue else "rollouts r"
+    (num_matching,) = connection.execute(f"SELECT count(*) FROM {source} WHERE {conditions}", values).fetchone()
     if before is not None:
         conditions, values = f"{conditions} AND {place} < ?", [*values, before]
     rows = connection.execute(
@@ -131,11 +132,8 @@ def choices(connection: sqlite3.Connection) -> Choices:
     """Everything that occurs, in order."""
     tasks = connection.execute("SELECT DISTINCT task_id FROM groups ORDER BY task_id")
     queues = connection.execute("SELECT DISTINCT queue FROM groups ORDER BY queue")
-    versions = connection.execute(
-        "SELECT oldest_version AS version FROM rollouts WHERE oldest_version IS NOT NULL"
-        " UNION SELECT newest_version FROM rollouts WHERE newest_version IS NOT NULL ORDER BY version DESC"
-    )
-    return Choices([row[0] for row in tasks], [row[0] for row in queues], [row[0] for row in versions])
+    (newest,) = connection.execute("SELECT ifnull(max(step), 0) FROM policy").fetchone()
+    return Choices([row[0] for row in tasks], [row[0] for row in queues], newest)
 
 
 def newest_ending(connection: sqlite3.Connection) -> int:

@@ -45,8 +45,8 @@ class FilterField:
     label: str
     any: str
     """What it says when nothing is asked for."""
-    options: list[tuple[str, str]]
-    """Value and text."""
+    options: list[tuple[str, str]] | None
+    """Value and text; None: a number."""
     chosen: str
 
 
@@ -63,7 +63,7 @@ class MemberView:
 def filter_fields(filters: Filters, choices: Choices) -> list[FilterField]:
     """What there is to filter by, and what is asked for."""
 
-    def field(name: str, label: str, any_text: str, options: list[tuple[str, str]]) -> FilterField:
+    def field(name: str, label: str, any_text: str, options: list[tuple[str, str]] | None) -> FilterField:
         value = getattr(filters, name)
         return FilterField(name, label, any_text, options, "" if value is None else str(value))
 
@@ -71,7 +71,7 @@ def filter_fields(filters: Filters, choices: Choices) -> list[FilterField]:
         field("task", "task", "all tasks", [(task, task) for task in choices.tasks]),
         field("outcome", "outcome", "any", [(outcome, outcome) for outcome in OUTCOMES]),
         field("termination", "ended by", "anything", _enumeration(rollout_pb2.Termination, termination_text)),
-        field("version", "version", "all versions", [(str(version), str(version)) for version in choices.versions]),
+        field("version", "version", f"0 to {choices.newest_version}", None),
         field("fault", "fault", "with or without", _enumeration(rollout_pb2.FaultKind, fault_text)),
         field("queue", "queue", "all queues", [(queue, queue) for queue in choices.queues]),
     ]

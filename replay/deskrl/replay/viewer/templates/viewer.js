@@ -1,9 +1,9 @@
 // Left and right arrow step through an episode; a changed filter applies at once; a list says when newer episodes ended.
 document.documentElement.classList.add("scripted");
-document.querySelectorAll(".filters select").forEach((select) => {
-  select.addEventListener("change", () => {
-    select.form.querySelectorAll("select").forEach((other) => { other.disabled = !other.value; });
-    select.form.submit();
+document.querySelectorAll(".filters [name]").forEach((field) => {
+  field.addEventListener("change", () => {
+    field.form.querySelectorAll("[name]").forEach((other) => { other.disabled = !other.value; });
+    field.form.submit();
   });
 });
 document.addEventListener("keydown", (event) => {
