@@ -1,5 +1,7 @@
 """A step reads back as it was written; anything else is refused."""
 
+from dataclasses import replace
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -32,6 +34,7 @@ def steps(draw: st.DrawFn) -> Step:
 @given(steps())
 def test_a_step_reads_back_as_it_was_written(step: Step) -> None:
     assert decode_step(encode_step(step)) == step
+    assert decode_step(encode_step(step), with_ids=False) == replace(step, prompt_ids=(), action_ids=(), logprobs=())
 
 
 @given(st.binary(max_size=200))
@@ -42,8 +45,17 @@ def test_other_bytes_are_refused_and_nothing_else_is_raised(data: bytes) -> None
 
 def test_ids_and_logprobs_that_differ_in_number_are_refused() -> None:
     step = Step(0, "a", ("a",), "x", action_ids=(1, 2), logprobs=(-0.5,))
-    with pytest.raises(CodecError, match="2 action ids with 1 logprobs"):
-        decode_step(encode_step(step))
+    for with_ids in (True, False):
+        with pytest.raises(CodecError, match="2 action ids with 1 logprobs"):
+            decode_step(encode_step(step), with_ids=with_ids)
+
+
+@pytest.mark.parametrize("array", [b"abc", "abcd", [1]])
+def test_ids_that_are_no_array_are_refused_though_nobody_looks_at_them(array: object) -> None:
+    record = msgpack.unpackb(encode_step(Step(0, "a", (), "x")))
+    for with_ids in (True, False):
+        with pytest.raises(CodecError, match="no array"):
+            decode_step(msgpack.packb({**record, "prompt_ids": array}), with_ids=with_ids)
 
 
 def test_a_step_of_another_schema_is_refused() -> None:

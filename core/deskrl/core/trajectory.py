@@ -13,6 +13,8 @@ import msgpack
 
 MAX_STEP_BYTES = 16 * 1024**2
 _SCHEMA = 1
+_ARRAYS = {"prompt_ids": "I", "action_ids": "I", "logprobs": "f"}
+_ITEM_BYTES = 4
 
 
 class CodecError(ValueError):
@@ -60,42 +62,44 @@ class Step:
 def encode_step(step: Step) -> bytes:
     """Msgpack of a step; raises CodecError if it is larger than MAX_STEP_BYTES."""
     # Not `asdict`: it would copy every token id, which took most of an actor's time.
-    record = vars(step) | {
-        "schema": _SCHEMA,
-        "prompt_ids": struct.pack(f"<{len(step.prompt_ids)}I", *step.prompt_ids),
-        "action_ids": struct.pack(f"<{len(step.action_ids)}I", *step.action_ids),
-        "logprobs": struct.pack(f"<{len(step.logprobs)}f", *step.logprobs),
-        "spans": [vars(span) for span in step.spans],
-    }
+    fields = vars(step)
+    arrays = {name: struct.pack(f"<{len(fields[name])}{kind}", *fields[name]) for name, kind in _ARRAYS.items()}
+    record = fields | arrays | {"schema": _SCHEMA, "spans": [vars(span) for span in step.spans]}
     data: bytes = msgpack.packb(record)
     if len(data) > MAX_STEP_BYTES:
         raise CodecError(f"a step of {len(data)} bytes is over the limit of {MAX_STEP_BYTES}")
     return data
 
 
-def decode_step(data: bytes) -> Step:
-    """The step in `data`; raises CodecError for anything that `encode_step` would not write."""
+def decode_step(data: bytes, *, with_ids: bool = True) -> Step:
+    """The step in `data`; raises CodecError for anything that `encode_step` would not write.
+
+    Args:
+        data: as `encode_step` made it.
+        with_ids: False leaves token ids and logprobs empty, though checked: for those who look at the rest only.
+    """
     if len(data) > MAX_STEP_BYTES:
         raise CodecError(f"a step of {len(data)} bytes is over the limit of {MAX_STEP_BYTES}")
     try:
         record = msgpack.unpackb(data, strict_map_key=True, max_ext_len=0)
         if record.pop("schema") != _SCHEMA:
             raise CodecError("a step of another schema version")
-        record["prompt_ids"] = _unpack("I", record["prompt_ids"])
-        record["action_ids"] = _unpack("I", record["action_ids"])
-        record["logprobs"] = _unpack("f", record["logprobs"])
+        num = {name: _num_items(record[name]) for name in _ARRAYS}
+        if num["logprobs"] != num["action_ids"]:
+            raise CodecError(f"{num['action_ids']} action ids with {num['logprobs']} logprobs")
+        for name, kind in _ARRAYS.items():
+            record[name] = struct.unpack(f"<{num[name]}{kind}", record[name]) if with_ids else ()
         record["images"] = tuple(record["images"])
         record["spans"] = tuple(Span(**span) for span in record["spans"])
         record["messages"] = tuple(record["messages"])
-        step = Step(**record)
+        return Step(**record)
     except CodecError:
         raise
     except Exception as error:  # msgpack and malformed records fail in many ways; all mean one thing here
         raise CodecError(f"not a step: {error}") from error
-    if len(step.logprobs) != len(step.action_ids):
-        raise CodecError(f"{len(step.action_ids)} action ids with {len(step.logprobs)} logprobs")
-    return step
 
 
-def _unpack(kind: str, data: bytes) -> tuple[Any, ...]:
-    return struct.unpack(f"<{len(data) // 4}{kind}", data)
+def _num_items(array: Any) -> int:
+    if not isinstance(array, bytes) or len(array) % _ITEM_BYTES:
+        raise CodecError("token ids or logprobs are no array")
+    return len(array) // _ITEM_BYTES

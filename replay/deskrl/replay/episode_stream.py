@@ -107,7 +107,7 @@ class EpisodeStream:
         if len(step.payload) > MAX_STEP_BYTES:
             raise Malformed(f"a step of {len(step.payload)} bytes is over the limit of {MAX_STEP_BYTES}")
         try:
-            content = decode_step(step.payload)
+            content = decode_step(step.payload, with_ids=False)
         except CodecError as error:
             raise Malformed(f"step {step.index}: {error}") from error
         if content.index != step.index:
