@@ -24,6 +24,7 @@ from deskrl.core.explain.timing import Assumptions
 if TYPE_CHECKING:
     from deskrl.core.arpo import Note
 
+_ROLES = ("replay", "learner", "inference", "actor")
 _ROLE_OF = {"model": "learner", "prove-checkpoint": "learner", "tasks": "actor"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -138,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--frames", type=int, default=None, help="look so many times; unset: until Ctrl-C")
     top.set_defaults(takes_overrides=False)
 
+    doctor = add("doctor", "check this machine, and a run's servers as it sees them; exit status 0: nothing to mend")
+    doctor.add_argument("config", type=Path, nargs="?", help="run configuration, or the folder of a run")
+    doctor.add_argument(
+        "--role", action="append", choices=_ROLES, help="that is to run here; again for more; none: all"
+    )
+
     certificates = add("certificates", "make the certificates and the token of a run whose roles are on several hosts")
     certificates.add_argument("folder", type=Path, help="folder for them; its authority and token are kept")
     certificates.add_argument("--host", action="append", default=[], help="name or address of a server; again for more")
@@ -219,6 +226,8 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from deskrl.core.top import top
 
         return top(options.run, options.interval, options.frames)
+    if options.command == "doctor":
+        return _examine(options, rest)
     if options.command == "view":
         return int(importlib.import_module("deskrl.replay.viewer").main(options.run, options.port))
     if options.command == "tasks":
@@ -247,6 +256,16 @@ def _help_launcher(options: argparse.Namespace, config: RunConfig) -> int:
     if options.command == "health":
         return launching.health(config, options.role, options.index)
     return launching.prepare(config) if options.command == "prepare" else launching.size(config)
+
+
+def _examine(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from deskrl.core.doctor import doctor
+
+    if options.config is None and rest:
+        raise UserError(f"there is nothing to override: {' '.join(rest)}", "name a configuration")
+    path = options.config / "config.json" if options.config is not None and options.config.is_dir() else options.config
+    config = None if path is None else _read(path, rest)
+    return doctor(config, options.role or _ROLES)
 
 
 def _certify(options: argparse.Namespace) -> int:

@@ -22,7 +22,8 @@ from deskrl.core.runfolder import RunFolder
 MIN_FREE_BYTES = 64 * 1024**2
 """With less than this left on its disk a run does not start, and one that runs ends in good order."""
 
-_ENGINES = {"learner": ("torch", "transformers", "safetensors", "deepspeed"), "inference": ("vllm",)}
+ENGINES = {"learner": ("torch", "transformers", "safetensors", "deepspeed"), "inference": ("vllm",)}
+"""Packages beyond deskrl's own needs, by role."""
 
 
 class Endpoint(NamedTuple):
@@ -57,7 +58,7 @@ def refuse_contradictions(config: RunConfig) -> None:
 def refuse_missing_packages(config: RunConfig) -> None:
     """Raise UserError if one of the engines is not installed on this machine, which is to run every role."""
     tracking = {} if config.wandb == "off" else {"wandb": ("wandb",)}
-    for role, packages in (_ENGINES | tracking).items():
+    for role, packages in (ENGINES | tracking).items():
         for package in packages:
             if importlib.util.find_spec(package) is None:
                 raise missing_package(package, role)

@@ -95,7 +95,7 @@ def peer(role: str, name: str) -> common_pb2.Peer:
 
 def service_status(started_s: float) -> common_pb2.ServiceStatus:
     """What a service says of itself that was started when `time.monotonic` gave `started_s`."""
-    return common_pb2.ServiceStatus(version=VERSION, uptime_s=time.monotonic() - started_s)
+    return common_pb2.ServiceStatus(version=VERSION, uptime_s=time.monotonic() - started_s, unix_s=time.time())
 
 
 def protocol_refusal(caller: common_pb2.Peer) -> str | None:

@@ -5,7 +5,6 @@ Services answer for themselves; actors and the learner serve nothing, so replay 
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +94,7 @@ def learner_status(folder: RunFolder, counted: ReplayStatus | None) -> RoleStatu
 
 def actors_status(config: RunConfig, counted: ReplayStatus | None) -> list[RoleStatus]:
     """A line for each actor that there should be or is; of many, one for all that are well."""
-    num_expected = math.ceil(config.desktop.num_envs / config.actor.desktops_per_actor)
+    num_expected = config.num_actors
     if counted is None:
         return [RoleStatus(f"{num_expected} actors", None, "replay would know")]
     heard = {it.peer.name.partition(".")[0]: it for it in sorted(counted.peers, key=lambda it: -it.silent_s)}

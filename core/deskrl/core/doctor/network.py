@@ -1,0 +1,153 @@
+"""Checks of a run's servers as this machine sees them: names, ports, certificates, health, clocks.
+
+Knows the contracts. A server that nobody has started yet is worth a note; one that is there and refuses is bad.
+"""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import time
+from collections.abc import Iterator, Sequence
+
+import grpc
+
+from deskrl.core import rpc
+from deskrl.core.config import RunConfig
+from deskrl.core.doctor.findings import Finding, attempt, bad, good, note
+from deskrl.core.errors import UserError
+from deskrl.core.identity import IdentityFiles, load_identity
+from deskrl.core.preflight import Endpoint, endpoints
+from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc, replay_pb2, replay_pb2_grpc
+
+_TIMEOUT_S = 5.0
+_MOST_SKEW_S = 2.0
+_RENEW_WITHIN_DAYS = 14
+
+
+def certificates(config: RunConfig, roles: Sequence[str]) -> Iterator[Finding]:
+    """The certificates of the roles of this machine."""
+    folder = config.security.folder
+    if folder is None:
+        yield attempt("certificates", "none, and none are needed on one machine", lambda: _refuse_exposed(config))
+        return
+    for role in roles:
+        what = f"certificate of {role}"
+        try:
+            load_identity(folder, role)
+        except UserError as error:
+            yield bad(what, error.message, error.mend)
+        else:
+            yield _expiry(what, IdentityFiles(folder, role))
+
+
+def _refuse_exposed(config: RunConfig) -> None:
+    for address in (config.replay.address, *config.inference.replica_addresses):
+        rpc.refuse_exposure(address)
+
+
+def _expiry(what: str, files: IdentityFiles) -> Finding:
+    from cryptography import x509
+
+    end = x509.load_pem_x509_certificate(files.certificate.read_bytes()).not_valid_after_utc
+    detail = f"valid until {end:%Y-%m-%d}"
+    if end - datetime.datetime.now(datetime.UTC) < datetime.timedelta(days=_RENEW_WITHIN_DAYS):
+        return note(what, detail, "make it anew with `deskrl certificates`")
+    return good(what, detail)
+
+
+def servers(config: RunConfig, roles: Sequence[str]) -> Iterator[Finding]:
+    """Replay and the replicas: reachable, and with the right time; else whether they could listen here."""
+    found = {
+        "replay": [(config.replay.address, "replay")],
+        "inference": [
+            (address, f"inference-{index}") for index, address in enumerate(config.inference.replica_addresses)
+        ],
+    }
+    for role, addresses in found.items():
+        for address, name in addresses:
+            yield from _server(name, address, runs_here=role in roles)
+
+
+def _server(name: str, address: str, *, runs_here: bool) -> Iterator[Finding]:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        yield bad(
+            name, f"the name {host} is not known here: {error.strerror}", f"mend its address ({address}), or the DNS"
+        )
+        return
+    try:
+        is_well = rpc.check_health(address)
+    except UserError as error:
+        yield bad(name, error.message, error.mend)
+        return
+    if not is_well:
+        yield _absent(name, host, int(port), runs_here=runs_here)
+        return
+    service = _ask(name, address)
+    yield good(name, f"serves at {address}" + (f", deskrl {service.version}" if service else ""))
+    if service is not None:
+        yield from _comparison(name, service)
+
+
+def _absent(name: str, host: str, port: int, *, runs_here: bool) -> Finding:
+    """Not started yet, unreachable, or something else is in its place."""
+    address = f"{host}:{port}"
+    try:
+        with socket.create_connection((host.strip("[]"), port), _TIMEOUT_S):
+            return bad(name, f"something else than a server of deskrl listens at {address}", "choose another port")
+    except ConnectionRefusedError:
+        started = "it is not started" + ("" if runs_here else " there")
+        return note(name, f"nobody listens at {address}: {started}")
+    except OSError as error:
+        reason = f"{address} cannot be reached: {error.strerror or 'no answer'}"
+        return bad(name, reason, "look at firewalls and tunnels between the machines")
+
+
+def _comparison(name: str, service: common_pb2.ServiceStatus) -> Iterator[Finding]:
+    if service.version and service.version != rpc.VERSION:
+        detail = f"{name} is deskrl {service.version}, this machine has {rpc.VERSION}"
+        yield bad("versions", detail, "install the same version of deskrl on both")
+    skew_s = service.unix_s - time.time()
+    if service.unix_s and abs(skew_s) > _MOST_SKEW_S:
+        detail = f"the clock at {name} is {abs(skew_s):.0f} s {'ahead of' if skew_s > 0 else 'behind'} this one"
+        yield bad("clocks", detail, "set both by NTP: certificates and reports go by the time")
+
+
+def _ask(name: str, address: str) -> common_pb2.ServiceStatus | None:
+    """What the server says of itself; None if it does not."""
+    with rpc.connect_sync(address) as channel:
+        try:
+            if name == "replay":
+                counted = replay_pb2_grpc.ReplayServiceStub(channel).GetReplayStatus(
+                    replay_pb2.GetReplayStatusRequest(), timeout=_TIMEOUT_S
+                )
+                return common_pb2.ServiceStatus.FromString(counted.service.SerializeToString())
+            request = inference_pb2.GetModelInfoRequest(peer=rpc.peer("operator", "doctor"))
+            served = inference_pb2_grpc.InferenceServiceStub(channel).GetModelInfo(request, timeout=_TIMEOUT_S)
+            return common_pb2.ServiceStatus.FromString(served.service.SerializeToString())
+        except grpc.RpcError:
+            return None
+
+
+def metrics_ports(config: RunConfig, roles: Sequence[str]) -> Iterator[Finding]:
+    """The other ports on which the roles of this machine are to listen."""
+    others = [it for it in endpoints(config) if not it.key.endswith(".address") and it.key.partition(".")[0] in roles]
+    taken = [endpoint for endpoint in others if not _is_free(endpoint)]
+    if taken:
+        listed = ", ".join(f"{it.host}:{it.port} ({it.key})" for it in taken)
+        yield note("ports", f"taken: {listed}; by this run, if it is running", "else choose others")
+    elif others:
+        yield good("ports", f"{len(others)} further ports are free")
+
+
+def _is_free(endpoint: Endpoint) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((endpoint.host, endpoint.port))
+        except OSError:
+            return False
+    return True
