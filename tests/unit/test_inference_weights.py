@@ -14,10 +14,13 @@ from safetensors.numpy import save_file
 
 from deskrl.core.errors import UserError
 from deskrl.inference.weights import (
+    Received,
     UpdateRefused,
     WeightFile,
     check_announcement,
     checkpoint_shapes,
+    differing,
+    merge_received,
     vision_changed,
 )
 from deskrl.proto.v1 import weights_pb2
@@ -91,9 +94,24 @@ def test_the_models_tensors_may_come_in_another_precision() -> None:
 
 def test_only_a_changed_vision_tensor_changes_vision() -> None:
     checksums = {tensor.name: tensor.checksum for tensor in TENSORS}
-    assert vision_changed(None, TENSORS), "nothing is known of the weights that the engine started with"
-    assert not vision_changed(checksums | {"model.a": "another"}, TENSORS)
-    assert vision_changed(checksums | {"visual.b": "another"}, TENSORS)
+    assert vision_changed(None, checksums), "nothing is known of the weights that the engine started with"
+    assert not vision_changed(checksums | {"model.a": "another"}, checksums)
+    assert vision_changed(checksums | {"visual.b": "another"}, checksums)
+
+
+def test_tensors_that_arrived_otherwise_than_they_were_sent_are_named() -> None:
+    assert differing(["a", "b", "c"], [1, 2, 3], [1, 2, 3]) == []
+    assert differing(["a", "b", "c"], [1, 2, 3], [1, 9, 3]) == ["b"]
+    assert differing(["a", "b"], [1], [1, 2]) == ["a", "b"], "one that was never told of proves nothing"
+
+
+def test_workers_of_one_engine_must_have_received_the_same() -> None:
+    whole = {"checksums": [1, 2], "placed": 3}
+    assert merge_received([whole, whole]) == Received([1, 2], "", touched=True)
+    assert merge_received([whole, {"checksums": [1, 3], "placed": 3}]).error
+    stalled = {"error": "GaveUp: bucket 0 of 9", "placed": 0}
+    assert merge_received([stalled]) == Received((), "GaveUp: bucket 0 of 9", touched=False)
+    assert merge_received([stalled, whole]).touched
 
 
 def test_names_and_shapes_are_read_from_the_checkpoint(tmp_path: Path) -> None:

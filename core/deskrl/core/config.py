@@ -34,6 +34,7 @@ from deskrl.core.runfolder import write_atomically
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
+Device = Annotated[int, Field(ge=0)]
 
 
 def _host_and_port(value: str) -> str:
@@ -310,10 +311,21 @@ class InferenceConfig(Section):
     """Longest action in tokens."""
     image_cache_bytes: PositiveInt = 1024**3
     """Screenshots kept by hash."""
+    weight_transfer: Literal["auto", "stream", "ipc", "nccl"] = "auto"
+    """How new weights come: `stream` over gRPC; `nccl` from the learner's GPU to another; `ipc` on the GPU that both
+    share; `auto`: the fastest that learner and replica have between them."""
+    devices: tuple[Device, ...] = ()
+    """GPUs of the replicas, by number: each replica takes as many as it has workers. Empty: what the environment says
+    (`CUDA_VISIBLE_DEVICES`)."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further vLLM engine arguments, as vLLM names them."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus port of the first replica, counting up; 0: none."""
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of one replica, and so the GPUs that it takes."""
+        return int(self.engine_args.get("tensor_parallel_size", 1))
 
     @property
     def replica_addresses(self) -> list[str]:
@@ -420,6 +432,8 @@ class LearnerConfig(Section):
     """Ranks of the torchrun world."""
     master_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Rendezvous port of the ranks; 0: a free one."""
+    devices: tuple[Device, ...] = ()
+    """GPUs of the ranks, by number, one each. Empty: what the environment says (`CUDA_VISIBLE_DEVICES`)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

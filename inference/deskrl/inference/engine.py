@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,16 @@ from deskrl.core import lifetime
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.inference.versions import INITIAL, Span, SpanCounter, Version
+from deskrl.inference.weights import Received, merge_received
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from vllm import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from deskrl.proto.v1.weights_pb2 import TensorSpec
 
-TRANSFER_BACKEND = "deskrl_file"
+TRANSFER_BACKEND = "deskrl"
 """Name of the weight-transfer engine that `transfer` registers with vLLM."""
 
 
@@ -95,7 +97,7 @@ class Engine:
             reason = " ".join(str(error).split())
             raise UserError(f"vLLM refuses these settings: {reason}", "mend the inference section") from error
         engine = cls(AsyncLLM.from_vllm_config(engine_config), suppressed_ids)
-        await engine._set_label(INITIAL)
+        await engine.set_version(INITIAL)
         return engine
 
     @property
@@ -180,14 +182,44 @@ class Engine:
         await self.llm.pause_generation(mode="keep", clear_cache=False)
         return self._num_running
 
-    async def load(self, path: str, version: Version) -> None:
-        """Load all weights from a safetensors file while paused; they are served from the next `resume` on."""
+    async def load(self, path: str) -> None:
+        """Load all weights from a safetensors file while paused."""
+        await self._update_weights({"path": path})
+
+    async def gpu_uuids(self) -> list[str]:
+        """The GPU of each worker; none where there are none."""
+        return [uuid for uuid in await self.llm.collective_rpc("deskrl_gpu_uuid") if uuid]
+
+    async def join(self, communicator_id: bytes) -> None:
+        """Begin to join a communicator with the learner, while sampling goes on."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        request = WeightTransferInitRequest(init_info={"communicator_id": communicator_id.hex()})
+        await self.llm.init_weight_transfer_engine(request)
+
+    async def receive(self, source: Mapping[str, Any], tensors: Iterable[TensorSpec]) -> Received:
+        """Load all weights directly from the learner's GPU while paused.
+
+        Args:
+            source: which of the transfer engine's links, as its `Update` has it.
+            tensors: of the model's checkpoint, in the order in which they come.
+        """
+        await self._update_weights(
+            {
+                **source,
+                "names": [tensor.name for tensor in tensors],
+                "dtypes": [tensor.dtype for tensor in tensors],
+                "shapes": [list(tensor.shape) for tensor in tensors],
+            }
+        )
+        return merge_received(await self.llm.collective_rpc("deskrl_received"))
+
+    async def _update_weights(self, update: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self.llm.start_weight_update()
-        await self.llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+        await self.llm.update_weights(WeightTransferUpdateRequest(update_info=update))
         await self.llm.finish_weight_update()
-        await self._set_label(version)
 
     async def clear_caches(self, *, vision_changed: bool) -> None:
         """Forget what the old weights computed while paused; kept requests are computed anew from their tokens."""
@@ -199,7 +231,8 @@ class Engine:
         """Go on sampling."""
         await self.llm.resume_generation()
 
-    async def _set_label(self, version: Version) -> None:
+    async def set_version(self, version: Version) -> None:
+        """Say which weights are in place; of weights that were loaded, while paused."""
         if self._engine_counts:
             await self.llm.update_weight_version(str(version))
         self.version = version

@@ -150,7 +150,8 @@ async def _serve_engine(
 
     prompter = Prompter(config, prompt_format)
     acting = InferenceServicer(config, engine, prompt_format, prompter, on_engine_death)
-    updating = WeightServicer(engine, prompter, shapes, prompt_format.processor_hash, on_engine_death)
+    gpu_uuids = await engine.gpu_uuids()
+    updating = WeightServicer(engine, prompter, shapes, prompt_format.processor_hash, gpu_uuids, on_engine_death)
     async with contextlib.AsyncExitStack() as stack:
         if config.inference.openai_port:
             from deskrl.inference.openai import serve_openai

@@ -1,6 +1,6 @@
 """`UpdateWeights` and `GetWeightStatus`: the state machine of weights.proto, one update at a time.
 
-Knows the stream and the order of things; the bytes are `weights`' business, the swap itself the engine's.
+Knows the stream and the order of things; how weights come is `arrivals`' business, the swap itself the engine's.
 """
 
 from __future__ import annotations
@@ -9,18 +9,27 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import grpc
 import grpc.aio
 
+from deskrl.core.direct import host_name
 from deskrl.core.rpc import protocol_refusal
 from deskrl.inference import metrics
 from deskrl.inference.acting import Context, Prompter, RequestRefused
+from deskrl.inference.arrivals import (
+    Arrival,
+    DirectArrival,
+    Requests,
+    StreamArrival,
+    carried_through,
+    next_commit,
+    next_event,
+)
 from deskrl.inference.engine import Engine, EngineDead, Prompt
 from deskrl.inference.versions import Version
-from deskrl.inference.weights import UpdateRefused, WeightFile, check_announcement, vision_changed
+from deskrl.inference.weights import UpdateRefused, check_announcement, vision_changed
 from deskrl.proto.v1 import weights_pb2, weights_pb2_grpc
 
 _LOG = logging.getLogger(__name__)
@@ -35,6 +44,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         prompter: Prompter,
         shapes: Mapping[str, tuple[int, ...]],
         processor_hash: str,
+        gpu_uuids: Sequence[str],
         on_engine_death: Callable[[], None],
     ) -> None:
         """Serve updates.
@@ -44,19 +54,22 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             prompter: makes the canary's prompt.
             shapes: names and shapes of the model's tensors; an update brings exactly these.
             processor_hash: an update that names another one is refused.
+            gpu_uuids: of the engine's workers; none without GPUs.
             on_engine_death: called when a swap failed half-way, so that no weights are known to be in place.
         """
         self._engine = engine
         self._prompter = prompter
         self._shapes = shapes
         self._processor_hash = processor_hash
+        self._gpu_uuids = gpu_uuids
         self._on_engine_death = on_engine_death
         self._updating = asyncio.Lock()
         self._num_updates = 0
         self._checksums: dict[str, str] | None = None
+        self._communicator_id = b""
 
     async def UpdateWeights(
-        self, requests: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Context
+        self, requests: Requests, context: Context
     ) -> AsyncIterator[weights_pb2.UpdateWeightsResponse]:
         """Carry one update; see weights.proto."""
         try:
@@ -76,21 +89,42 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def _update(
-        self, begin: weights_pb2.UpdateBegin, requests: AsyncIterator[weights_pb2.UpdateWeightsRequest]
+        self, begin: weights_pb2.UpdateBegin, requests: Requests
     ) -> AsyncIterator[weights_pb2.UpdateWeightsResponse]:
         canary = await self._canary_prompt(begin.canary)
-        yield weights_pb2.UpdateWeightsResponse(ready=weights_pb2.UpdateReady())
-        started = time.perf_counter()
-        with contextlib.closing(WeightFile(begin.tensors)) as file:
-            await _receive(requests, file)
-            receive_ms = (time.perf_counter() - started) * 1e3
-            yield weights_pb2.UpdateWeightsResponse(received=weights_pb2.UpdateReceived(receive_ms=receive_ms))
-            await _next(requests, "commit")
-            committed = await _carried_through(self._commit(begin, file, canary))
+        with contextlib.closing(await self._arrival(begin)) as arrival:
+            committed = None
+            try:
+                yield weights_pb2.UpdateWeightsResponse(ready=weights_pb2.UpdateReady())
+                started = time.perf_counter()
+                await arrival.receive(requests)
+                receive_ms = (time.perf_counter() - started) * 1e3
+                yield weights_pb2.UpdateWeightsResponse(received=weights_pb2.UpdateReceived(receive_ms=receive_ms))
+                commit = await next_commit(requests, arrival)
+                committed = await carried_through(self._commit(begin, arrival, commit, canary))
+            finally:
+                if committed is None:
+                    self._communicator_id = b""  # whatever is left of it, the next update needs another
+                if arrival.is_half_way:
+                    metrics.UPDATES.labels("failed").inc()
+                    _LOG.error("an update ended half-way: no weights are known to be in place")
+                    self._on_engine_death()
         yield weights_pb2.UpdateWeightsResponse(committed=committed)
 
-    async def _begin(self, requests: AsyncIterator[weights_pb2.UpdateWeightsRequest]) -> weights_pb2.UpdateBegin:
-        begin = (await _next(requests, "begin")).begin
+    async def _arrival(self, begin: weights_pb2.UpdateBegin) -> Arrival:
+        """The way in which the weights come, made ready."""
+        how = begin.WhichOneof("direct")
+        if how is None:
+            return StreamArrival(self._engine, begin)
+        if not self._gpu_uuids:
+            raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, f"{how}: this replica has no GPU")
+        if how == "nccl" and begin.nccl.communicator_id != self._communicator_id:
+            self._communicator_id = begin.nccl.communicator_id
+            await self._engine.join(self._communicator_id)
+        return DirectArrival(self._engine, begin)
+
+    async def _begin(self, requests: Requests) -> weights_pb2.UpdateBegin:
+        begin = (await next_event(requests, "begin")).begin
         if (refusal := protocol_refusal(begin.peer)) is not None:
             raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, refusal)
         if self._updating.locked():
@@ -113,17 +147,19 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
         return prompt, continuation
 
     async def _commit(
-        self, begin: weights_pb2.UpdateBegin, file: WeightFile, canary: tuple[Prompt, list[int]] | None
+        self,
+        begin: weights_pb2.UpdateBegin,
+        arrival: Arrival,
+        commit: weights_pb2.UpdateCommit,
+        canary: tuple[Prompt, list[int]] | None,
     ) -> weights_pb2.UpdateCommitted:
-        """Swap the weights. A failure in here leaves none that are known to be whole: the replica ends."""
+        """Serve the new weights. A failure once they are loaded leaves no engine to rely on: the replica ends."""
         version = Version.from_message(begin.version)
-        clock = _PhaseClock()
+        checksums = await arrival.load(commit)
+        clock = arrival.clock
         try:
-            num_kept = await self._engine.pause()
-            clock.end("pause")
-            await self._engine.load(file.path, version)
-            clock.end("load")
-            await self._engine.clear_caches(vision_changed=vision_changed(self._checksums, begin.tensors))
+            await self._engine.set_version(version)
+            await self._engine.clear_caches(vision_changed=vision_changed(self._checksums, checksums))
             clock.end("clear_caches")
             await self._engine.resume()
             clock.end("resume")
@@ -134,18 +170,20 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             _LOG.exception("weight update to %s failed half-way", version)
             self._on_engine_death()
             raise
-        self._checksums = {tensor.name: tensor.checksum for tensor in begin.tensors}
+        self._checksums = checksums
         self._num_updates += 1
         metrics.UPDATES.labels("committed").inc()
         metrics.POLICY_STEP.set(version.step)
         for phase, phase_ms in clock.phases_ms.items():
             metrics.UPDATE_SECONDS.labels(phase).observe(phase_ms / 1e3)
-        _LOG.info("serving %s after %.0f ms, %d requests kept", version, sum(clock.phases_ms.values()), num_kept)
+        _LOG.info(
+            "serving %s after %.0f ms, %d requests kept", version, sum(clock.phases_ms.values()), arrival.num_kept
+        )
         return weights_pb2.UpdateCommitted(
             version=begin.version,
             canary_logprobs=logprobs,
             phases_ms=clock.phases_ms,
-            num_requests_kept=num_kept,
+            num_requests_kept=arrival.num_kept,
         )
 
     async def GetWeightStatus(
@@ -158,59 +196,7 @@ class WeightServicer(weights_pb2_grpc.WeightServiceServicer):
             version=self._engine.version.to_message(),
             state="updating" if self._updating.locked() else "serving",
             num_updates=self._num_updates,
+            host=host_name(),
+            gpu_uuids=self._gpu_uuids,
+            communicator_id=self._communicator_id,
         )
-
-
-async def _carried_through(work: Coroutine[Any, Any, weights_pb2.UpdateCommitted]) -> weights_pb2.UpdateCommitted:
-    """Await `work` to its end even if the caller is cancelled: the learner may be gone, but a swap has no half-way."""
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
-
-
-class _PhaseClock:
-    """Milliseconds between calls of `end`, by the phase that ended."""
-
-    def __init__(self) -> None:
-        self.phases_ms: dict[str, float] = {}
-        self._last_s = time.perf_counter()
-
-    def end(self, phase: str) -> None:
-        now_s = time.perf_counter()
-        self.phases_ms[phase] = (now_s - self._last_s) * 1e3
-        self._last_s = now_s
-
-
-async def _receive(requests: AsyncIterator[weights_pb2.UpdateWeightsRequest], file: WeightFile) -> None:
-    """Take all bytes of an update.
-
-    Raises:
-        UpdateRefused: what came is not what was announced. Raised only once all has come: a sender whose stream ends
-            while it writes is told of a broken connection instead of the reason.
-    """
-    refusal: UpdateRefused | None = None
-    num_missing = file.num_bytes
-    while num_missing > 0:
-        chunk = (await _next(requests, "chunk")).chunk
-        num_missing -= len(chunk)
-        if refusal is None:
-            try:
-                # Hashing and copying a mebibyte takes a millisecond, which belongs to requests for actions.
-                await asyncio.to_thread(file.write, chunk)
-            except UpdateRefused as error:
-                refusal = error
-    if refusal is not None:
-        raise refusal
-
-
-async def _next(requests: AsyncIterator[Any], expected: str) -> weights_pb2.UpdateWeightsRequest:
-    """The next request of a stream; anything but the expected event ends the update."""
-    request: weights_pb2.UpdateWeightsRequest | None = await anext(requests, None)
-    if request is None:
-        raise RequestRefused(grpc.StatusCode.ABORTED, f"the stream ended before {expected}")
-    if (event := request.WhichOneof("event")) != expected:
-        raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, f"{event} where {expected} was due")
-    return request

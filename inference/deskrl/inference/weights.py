@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deskrl.core.errors import UserError
 from deskrl.proto.v1 import weights_pb2
@@ -62,10 +63,40 @@ def check_announcement(tensors: Sequence[weights_pb2.TensorSpec], shapes: Mappin
             raise UpdateRefused(f"{tensor.name} announces {tensor.num_bytes} bytes, which is not its shape and dtype")
 
 
-def vision_changed(old: Mapping[str, str] | None, tensors: Sequence[weights_pb2.TensorSpec]) -> bool:
+def vision_changed(old: Mapping[str, str] | None, new: Mapping[str, str]) -> bool:
     """Whether a tensor of the vision tower differs from the checksums of the last update (None: there was none)."""
-    vision = (tensor for tensor in tensors if tensor.name.startswith(_VISION_PREFIXES))
-    return old is None or any(old.get(tensor.name) != tensor.checksum for tensor in vision)
+    vision = ((name, checksum) for name, checksum in new.items() if name.startswith(_VISION_PREFIXES))
+    return old is None or any(old.get(name) != checksum for name, checksum in vision)
+
+
+def differing(names: Sequence[str], sent: Sequence[int], received: Sequence[int]) -> list[str]:
+    """Tensors whose checksum as received is not that which was sent, or that lack one."""
+    if not len(names) == len(sent) == len(received):
+        return list(names)
+    return [name for name, one, other in zip(names, sent, received, strict=True) if one != other]
+
+
+@dataclass(frozen=True)
+class Received:
+    """What became of a direct transfer."""
+
+    checksums: Sequence[int]
+    """Of each tensor as it arrived; empty if not all came."""
+    error: str
+    touched: bool
+    """Whether a bucket got as far as the model."""
+
+
+def merge_received(workers: Sequence[Mapping[str, Any]]) -> Received:
+    """One account of what all workers of an engine say, each of which was sent the same."""
+    errors = [worker["error"] for worker in workers if "error" in worker]
+    touched = any(worker["placed"] for worker in workers)
+    if errors:
+        return Received((), "; ".join(errors), touched)
+    checksums = [worker["checksums"] for worker in workers]
+    if any(other != checksums[0] for other in checksums):
+        return Received((), "the workers of the engine received different bytes", touched)
+    return Received(checksums[0], "", touched)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -102,19 +103,40 @@ class Engine:
         applied = not getattr(self._optimizer, "overflow", False)
         return UpdateOutcome(applied, norm if applied else float("nan"))
 
-    def weights(self) -> dict[str, Tensor]:
-        """The model's tensors by the names of its checkpoint, copied to the CPU; a collective call under ZeRO 3."""
-        import deepspeed
+    def checkpoint_parameters(self) -> dict[str, Tensor]:
+        """The model's live tensors by the names of its checkpoint, in its order; shards of them under ZeRO 3."""
         from transformers.core_model_loading import revert_weight_conversion
 
         model = self.policy.model
-        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=self._stage == 3):
-            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        held = dict(model.state_dict(keep_vars=True))
         if model.config.tie_word_embeddings:
             for name in model.all_tied_weights_keys:
-                tensors.pop(name, None)
-        result: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-        return {name: tensor.contiguous() for name, tensor in result.items()}
+                held.pop(name, None)
+        # Only names differ between model and checkpoint, and which is whose is told without the tensors.
+        stand_ins = {name: torch.empty(self.whole_shape(tensor), device="meta") for name, tensor in held.items()}
+        names = {id(stand_in): name for name, stand_in in stand_ins.items()}
+        return {
+            name: held[names[id(stand_in)]] for name, stand_in in revert_weight_conversion(model, stand_ins).items()
+        }
+
+    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """The shape of a parameter when it is whole."""
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def gathered(self, parameters: list[Tensor]) -> AbstractContextManager[Any]:
+        """Makes parameters whole on every GPU for as long as the context lasts; a collective call under ZeRO 3."""
+        import deepspeed
+
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)
+        return context
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by the names of its checkpoint, copied to the CPU; a collective call under ZeRO 3."""
+        copies = {}
+        for name, tensor in self.checkpoint_parameters().items():
+            with self.gathered([tensor]):
+                copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        return copies
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element by element, over all ranks."""

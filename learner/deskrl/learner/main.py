@@ -25,8 +25,8 @@ from deskrl.learner.evaluation import evaluation_record, mismatch_rows
 from deskrl.learner.imitation import demonstration, image_sizes, imitate
 from deskrl.learner.parts import Parts, assemble
 from deskrl.learner.plan import DEMO, TRAIN, eval_queue
-from deskrl.learner.publish import Outcome, Snapshot, describe
 from deskrl.learner.records import add_counts, pending_commit, update_record, weights_record
+from deskrl.learner.replicas import Announcement, Outcome, describe
 from deskrl.learner.state import LearnerState, PendingCommit
 from deskrl.learner.take import TakenBatch
 from deskrl.learner.trajectories import TaskGroup, Trajectory, decode_group
@@ -188,20 +188,18 @@ class Learner:
 
     def _publish(self) -> None:
         """Bring the present weights to every replica."""
-        weights = self._parts.engine.weights()
-        canary_logprobs = self._parts.canary.score(self._parts.engine)
-        if not self._is_first:
-            return
-        snapshot = Snapshot(
+        engine, publisher = self._parts.engine, self._parts.publisher
+        parameters = engine.checkpoint_parameters()
+        announcement = Announcement(
             version=self._version,
-            tensors=weights,
-            specs=describe(weights),
+            specs=tuple(describe(name, tensor, engine.whole_shape(tensor)) for name, tensor in parameters.items()),
             canary=self._parts.canary.canary,
-            canary_logprobs=canary_logprobs,
+            canary_logprobs=self._parts.canary.score(engine),
             processor_hash=self._parts.processor_hash,
         )
-        self._parts.publisher.publish(snapshot)
-        metrics.QUARANTINED.set(self._parts.publisher.num_quarantined())
+        publisher.publish(announcement, engine)
+        if self._is_first:
+            metrics.QUARANTINED.set(publisher.num_quarantined())
 
     def _announce_version(self) -> None:
         """Tell replay which version acts: acting may go on this much further."""

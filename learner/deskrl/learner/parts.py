@@ -19,9 +19,11 @@ from deskrl.learner.engine import Engine
 from deskrl.learner.feed import Feed
 from deskrl.learner.model import load_policy, load_processor, make_collator
 from deskrl.learner.plan import Curriculum
-from deskrl.learner.publish import TOLERANCE_BFLOAT16, TOLERANCE_FLOAT32, Outcome, Publisher
+from deskrl.learner.publish import TOLERANCE_BFLOAT16, TOLERANCE_FLOAT32, Publisher
 from deskrl.learner.replay_client import ReplayClient
+from deskrl.learner.replicas import Outcome
 from deskrl.learner.results import Results
+from deskrl.learner.sending import Sender
 from deskrl.learner.take import BatchTaker
 from deskrl.learner.tracking import Tracker
 
@@ -101,7 +103,11 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         ),
         canary=make_canary(policy, processor, sizing, *config.image_size),
         publisher=Publisher(
-            config.inference.replica_addresses, TOLERANCE_FLOAT32 if exact else TOLERANCE_BFLOAT16, stop, on_outcome
+            config.inference,
+            Sender(engine.device) if engine.rank == 0 and engine.device.type == "cuda" else None,
+            TOLERANCE_FLOAT32 if exact else TOLERANCE_BFLOAT16,
+            stop,
+            on_outcome,
         ),
         results=Results(folder, tasks),
         tracker=Tracker(config) if engine.rank == 0 else None,

@@ -1,162 +1,196 @@
 """Weights to replicas, proven: checksums on arrival, and a canary's logprobs against the learner's own forward pass.
 
-A replica that fails or stalls is quarantined: the run goes on with the others, and a thread of its own brings it up to
-the newest weights as soon as it answers again. Knows the stream of weights.proto; knows nothing of training.
+Directly from GPU to GPU where learner and replica have what that takes, else as a stream. A replica that fails or
+stalls is quarantined: the run goes on with the others, and a thread of its own streams it the newest weights as soon as
+it answers again. Knows which replicas there are and which have what; knows nothing of training.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 import grpc
-import torch
 from torch import Tensor
 
 from deskrl.core import rpc
+from deskrl.core.config import InferenceConfig
 from deskrl.core.lifetime import StopEvent
 from deskrl.learner import stopping
-from deskrl.proto.v1 import common_pb2, weights_pb2, weights_pb2_grpc
+from deskrl.learner.replicas import Announcement, DirectUpdate, Outcome, Replica, Snapshot, with_checksums
+from deskrl.learner.sending import Sender, follow
+
+T = TypeVar("T")
 
 TOLERANCE_FLOAT32 = 1e-3
 TOLERANCE_BFLOAT16 = 0.3
 """Largest difference of a canary's logprob between a replica and the learner: two implementations, one arithmetic."""
 START_TIMEOUT_S = 900.0
 """How long the first publication waits for replicas to come up."""
-STALL_S = 120.0
-"""An update that takes longer than this and a second for each `BYTES_PER_S` has stalled."""
-BYTES_PER_S = 50 * 1024**2
 RECOVERY_S = 300.0
 """How long an update waits for a replica to come back when none could be reached."""
 RETRY_S = 2.0
 _POLL_S = 0.2
 
-_PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
-"""What a replica that was killed and is restarted answers; anything else it would answer again."""
-
 _log = logging.getLogger("deskrl.learner")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Weights as they are published."""
+class Weights(Protocol):
+    """The weights that are published, on all ranks; every rank makes the same calls in the same order."""
 
-    version: common_pb2.PolicyVersion
-    tensors: Mapping[str, Tensor]
-    specs: tuple[weights_pb2.TensorSpec, ...]
-    canary: weights_pb2.Canary
-    canary_logprobs: tuple[float, ...]
-    """Of the learner's own forward pass."""
-    processor_hash: str
+    rank: int
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(spec.num_bytes for spec in self.specs)
+    def checkpoint_parameters(self) -> Mapping[str, Tensor]:
+        """The live tensors by the names of the checkpoint, in its order; shards of them under ZeRO 3."""
 
+    def gathered(self, parameters: list[Tensor]) -> AbstractContextManager[Any]:
+        """Makes some of them whole for as long as the context lasts."""
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one update of one replica."""
+    def weights(self) -> dict[str, Tensor]:
+        """All of them, copied to the CPU."""
 
-    replica: int
-    version: common_pb2.PolicyVersion
-    ok: bool
-    error: str = ""
-    canary_max_difference: float | None = None
-    receive_ms: float = 0.0
-    total_ms: float = 0.0
-    phases_ms: Mapping[str, float] = field(default_factory=dict)
-    num_requests_kept: int = 0
-    late: bool = False
-    """Brought by the catching-up thread."""
-    may_recover: bool = False
-    """It failed because the replica could not be reached."""
-
-
-def describe(tensors: Mapping[str, Tensor]) -> tuple[weights_pb2.TensorSpec, ...]:
-    """Names, types, shapes and checksums."""
-    return tuple(
-        weights_pb2.TensorSpec(
-            name=name,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=list(tensor.shape),
-            checksum=hashlib.sha256(_bytes_of(tensor)).hexdigest(),
-            num_bytes=tensor.nbytes,
-        )
-        for name, tensor in tensors.items()
-    )
+    def from_rank_0(self, value: str) -> str:
+        """What rank 0 says."""
 
 
 class Publisher:
-    """Publishes to all replicas of a run.
+    """Publishes to all replicas of a run. All ranks have one and call `publish`; the rest is rank 0's alone.
 
     Args:
-        addresses: of the replicas.
+        config: of inference: where the replicas are, and how weights go to them.
+        sender: of rank 0, if its weights are on a GPU.
         tolerance: for the canary.
         stop: ends waits.
         on_outcome: told of every update of every replica, from several threads.
     """
 
     def __init__(
-        self, addresses: Sequence[str], tolerance: float, stop: StopEvent, on_outcome: Callable[[Outcome], None]
+        self,
+        config: InferenceConfig,
+        sender: Sender | None,
+        tolerance: float,
+        stop: StopEvent,
+        on_outcome: Callable[[Outcome], None],
     ) -> None:
-        self._replicas = [_Replica(index, address, tolerance, stop) for index, address in enumerate(addresses)]
+        self._replicas = [
+            Replica(index, address, config.weight_transfer, tolerance, sender)
+            for index, address in enumerate(config.replica_addresses)
+        ]
+        self._sender = sender
         self._stop = stop
         self._on_outcome = on_outcome
-        self._pool = ThreadPoolExecutor(len(addresses), thread_name_prefix="publish")
+        self._pool = ThreadPoolExecutor(config.num_replicas, thread_name_prefix="publish")
         self._newest: Snapshot | None = None
         self._lock = threading.Lock()
         self._catching_up: set[int] = set()
 
     def wait_for_replicas(self) -> None:
-        """Wait until every replica answers; after `START_TIMEOUT_S` until one does.
+        """Wait until every replica answers (after `START_TIMEOUT_S` until one does), and settle how weights go to them.
 
         Raises:
-            UserError: a replica and this process do not trust each other.
+            UserError: a replica and this process do not trust each other, or weights cannot go as the configuration says.
             RuntimeError: none has come up in time.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             stopping.check(self._stop)
-            num_healthy = sum(rpc.check_health(replica.address) for replica in self._replicas)
-            if num_healthy == len(self._replicas) or (num_healthy and time.monotonic() > deadline):
-                return
+            healthy = [replica for replica in self._replicas if rpc.check_health(replica.address)]
+            if len(healthy) == len(self._replicas) or (healthy and time.monotonic() > deadline):
+                break
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no inference replica has come up in {START_TIMEOUT_S:.0f} s")
             self._stop.wait(_POLL_S)
+        for replica in healthy:
+            try:
+                replica.negotiate()
+            except grpc.RpcError as error:  # it is gone again, and will be asked anew
+                _log.warning("replica %d does not say what it has: %s", replica.index, error)
 
-    def publish(self, snapshot: Snapshot) -> None:
-        """Bring the snapshot to every replica that is not catching up already; return when each has it or has failed.
+    def publish(self, announcement: Announcement, weights: Weights) -> None:
+        """Bring the weights to every replica that is not catching up already; return when each has them or has failed.
 
-        Where every replica is away, this waits until one is back with the snapshot.
+        A collective call. Where every replica is away, this waits until one is back with these weights.
 
         Raises:
-            RuntimeError: no replica serves it.
+            RuntimeError: no replica serves them.
         """
+        is_first = weights.rank == 0
+        opened, outcomes, streaming = self._open(announcement) if is_first else ([], [], [])
+        if weights.from_rank_0("some" if opened else ""):
+            outcomes += self._send(announcement, weights, opened)
+        wanted = streaming or not all(outcome.ok for outcome in outcomes) or self.num_quarantined()
+        if weights.from_rank_0("wanted" if wanted else ""):
+            # Only now: a second copy of the weights, if on the CPU, is for those who cannot have them directly.
+            tensors = weights.weights()
+            if is_first:
+                outcomes += self._stream(with_checksums(announcement, tensors), streaming)
+        if is_first:
+            self._settle(announcement, outcomes)
+
+    def _open(self, announcement: Announcement) -> tuple[list[DirectUpdate], list[Outcome], list[Replica]]:
+        """Ask every replica that is not catching up: those that wait for buckets, failed, or want a stream."""
+        with self._lock:
+            current = [replica for replica in self._replicas if replica.index not in self._catching_up]
+        if self._sender is not None:
+            self._sender.prepare(announcement.specs)
+        opened, outcomes, streaming = [], [], []
+        answers = self._all([self._pool.submit(replica.open, announcement) for replica in current])
+        for replica, answer in zip(current, answers, strict=True):
+            if isinstance(answer, DirectUpdate):
+                opened.append(answer)
+            elif answer is None:
+                streaming.append(replica)
+            else:
+                outcomes.append(answer)
+        return opened, outcomes, streaming
+
+    def _send(self, announcement: Announcement, weights: Weights, opened: Sequence[DirectUpdate]) -> list[Outcome]:
+        """Direct updates of those that wait for one, all at once; the other ranks help to gather."""
+        held = weights.checkpoint_parameters()
+        tensors = [held[spec.name] for spec in announcement.specs]
+        if weights.rank != 0:
+            follow(tensors, announcement.specs, weights.gathered)
+            return []
+        assert self._sender is not None
+        for update in opened:
+            update.start()
+        channels = {update.replica.index: update.channel for update in opened}
+        checksums, errors = self._sender.send(tensors, weights.gathered, channels)
+        concluded = [
+            self._pool.submit(update.conclude, checksums, errors.get(update.replica.index, "")) for update in opened
+        ]
+        return self._all(concluded)
+
+    def _stream(self, snapshot: Snapshot, replicas: Sequence[Replica]) -> list[Outcome]:
+        """Streamed updates, all at once; from now on, those that catch up are brought this snapshot."""
         with self._lock:
             self._newest = snapshot
-            current = [replica for replica in self._replicas if replica.index not in self._catching_up]
-        pending = [self._pool.submit(replica.update, snapshot) for replica in current]
-        while wait(pending, timeout=_POLL_S).not_done:
-            stopping.check(self._stop)
-        outcomes = [future.result() for future in pending]
-        for replica, outcome in zip(current, outcomes, strict=True):
+        return self._all([self._pool.submit(replica.stream, snapshot) for replica in replicas])
+
+    def _settle(self, announcement: Announcement, outcomes: Sequence[Outcome]) -> None:
+        """Quarantine who failed; raise unless someone serves the new weights in the end."""
+        for outcome in outcomes:
             self._on_outcome(outcome)
             if not outcome.ok:
-                self._quarantine(replica, outcome)
+                self._quarantine(self._replicas[outcome.replica], outcome)
         if any(outcome.ok for outcome in outcomes):
             return
         if all(outcome.may_recover for outcome in outcomes) and self._one_recovers():
             return
         reasons = "; ".join(f"replica {outcome.replica}: {outcome.error}" for outcome in outcomes)
-        raise RuntimeError(f"no inference replica took version {snapshot.version.step}: {reasons or 'all are late'}")
+        step = announcement.version.step
+        raise RuntimeError(f"no inference replica took version {step}: {reasons or 'all are late'}")
+
+    def _all(self, pending: Sequence[Future[T]]) -> list[T]:
+        """Results of what the pool does, unless the run is stopped first."""
+        while wait(pending, timeout=_POLL_S).not_done:
+            stopping.check(self._stop)
+        return [future.result() for future in pending]
 
     def num_quarantined(self) -> int:
         """Replicas that do not serve the newest weights."""
@@ -179,121 +213,26 @@ class Publisher:
             self._stop.wait(_POLL_S)
         return True
 
-    def _quarantine(self, replica: _Replica, outcome: Outcome) -> None:
+    def _quarantine(self, replica: Replica, outcome: Outcome) -> None:
         _log.error("replica %d is quarantined: %s", replica.index, outcome.error)
         with self._lock:
             self._catching_up.add(replica.index)
         name = f"catch-up-{replica.index}"
         threading.Thread(target=self._catch_up, args=(replica,), name=name, daemon=True).start()
 
-    def _catch_up(self, replica: _Replica) -> None:
+    def _catch_up(self, replica: Replica) -> None:
         """Bring the newest weights until it has them and none newer have come meanwhile."""
         while not self._stop.wait(RETRY_S):
             if not rpc.is_healthy(replica.address):
                 continue
             snapshot = self._newest
             assert snapshot is not None
-            outcome = replica.update(snapshot, late=True)
+            outcome = replica.stream(snapshot, late=True)
             self._on_outcome(outcome)
             with self._lock:
                 if outcome.ok and snapshot is self._newest:
                     self._catching_up.discard(replica.index)
-                    _log.info("replica %d has caught up at version %d", replica.index, snapshot.version.step)
+                    _log.info(
+                        "replica %d has caught up at version %d", replica.index, snapshot.announcement.version.step
+                    )
                     return
-
-
-class _Replica:
-    """The stream to one replica."""
-
-    def __init__(self, index: int, address: str, tolerance: float, stop: StopEvent) -> None:
-        self.index = index
-        self.address = address
-        self._tolerance = tolerance
-        self._stop = stop
-        self._channel = rpc.connect_sync(address)
-        self._stub = weights_pb2_grpc.WeightServiceStub(self._channel)
-
-    def update(self, snapshot: Snapshot, late: bool = False) -> Outcome:
-        """One update, from begin to the canary's comparison; never raises for what the replica does."""
-        started_s = time.perf_counter()
-        try:
-            committed, receive_ms = self._stream(snapshot)
-        except grpc.RpcError as error:
-            reason, may_recover = f"{error.code().name}: {error.details()}", error.code() in _PASSING
-            return Outcome(self.index, snapshot.version, False, reason, late=late, may_recover=may_recover)
-        differences = [
-            abs(theirs - ours)
-            for theirs, ours in zip(committed.canary_logprobs, snapshot.canary_logprobs, strict=False)
-        ]
-        complete = len(committed.canary_logprobs) == len(snapshot.canary_logprobs) and bool(differences)
-        largest = max(differences, default=None)
-        ok = complete and largest is not None and largest <= self._tolerance  # a NaN compares as False
-        return Outcome(
-            replica=self.index,
-            version=snapshot.version,
-            ok=ok,
-            error="" if ok else f"its canary differs by {largest} where {self._tolerance} is allowed",
-            canary_max_difference=largest,
-            receive_ms=receive_ms,
-            total_ms=(time.perf_counter() - started_s) * 1e3,
-            phases_ms=dict(committed.phases_ms),
-            num_requests_kept=committed.num_requests_kept,
-            late=late,
-        )
-
-    def close(self) -> None:
-        """End the connection."""
-        self._channel.close()
-
-    def _stream(self, snapshot: Snapshot) -> tuple[weights_pb2.UpdateCommitted, float]:
-        answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-        timeout_s = STALL_S + snapshot.num_bytes / BYTES_PER_S
-        call = self._stub.UpdateWeights(_requests(snapshot, answers), timeout=timeout_s)
-        receive_ms = 0.0
-        try:
-            for response in call:
-                event = response.WhichOneof("event")
-                answers.put(event)
-                if event == "received":
-                    receive_ms = response.received.receive_ms
-                if event == "committed":
-                    return response.committed, receive_ms
-        finally:
-            answers.put("")  # releases the sender, whatever ended the stream
-        raise _EndedEarly
-
-
-class _EndedEarly(grpc.RpcError):
-    """The replica closed the stream without an answer."""
-
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.ABORTED
-
-    def details(self) -> str:
-        return "the stream ended before the update was committed"
-
-
-def _requests(snapshot: Snapshot, answers: queue.SimpleQueue[str]) -> Iterator[weights_pb2.UpdateWeightsRequest]:
-    """The sender's half of the state machine; goes on only as the replica answers."""
-    begin = weights_pb2.UpdateBegin(
-        peer=rpc.peer("learner", "rank-0"),
-        version=snapshot.version,
-        tensors=snapshot.specs,
-        canary=snapshot.canary,
-        model_fingerprint=snapshot.processor_hash,
-    )
-    yield weights_pb2.UpdateWeightsRequest(begin=begin)
-    if answers.get() != "ready":
-        return
-    for tensor in snapshot.tensors.values():
-        data = _bytes_of(tensor)
-        for start in range(0, len(data), rpc.CHUNK_BYTES):
-            yield weights_pb2.UpdateWeightsRequest(chunk=bytes(data[start : start + rpc.CHUNK_BYTES]))
-    if answers.get() != "received":
-        return
-    yield weights_pb2.UpdateWeightsRequest(commit=weights_pb2.UpdateCommit())
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's raw little-endian bytes, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -8,7 +8,7 @@ from typing import Any
 from deskrl.core.config import RunConfig
 from deskrl.learner.evaluation import count_successes
 from deskrl.learner.grpo import UpdateReport, learning_rate
-from deskrl.learner.publish import Outcome
+from deskrl.learner.replicas import Outcome
 from deskrl.learner.state import LearnerState, PendingCommit
 from deskrl.learner.take import TakenBatch
 from deskrl.proto.v1 import replay_pb2
@@ -76,6 +76,7 @@ def weights_record(outcome: Outcome) -> dict[str, Any]:
         "ok": outcome.ok,
         "error": outcome.error,
         "canary_max_difference": outcome.canary_max_difference,
+        "transfer": outcome.transfer,
         "receive_ms": outcome.receive_ms,
         "total_ms": outcome.total_ms,
         "phases_ms": dict(outcome.phases_ms),

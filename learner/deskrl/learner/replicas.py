@@ -1,0 +1,378 @@
+"""One replica, as the learner talks to it of weights: what is sent, what must be answered, and what became of it.
+
+Knows the stream of weights.proto from the learner's side; knows nothing of training, nor of other replicas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import queue
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import torch
+from torch import Tensor
+
+from deskrl.core import direct, rpc
+from deskrl.core.bounds import GaveUp
+from deskrl.core.buckets import BUCKET_BYTES
+from deskrl.core.errors import UserError
+from deskrl.learner.channels import Channel, IpcChannel, NcclChannel
+from deskrl.learner.negotiation import Side, choose_transfer
+from deskrl.learner.sending import Sender
+from deskrl.proto.v1 import common_pb2, weights_pb2, weights_pb2_grpc
+
+STALL_S = 120.0
+"""An update that takes longer than this and a second for each `BYTES_PER_S` has stalled."""
+BYTES_PER_S = 50 * 1024**2
+_STATUS_S = 10.0
+_QUEUED = 8
+"""Chunks ahead of the network."""
+_POLL_S = 0.2
+
+_PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+"""What a replica that was killed and is restarted answers; anything else it would answer again."""
+
+_log = logging.getLogger("deskrl.learner")
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What a replica is told of an update beforehand, and judged by afterwards."""
+
+    version: common_pb2.PolicyVersion
+    specs: tuple[weights_pb2.TensorSpec, ...]
+    canary: weights_pb2.Canary
+    canary_logprobs: tuple[float, ...]
+    """Of the learner's own forward pass."""
+    processor_hash: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights as they are streamed: announced with their checksums, and here on the CPU."""
+
+    announcement: Announcement
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one update of one replica."""
+
+    replica: int
+    version: common_pb2.PolicyVersion
+    ok: bool
+    transfer: str
+    """How the weights went: `stream`, `ipc` or `nccl`."""
+    error: str = ""
+    canary_max_difference: float | None = None
+    receive_ms: float = 0.0
+    total_ms: float = 0.0
+    phases_ms: Mapping[str, float] = field(default_factory=dict)
+    num_requests_kept: int = 0
+    late: bool = False
+    """Brought by the catching-up thread."""
+    may_recover: bool = False
+    """It failed because the replica could not be reached, or went away."""
+
+
+def with_checksums(announcement: Announcement, tensors: Mapping[str, Tensor]) -> Snapshot:
+    """A snapshot of tensors on the CPU, each with the checksum of its bytes."""
+    specs = tuple(
+        weights_pb2.TensorSpec(
+            name=spec.name,
+            dtype=spec.dtype,
+            shape=spec.shape,
+            num_bytes=spec.num_bytes,
+            checksum=hashlib.sha256(_bytes_of(tensors[spec.name])).hexdigest(),
+        )
+        for spec in announcement.specs
+    )
+    told = Announcement(
+        announcement.version, specs, announcement.canary, announcement.canary_logprobs, announcement.processor_hash
+    )
+    return Snapshot(told, tensors)
+
+
+def describe(name: str, tensor: Tensor, shape: tuple[int, ...]) -> weights_pb2.TensorSpec:
+    """A tensor's announcement, without a checksum; `shape` is that of the whole, of which this may be a shard."""
+    return weights_pb2.TensorSpec(
+        name=name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=shape,
+        num_bytes=torch.Size(shape).numel() * tensor.dtype.itemsize,
+    )
+
+
+class Replica:
+    """The connection to one replica.
+
+    Args:
+        index: of the replica.
+        address: of its service.
+        asked: `inference.weight_transfer`.
+        tolerance: for the canary.
+        sender: of this process, if its weights are on a GPU.
+    """
+
+    def __init__(self, index: int, address: str, asked: str, tolerance: float, sender: Sender | None) -> None:
+        self.index = index
+        self.address = address
+        self.transfer = ""
+        """How weights went last."""
+        self._asked = asked
+        self._tolerance = tolerance
+        self._sender = sender
+        self._channel = rpc.connect_sync(address)
+        self._stub = weights_pb2_grpc.WeightServiceStub(self._channel)
+        self._nccl: NcclChannel | None = None
+
+    def negotiate(self) -> weights_pb2.GetWeightStatusResponse | None:
+        """Settle how weights go to the replica as it is now: `transfer`; what it said of itself, if it was asked.
+
+        Raises:
+            UserError: what the configuration asks for cannot be had.
+        """
+        if self._asked == "stream" or (self._asked == "auto" and self._sender is None):
+            self._settle("stream")
+            return None
+        request = weights_pb2.GetWeightStatusRequest(peer=rpc.peer("learner", "rank-0"))
+        status: weights_pb2.GetWeightStatusResponse = self._stub.GetWeightStatus(request, timeout=_STATUS_S)
+        here = Side(direct.host_name(), _gpu_uuids(self._sender), importlib.util.find_spec("vllm") is not None)
+        self._settle(choose_transfer(self._asked, here, Side(status.host, status.gpu_uuids)))
+        return status
+
+    def _settle(self, transfer: str) -> None:
+        if transfer != self.transfer:
+            _log.info("weights go to replica %d by %s", self.index, transfer)
+        self.transfer = transfer
+
+    def stream(self, snapshot: Snapshot, late: bool = False) -> Outcome:
+        """One update as a stream of bytes, from begin to the canary's comparison; never raises for the replica."""
+        announcement = snapshot.announcement
+        timeout_s = STALL_S + announcement.num_bytes / BYTES_PER_S
+        talk = _Talk(self._stub, timeout_s)
+        try:
+            talk.send(begin=_begin(announcement))
+            talk.expect("ready")
+            for tensor in snapshot.tensors.values():
+                data = _bytes_of(tensor)
+                for start in range(0, len(data), rpc.CHUNK_BYTES):
+                    talk.send(chunk=bytes(data[start : start + rpc.CHUNK_BYTES]))
+            return self.conclude(announcement, talk, weights_pb2.UpdateCommit(), "stream", late)
+        except grpc.RpcError as error:
+            return self.failed(announcement, _reason(error), "stream", late=late, may_recover=error.code() in _PASSING)
+        finally:
+            talk.end()
+
+    def open(self, announcement: Announcement) -> DirectUpdate | Outcome | None:
+        """Begin a direct update, up to the point where buckets may be sent; None if weights go as a stream."""
+        transfer = self.transfer
+        try:
+            status = self.negotiate()
+            transfer = self.transfer
+            if status is None or transfer == "stream":
+                return None
+            return self._open(announcement, status)
+        except grpc.RpcError as error:
+            return self.failed(announcement, _reason(error), transfer, may_recover=error.code() in _PASSING)
+        except (GaveUp, OSError, RuntimeError, UserError) as error:
+            return self.failed(announcement, str(error), transfer)
+
+    def _open(self, announcement: Announcement, status: weights_pb2.GetWeightStatusResponse) -> DirectUpdate:
+        assert self._sender is not None
+        talk = _Talk(self._stub, STALL_S)
+        channel: Channel
+        try:
+            begin = _begin(announcement)
+            begin.bucket_bytes = BUCKET_BYTES
+            if self.transfer == "ipc":
+                channel = ipc = IpcChannel(self._sender.handles())
+                begin.ipc.socket_path = str(ipc.path)
+            else:
+                channel = nccl = self._communicator(status)
+                nccl.is_possible = talk.is_active
+                begin.nccl.communicator_id = nccl.communicator_id
+            talk.send(begin=begin)
+            talk.expect("ready")
+            if self.transfer == "nccl" and status.communicator_id != nccl.communicator_id:
+                nccl.join()
+            return DirectUpdate(self, announcement, talk, channel)
+        except BaseException:
+            talk.end()
+            self.drop_communicator()
+            raise
+
+    def _communicator(self, status: weights_pb2.GetWeightStatusResponse) -> NcclChannel:
+        """The communicator that the replica is in, or a new one."""
+        assert self._sender is not None
+        if self._nccl is None or self._nccl.communicator_id != status.communicator_id:
+            self.drop_communicator()
+            self._nccl = NcclChannel(self._sender.device, len(status.gpu_uuids))
+        return self._nccl
+
+    def drop_communicator(self) -> None:
+        """Let go of the communicator; the next direct update makes another."""
+        if self._nccl is not None:
+            self._nccl.abort()
+            self._nccl = None
+
+    def conclude(
+        self, announcement: Announcement, talk: _Talk, commit: weights_pb2.UpdateCommit, transfer: str, late: bool
+    ) -> Outcome:
+        """From the last byte to the canary's comparison."""
+        received = talk.expect("received").received
+        talk.send(commit=commit)
+        committed = talk.expect("committed").committed
+        talk.finish()
+        pairs = zip(committed.canary_logprobs, announcement.canary_logprobs, strict=False)
+        differences = [abs(theirs - ours) for theirs, ours in pairs]
+        complete = len(committed.canary_logprobs) == len(announcement.canary_logprobs) and bool(differences)
+        largest = max(differences, default=None)
+        ok = complete and largest is not None and largest <= self._tolerance  # a NaN compares as False
+        return Outcome(
+            replica=self.index,
+            version=announcement.version,
+            ok=ok,
+            transfer=transfer,
+            error="" if ok else f"its canary differs by {largest} where {self._tolerance} is allowed",
+            canary_max_difference=largest,
+            receive_ms=received.receive_ms,
+            total_ms=talk.elapsed_ms(),
+            phases_ms=dict(committed.phases_ms),
+            num_requests_kept=committed.num_requests_kept,
+            late=late,
+        )
+
+    def failed(
+        self, announcement: Announcement, reason: str, transfer: str, *, late: bool = False, may_recover: bool = False
+    ) -> Outcome:
+        """What became of an update that did not get to its end."""
+        return Outcome(self.index, announcement.version, False, transfer, reason, late=late, may_recover=may_recover)
+
+    def close(self) -> None:
+        """End the connection."""
+        self.drop_communicator()
+        self._channel.close()
+
+
+@dataclass
+class DirectUpdate:
+    """One replica that waits for buckets."""
+
+    replica: Replica
+    announcement: Announcement
+    talk: _Talk
+    channel: Channel
+
+    def start(self) -> None:
+        """Tell the replica that the first bucket is on its way."""
+        self.talk.send(transfer=weights_pb2.UpdateTransfer())
+
+    def conclude(self, checksums: list[int], error: str) -> Outcome:
+        """From the last bucket to the canary's comparison; `error` says why the replica was given up before."""
+        transfer = self.replica.transfer
+        commit = weights_pb2.UpdateCommit(checksums=checksums)
+        try:
+            if not error:
+                return self.replica.conclude(self.announcement, self.talk, commit, transfer, late=False)
+        except grpc.RpcError as failure:
+            error = _reason(failure)
+        finally:
+            self.talk.end()
+        # Whatever is wrong with a replica in the middle of this, it is restarted or comes round by itself.
+        self.replica.drop_communicator()
+        return self.replica.failed(self.announcement, error, transfer, may_recover=True)
+
+
+class _Talk:
+    """The stream of one update, from the learner's end."""
+
+    def __init__(self, stub: weights_pb2_grpc.WeightServiceStub, timeout_s: float) -> None:
+        self._started_s = time.perf_counter()
+        self._requests: queue.Queue[weights_pb2.UpdateWeightsRequest | None] = queue.Queue(_QUEUED)
+        self._call: Any = stub.UpdateWeights(iter(self._requests.get, None), timeout=timeout_s)
+
+    def send(self, **event: Any) -> None:
+        """Send one event; if the stream has ended, what is expected next says why."""
+        self._put(weights_pb2.UpdateWeightsRequest(**event))
+
+    def expect(self, event: str) -> weights_pb2.UpdateWeightsResponse:
+        """The replica's next answer; raises grpc.RpcError if it is not this one."""
+        for response in self._call:
+            if response.WhichOneof("event") == event:
+                answer: weights_pb2.UpdateWeightsResponse = response
+                return answer
+            break
+        raise _EndedEarly
+
+    def is_active(self) -> bool:
+        """Whether the replica still listens."""
+        return bool(self._call.is_active())
+
+    def elapsed_ms(self) -> float:
+        """Since the update began."""
+        return (time.perf_counter() - self._started_s) * 1e3
+
+    def finish(self) -> None:
+        """Nothing more is sent; return when the replica is done with the update, and free for another."""
+        self._put(None)
+        for _ in self._call:
+            break
+
+    def end(self) -> None:
+        """Break off whatever is not finished."""
+        self._call.cancel()
+        self._put(None)
+
+    def _put(self, request: weights_pb2.UpdateWeightsRequest | None) -> None:
+        while True:
+            try:
+                return self._requests.put(request, timeout=_POLL_S)
+            except queue.Full:
+                if not self.is_active():
+                    return None
+
+
+class _EndedEarly(grpc.RpcError):
+    """The replica closed the stream without an answer."""
+
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.ABORTED
+
+    def details(self) -> str:
+        return "the stream ended before the update was committed"
+
+
+def _begin(announcement: Announcement) -> weights_pb2.UpdateBegin:
+    return weights_pb2.UpdateBegin(
+        peer=rpc.peer("learner", "rank-0"),
+        version=announcement.version,
+        tensors=announcement.specs,
+        canary=announcement.canary,
+        model_fingerprint=announcement.processor_hash,
+    )
+
+
+def _reason(error: grpc.RpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
+
+
+def _gpu_uuids(sender: Sender | None) -> list[str]:
+    return [] if sender is None else [sender.gpu_uuid]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's raw little-endian bytes, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
