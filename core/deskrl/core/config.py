@@ -70,9 +70,9 @@ class ModelConfig(Section):
 
     path: Path | None = None
     """Folder of a model with its processor (Hugging Face layout). Unset: `build` makes one in the run folder."""
-    build: Literal["tiny", "ui_tars_7b_shape"] | None = None
+    build: Literal["tiny", "qwen_3b_shape", "ui_tars_7b_shape"] | None = None
     """Build a Qwen2.5-VL with random weights instead of loading one: `tiny` learns on a CPU, `ui_tars_7b_shape` has
-    the size of UI-TARS-1.5-7B and shows how fast a machine is."""
+    the size of UI-TARS-1.5-7B, `qwen_3b_shape` that of Qwen2.5-VL-3B, and show how fast a machine is."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

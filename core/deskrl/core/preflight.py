@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import NamedTuple
 
-from deskrl.core import rpc
+from deskrl.core import devices, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError, missing_package
 from deskrl.core.runfolder import RunFolder
@@ -40,6 +40,8 @@ def refuse_bad_input(config: RunConfig) -> None:
     refuse_ports(config)
     refuse_full_disk(RunFolder(config.folder))
     refuse_missing_packages(config)
+    if devices.are_named(config):
+        devices.refuse_missing(config, importlib.import_module("deskrl.learner.gpus").num_gpus())
     importlib.import_module("deskrl.actor.prepare").load(config)
     importlib.import_module("deskrl.actor.desktops.provider").refuse_unusable(config.desktop)
     if config.model.path is not None:
@@ -51,7 +53,7 @@ def refuse_bad_input(config: RunConfig) -> None:
 
 def refuse_contradictions(config: RunConfig) -> None:
     """Raise UserError for values that are fine each by itself and not together."""
-    for contradiction in _contradictions(config):
+    for contradiction in (*_contradictions(config), *devices.contradictions(config)):
         raise UserError(contradiction, "change one of the two")
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -41,6 +41,8 @@ class Child:
     name: str
     command: list[str]
     process: subprocess.Popen[bytes]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What it sees that others do not."""
     num_restarts: int = 0
     done: bool = False
     log: IO[bytes] = field(repr=False, kw_only=True)
@@ -80,12 +82,14 @@ class Supervisor:
         self.temporary.mkdir(mode=0o700)
         self.children: dict[str, Child] = {}
 
-    def start(self, name: str, *arguments: str) -> Child:
+    def start(self, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Child:
         """Start `deskrl ARGUMENTS` under a name; its output goes to logs/NAME.log."""
+        environment = environment or {}
         command = [sys.executable, "-m", "deskrl.core.cli", *arguments]
         log = open(self._folder.logs / f"{name}.log", "ab")  # noqa: SIM115 - closed when the child is stopped
         log_start = log.tell()
-        child = Child(name, command, self._spawn(command, log), log=log, log_start=log_start)
+        process = self._spawn(command, log, environment)
+        child = Child(name, command, process, environment, log=log, log_start=log_start)
         self.children[name] = child
         return child
 
@@ -107,15 +111,17 @@ class Supervisor:
             child.num_restarts += 1
             self._folder.append_metrics("restart", role=child.name, status=status, num_restarts=child.num_restarts)
             end_session(child.process.pid)
-            child.process = self._spawn(child.command, child.log)
+            child.process = self._spawn(child.command, child.log, child.environment)
 
-    def run_to_end(self, name: str, *arguments: str, timeout_s: float) -> None:
+    def run_to_end(
+        self, name: str, *arguments: str, timeout_s: float, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Start a child and wait for its clean end.
 
         Raises:
             RoleFailed: it ended otherwise, or not in time.
         """
-        child = self.start(name, *arguments)
+        child = self.start(name, *arguments, environment=environment)
         try:
             status = child.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -168,7 +174,7 @@ class Supervisor:
         """Proportional memory of all processes of the run (shared pages counted once)."""
         return sum(_pss_bytes(process) for process in marked_processes(self._folder))
 
-    def _spawn(self, command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: list[str], log: IO[bytes], special: Mapping[str, str]) -> subprocess.Popen[bytes]:
         environment = {
             # Learner and inference compute at the same time; as many threads as cores in both spin against each other.
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
@@ -179,6 +185,7 @@ class Supervisor:
             # PyTorch would keep compiled code in the temporary folder, where nothing may stay.
             "TORCHINDUCTOR_CACHE_DIR": str(self._folder.root / "cache"),
             "PYTHONUNBUFFERED": "1",
+            **special,
         }
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -21,7 +22,7 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
-from deskrl.core import preflight, rpc
+from deskrl.core import devices, preflight, rpc
 from deskrl.core.acceptance import Criterion, RunFacts, judge
 from deskrl.core.config import ModelConfig, RunConfig, dump_config, read_resolved
 from deskrl.core.errors import UserError
@@ -37,7 +38,7 @@ _MEMORY_EVERY = 10
 _REPLAY_START_S = 30.0
 _MODEL_BUILD_S = 300.0
 _INFERENCE_START_S = 300.0
-_PROOF_S = 120.0
+_PROOF_S = 300.0
 
 
 class Interrupted(RuntimeError):
@@ -119,8 +120,10 @@ def _run(
     if config.model.build and not _is_built(config.model_folder):
         supervisor.run_to_end("model", "model", resolved, timeout_s=_MODEL_BUILD_S)
     for index in range(config.inference.num_replicas):
-        supervisor.start(f"inference-{index}", "inference", resolved, "--index", str(index))
-    supervisor.start("learner", "learner", resolved)
+        gpus = devices.visible(devices.of_replica(config, index), os.environ)
+        supervisor.start(f"inference-{index}", "inference", resolved, "--index", str(index), environment=gpus)
+    gpus = devices.visible(config.learner.devices, os.environ)
+    supervisor.start("learner", "learner", resolved, environment=gpus)
     _watch_until_done(config, folder, supervisor, stop, console, started_unix_s)
     console.print("learnt; proving the checkpoint", highlight=False)
     supervisor.stop([name for name in supervisor.children if name != "replay"])
@@ -166,9 +169,12 @@ def _prove_checkpoint(config: RunConfig, folder: RunFolder, supervisor: Supervis
     dump_config(config.model_copy(update={"model": ModelConfig(path=newest)}), served)
     outcome = folder.results / "checkpoint_proof.json"
     try:
-        supervisor.start("proof-inference", "inference", str(served), "--index", "0")
+        gpus = devices.visible(devices.of_replica(config, 0), os.environ)
+        supervisor.start("proof-inference", "inference", str(served), "--index", "0", environment=gpus)
         _wait_healthy(config.inference.address, supervisor, "proof-inference", _INFERENCE_START_S)
-        supervisor.run_to_end("proof", "prove-checkpoint", str(served), str(outcome), timeout_s=_PROOF_S)
+        gpus = devices.visible(config.learner.devices, os.environ)
+        command = ("prove-checkpoint", str(served), str(outcome))
+        supervisor.run_to_end("proof", *command, timeout_s=_PROOF_S, environment=gpus)
     except RoleFailed as error:
         return {"error": str(error)}
     finally:

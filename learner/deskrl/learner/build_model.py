@@ -16,11 +16,11 @@ def main(config: RunConfig) -> int:
     """Build the model of a run, its tokenizer trained on the corpus that lies in the run's folder."""
     refuse_unfit(config)
     corpus = _read_corpus(config.folder / "corpus.txt")
-    if config.model.build == "tiny":
-        tiny_model.build_tiny_model(config.model_folder, config.seed, config.image_size, corpus)
-    else:
-        shape = shaped_model.UI_TARS_7B
+    if config.model.build in shaped_model.SHAPES:
+        shape = shaped_model.SHAPES[config.model.build]
         shaped_model.build_shaped_model(config.model_folder, config.seed, shape, max(config.image_size), corpus)
+    else:
+        tiny_model.build_tiny_model(config.model_folder, config.seed, config.image_size, corpus)
     return 0
 
 

@@ -38,8 +38,10 @@ def main(config: RunConfig, outcome: Path) -> int:
     canary = make_canary(policy, processor, image_sizing_of(folder), *config.image_size).canary
     collator = make_collator(policy, processor, lambda hashes: {canary.images[0].hash: canary.images[0].data})
     rows = [_row(action, canary) for action in _sample(config, canary)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy.to(device)
     with torch.no_grad():
-        scores = policy(batch := collator.collate(rows), TEMPERATURE)
+        scores = policy(batch := collator.collate(rows).to(device), TEMPERATURE)
     difference_N = (scores.logprobs_N - batch.behaviour_logprobs_N).abs()
     write_json(outcome, {"path": str(folder), "num_tokens": len(difference_N), **_summary(difference_N)})
     return 0

@@ -93,7 +93,7 @@ class Publisher:
         """Wait until every replica answers (after `START_TIMEOUT_S` until one does), and settle how weights go to them.
 
         Raises:
-            UserError: a replica and this process do not trust each other, or weights cannot go as the configuration says.
+            UserError: a replica does not trust this process, or weights cannot go to it as the configuration says.
             RuntimeError: none has come up in time.
         """
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,24 @@ UI_TARS_7B = Shape(
     max_pixels=12845056,
 )
 """8.3 billion parameters: 7.6 of language, 0.7 of vision."""
+
+QWEN_3B = replace(
+    UI_TARS_7B,
+    text={
+        **UI_TARS_7B.text,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+    },
+    tied=True,
+)
+"""3.8 billion parameters: 3.1 of language, 0.7 of vision; Qwen2.5-VL-3B's."""
+
+SHAPES = {"ui_tars_7b_shape": UI_TARS_7B, "qwen_3b_shape": QWEN_3B}
+"""By the name that `model.build` gives them."""
 
 
 def build_shaped_model(folder: Path, seed: int, shape: Shape, largest_number: int, corpus: Iterable[str]) -> None:

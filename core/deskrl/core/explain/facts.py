@@ -75,7 +75,7 @@ def _built(config: RunConfig) -> tuple[str, ModelShape, ImageSizing]:
         pixels = config.image_size[0] * config.image_size[1]
         sizing = ImageSizing(tiny.PATCH_PIXELS, tiny.MERGE, pixels, pixels)
     else:
-        built = importlib.import_module("deskrl.learner.shaped_model").UI_TARS_7B
+        built = importlib.import_module("deskrl.learner.shaped_model").SHAPES[config.model.build]
         text, vision, tied = built.text, built.vision, built.tied
         sizing = ImageSizing(vision["patch_size"], vision["spatial_merge_size"], built.min_pixels, built.max_pixels)
     name = f"built: {config.model.build}"
