@@ -243,8 +243,8 @@ def replica_config(folder: Path, port: int, **inference: Any) -> RunConfig:
     return RunConfig(name="test", runs=folder, model=ModelConfig(path=model), inference=section)
 
 
-def launch(config: RunConfig, log: Path) -> subprocess.Popen[bytes]:
-    """Start a replica as deskrl starts it, without waiting for it."""
+def launch(config: RunConfig, log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a replica as deskrl starts it, without waiting for it; `environment` is what it alone sees."""
     path = log.with_suffix(".json")
     dump_config(config, path)
     with open(log, "wb") as output:
@@ -252,14 +252,14 @@ def launch(config: RunConfig, log: Path) -> subprocess.Popen[bytes]:
             [sys.executable, "-m", "deskrl.core.cli", "inference", str(path)],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
         )
 
 
 @contextmanager
-def running_replica(config: RunConfig, log: Path) -> Iterator[Replica]:
+def running_replica(config: RunConfig, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Replica]:
     """A replica that serves; ended by SIGTERM, unless the block ended it."""
-    process = launch(config, log)
+    process = launch(config, log, environment)
     try:
         _wait_until_serving(config.inference.address, process, log)
         yield Replica(config, process, log)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deskrl.core.config import LearnerConfig
 from deskrl.learner.batch import MicroBatch
+from deskrl.learner.checkpoint_names import checkpoint_tensors
 from deskrl.learner.model import Policy, Scores
 
 Gathered = TypeVar("Gathered")
@@ -105,23 +106,7 @@ class Engine:
 
     def checkpoint_parameters(self) -> dict[str, Tensor]:
         """The model's live tensors by the names of its checkpoint, in its order; shards of them under ZeRO 3."""
-        from transformers.core_model_loading import revert_weight_conversion
-
-        model = self.policy.model
-        held = dict(model.state_dict(keep_vars=True))
-        if model.config.tie_word_embeddings:
-            for name in model.all_tied_weights_keys:
-                held.pop(name, None)
-        # Only names differ between model and checkpoint, and which is whose is told without the tensors.
-        stand_ins = {name: torch.empty(self.whole_shape(tensor), device="meta") for name, tensor in held.items()}
-        names = {id(stand_in): name for name, stand_in in stand_ins.items()}
-        return {
-            name: held[names[id(stand_in)]] for name, stand_in in revert_weight_conversion(model, stand_ins).items()
-        }
-
-    def whole_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """The shape of a parameter when it is whole."""
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+        return checkpoint_tensors(self.policy.model)
 
     def gathered(self, parameters: list[Tensor]) -> AbstractContextManager[Any]:
         """Makes parameters whole on every GPU for as long as the context lasts; a collective call under ZeRO 3."""

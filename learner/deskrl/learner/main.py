@@ -189,10 +189,9 @@ class Learner:
     def _publish(self) -> None:
         """Bring the present weights to every replica."""
         engine, publisher = self._parts.engine, self._parts.publisher
-        parameters = engine.checkpoint_parameters()
         announcement = Announcement(
             version=self._version,
-            specs=tuple(describe(name, tensor, engine.whole_shape(tensor)) for name, tensor in parameters.items()),
+            specs=describe(engine.checkpoint_parameters()),
             canary=self._parts.canary.canary,
             canary_logprobs=self._parts.canary.score(engine),
             processor_hash=self._parts.processor_hash,

@@ -104,7 +104,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         canary=make_canary(policy, processor, sizing, *config.image_size),
         publisher=Publisher(
             config.inference,
-            Sender(engine.device) if engine.rank == 0 and engine.device.type == "cuda" else None,
+            _sender(config, engine),
             TOLERANCE_FLOAT32 if exact else TOLERANCE_BFLOAT16,
             stop,
             on_outcome,
@@ -112,6 +112,12 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         results=Results(folder, tasks),
         tracker=Tracker(config) if engine.rank == 0 else None,
     )
+
+
+def _sender(config: RunConfig, engine: Engine) -> Sender | None:
+    """What sends weights from this rank's GPU, where that is wanted of it."""
+    wanted = engine.rank == 0 and engine.device.type == "cuda" and config.inference.weight_transfer != "stream"
+    return Sender(engine.device) if wanted else None
 
 
 def _read_tasks(folder: RunFolder) -> Mapping[str, Mapping[str, Any]]:

@@ -160,11 +160,8 @@ class Publisher:
         for update in opened:
             update.start()
         channels = {update.replica.index: update.channel for update in opened}
-        checksums, errors = self._sender.send(tensors, weights.gathered, channels)
-        concluded = [
-            self._pool.submit(update.conclude, checksums, errors.get(update.replica.index, "")) for update in opened
-        ]
-        return self._all(concluded)
+        sent = self._sender.send(tensors, weights.gathered, channels)
+        return self._all([self._pool.submit(update.conclude, sent) for update in opened])
 
     def _stream(self, snapshot: Snapshot, replicas: Sequence[Replica]) -> list[Outcome]:
         """Streamed updates, all at once; from now on, those that catch up are brought this snapshot."""

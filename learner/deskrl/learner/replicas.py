@@ -11,7 +11,7 @@ import logging
 import queue
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -23,8 +23,9 @@ from deskrl.core.bounds import GaveUp
 from deskrl.core.buckets import BUCKET_BYTES
 from deskrl.core.errors import UserError
 from deskrl.learner.channels import Channel, IpcChannel, NcclChannel
+from deskrl.learner.checkpoint_names import whole_shape
 from deskrl.learner.negotiation import Side, choose_transfer
-from deskrl.learner.sending import Sender
+from deskrl.learner.sending import Sender, Sent
 from deskrl.proto.v1 import common_pb2, weights_pb2, weights_pb2_grpc
 
 STALL_S = 120.0
@@ -99,19 +100,19 @@ def with_checksums(announcement: Announcement, tensors: Mapping[str, Tensor]) ->
         )
         for spec in announcement.specs
     )
-    told = Announcement(
-        announcement.version, specs, announcement.canary, announcement.canary_logprobs, announcement.processor_hash
-    )
-    return Snapshot(told, tensors)
+    return Snapshot(replace(announcement, specs=specs), tensors)
 
 
-def describe(name: str, tensor: Tensor, shape: tuple[int, ...]) -> weights_pb2.TensorSpec:
-    """A tensor's announcement, without a checksum; `shape` is that of the whole, of which this may be a shard."""
-    return weights_pb2.TensorSpec(
-        name=name,
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=shape,
-        num_bytes=torch.Size(shape).numel() * tensor.dtype.itemsize,
+def describe(tensors: Mapping[str, Tensor]) -> tuple[weights_pb2.TensorSpec, ...]:
+    """What is announced of tensors, checksums excepted; of those that are sharded, the whole."""
+    return tuple(
+        weights_pb2.TensorSpec(
+            name=name,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=whole_shape(tensor),
+            num_bytes=torch.Size(whole_shape(tensor)).numel() * tensor.dtype.itemsize,
+        )
+        for name, tensor in tensors.items()
     )
 
 
@@ -162,7 +163,7 @@ class Replica:
         """One update as a stream of bytes, from begin to the canary's comparison; never raises for the replica."""
         announcement = snapshot.announcement
         timeout_s = STALL_S + announcement.num_bytes / BYTES_PER_S
-        talk = _Talk(self._stub, timeout_s)
+        talk = Talk(self._stub, timeout_s)
         try:
             talk.send(begin=_begin(announcement))
             talk.expect("ready")
@@ -192,7 +193,7 @@ class Replica:
 
     def _open(self, announcement: Announcement, status: weights_pb2.GetWeightStatusResponse) -> DirectUpdate:
         assert self._sender is not None
-        talk = _Talk(self._stub, STALL_S)
+        talk = Talk(self._stub, STALL_S)
         channel: Channel
         try:
             begin = _begin(announcement)
@@ -229,7 +230,7 @@ class Replica:
             self._nccl = None
 
     def conclude(
-        self, announcement: Announcement, talk: _Talk, commit: weights_pb2.UpdateCommit, transfer: str, late: bool
+        self, announcement: Announcement, talk: Talk, commit: weights_pb2.UpdateCommit, transfer: str, late: bool
     ) -> Outcome:
         """From the last byte to the canary's comparison."""
         received = talk.expect("received").received
@@ -273,20 +274,22 @@ class DirectUpdate:
 
     replica: Replica
     announcement: Announcement
-    talk: _Talk
+    talk: Talk
     channel: Channel
 
     def start(self) -> None:
         """Tell the replica that the first bucket is on its way."""
         self.talk.send(transfer=weights_pb2.UpdateTransfer())
 
-    def conclude(self, checksums: list[int], error: str) -> Outcome:
-        """From the last bucket to the canary's comparison; `error` says why the replica was given up before."""
+    def conclude(self, sent: Sent) -> Outcome:
+        """From the last bucket to the canary's comparison."""
         transfer = self.replica.transfer
-        commit = weights_pb2.UpdateCommit(checksums=checksums)
+        commit = weights_pb2.UpdateCommit(checksums=sent.checksums)
+        error = sent.errors.get(self.replica.index, "")
         try:
             if not error:
-                return self.replica.conclude(self.announcement, self.talk, commit, transfer, late=False)
+                outcome = self.replica.conclude(self.announcement, self.talk, commit, transfer, late=False)
+                return replace(outcome, phases_ms={"transfer": sent.moving_s * 1e3, **outcome.phases_ms})
         except grpc.RpcError as failure:
             error = _reason(failure)
         finally:
@@ -296,7 +299,7 @@ class DirectUpdate:
         return self.replica.failed(self.announcement, error, transfer, may_recover=True)
 
 
-class _Talk:
+class Talk:
     """The stream of one update, from the learner's end."""
 
     def __init__(self, stub: weights_pb2_grpc.WeightServiceStub, timeout_s: float) -> None:

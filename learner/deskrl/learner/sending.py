@@ -7,8 +7,10 @@ replica's address, and no gRPC.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any
 
@@ -24,6 +26,20 @@ from deskrl.proto.v1 import weights_pb2
 
 Gather = Callable[[list[Tensor]], AbstractContextManager[Any]]
 """Makes parameters whole on this GPU for as long as they are looked at; a collective call under ZeRO 3."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What became of sending everything to several replicas."""
+
+    checksums: list[int]
+    """Of each tensor."""
+    errors: dict[int, str]
+    """Why a replica was given up."""
+    moving_s: float
+    """From the first bucket's arrival to the last's: what comes before is waiting for replicas to pause."""
+    moved_bytes: int
+    """In that time."""
 
 
 class Sender:
@@ -62,28 +78,26 @@ class Sender:
         self._handles = self._handles or [ipc_handle(slot) for slot in self._slots]
         return self._handles
 
-    def send(
-        self, tensors: Sequence[Tensor], gather: Gather, channels: Mapping[int, Channel]
-    ) -> tuple[list[int], dict[int, str]]:
+    def send(self, tensors: Sequence[Tensor], gather: Gather, channels: Mapping[int, Channel]) -> Sent:
         """Send everything to every channel.
 
         Args:
             tensors: in the order of `prepare`.
             gather: makes some of them whole.
             channels: by replica; one that fails is aborted, and the others go on.
-
-        Returns:
-            Each tensor's checksum, and why a replica was given up.
         """
         assert self._plan is not None
         _, buckets, planned_sums = self._plan
         live = _Live(channels)
         live.each(methodcaller("start", self._slots))
         sums = []
+        since_s, moved_bytes = time.perf_counter(), sum(bucket.num_bytes for bucket in buckets)
         for index, bucket in enumerate(buckets):
             slot = index % len(self._slots)
             if index >= len(self._slots):
                 live.each(methodcaller("wait", slot))
+            if index == len(self._slots):  # the first bucket is there
+                since_s, moved_bytes = time.perf_counter(), moved_bytes - buckets[0].num_bytes
             with gather([tensors[piece.tensor] for piece in bucket.pieces]):
                 _pack(self._slots[slot], bucket, tensors)
             filled = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -92,8 +106,9 @@ class Sender:
             sums.append(planned_sums.of(index, self._slots[slot][: bucket.num_bytes].view(torch.int64)))
         for index in range(max(0, len(buckets) - len(self._slots)), len(buckets)):
             live.each(methodcaller("wait", index % len(self._slots)))
+        moving_s = time.perf_counter() - since_s
         live.each(methodcaller("finish"))
-        return torch.cat(sums).tolist(), live.errors
+        return Sent(torch.cat(sums).tolist(), live.errors, moving_s, moved_bytes)
 
 
 class _Live:

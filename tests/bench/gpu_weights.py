@@ -1,0 +1,493 @@
+"""How fast a model's weights move to a replica, against the bare wire, and what an update costs those who act.
+
+In turns: the same bytes by the barest means there is (NCCL broadcasts of the same buckets to a process that does
+nothing else; copies on one device for `ipc`; a copy into a file in memory for `stream`), then an update by deskrl with
+all that belongs to it: packing, transfer, checksums, loading, commit, canary. `ratio` is bare over deskrl, in seconds
+of the transfer alone, median of the rounds; `ratio_whole` counts the wait until the replica stands still, too. With
+`--windows`, then also the seconds of throughput that a window loses by an update in its middle, under steady load.
+
+    python tests/bench/gpu_weights.py --engine nccl --model 7b --windows 2          # two GPUs
+    python tests/bench/gpu_weights.py --engine ipc --model 7b --windows 2           # one GPU
+    python tests/bench/gpu_weights.py --engine stream --model tiny --device cpu     # no GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
+
+import torch
+from inference_kit import CORPUS, IMAGE_SIZE, act_request, replica_config, running_replica, user
+from PIL import Image
+from torch import Tensor
+
+from deskrl.core import ids, rpc
+from deskrl.core.buckets import BUCKET_BYTES, Bucket, plan_buckets
+from deskrl.core.config import ModelConfig, RunConfig
+from deskrl.core.lifetime import StopEvent
+from deskrl.core.rendering import image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
+from deskrl.learner.canary import CanaryProbe, make_canary
+from deskrl.learner.checkpoint_names import checkpoint_tensors
+from deskrl.learner.model import Policy, load_policy, load_processor
+from deskrl.learner.publish import Publisher
+from deskrl.learner.replicas import Announcement, Outcome, describe
+from deskrl.learner.sending import Sender
+from deskrl.learner.shaped_model import UI_TARS_7B, build_shaped_model
+from deskrl.proto.v1 import common_pb2, inference_pb2_grpc
+
+SCREEN = (1280, 720)
+NUM_SCREENSHOTS = 64
+MAX_TOKENS = 64
+_started_s = time.perf_counter()
+
+
+def say(*words: object) -> None:
+    """Progress, on standard error."""
+    print(f"[{time.perf_counter() - _started_s:6.1f} s]", *words, file=sys.stderr, flush=True)
+
+
+# The bare wire.
+
+
+def bare_copies(sizes: list[int], device: torch.device) -> Callable[[], float]:
+    """Buckets copied on one GPU, as CUDA copies: seconds."""
+    source = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def measure() -> float:
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        for size in sizes:
+            target[:size].copy_(source[:size])
+        torch.cuda.synchronize()
+        return time.perf_counter() - began_s
+
+    return measure
+
+
+def bare_file(num_bytes: int) -> Callable[[], float]:
+    """The bytes copied into a file in memory: seconds."""
+
+    def measure() -> float:
+        data = memoryview(bytes(min(num_bytes, 256 * 1024**2)))
+        handle = os.memfd_create("copy")
+        try:
+            began_s = time.perf_counter()
+            missing = num_bytes
+            while missing:
+                missing -= os.write(handle, data[:missing])
+            return time.perf_counter() - began_s
+        finally:
+            os.close(handle)
+
+    return measure
+
+
+class BareNccl:
+    """Broadcasts of the buckets to a process on another GPU that does nothing else."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self._sizes = sizes
+        port = free_port()
+        command = [sys.executable, __file__, "--peer", str(port), "--sizes", json.dumps(sizes)]
+        self._peer = subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu(1)}, stdin=subprocess.PIPE)
+        self._slots = join_bare(port, 0, sizes)
+
+    def __call__(self) -> float:
+        assert self._peer.stdin is not None
+        self._peer.stdin.write(b"\n")
+        self._peer.stdin.flush()
+        return broadcast_all(self._slots, self._sizes)
+
+    def close(self) -> None:
+        """End the peer."""
+        assert self._peer.stdin is not None
+        self._peer.stdin.close()
+        self._peer.wait(timeout=60)
+        torch.distributed.destroy_process_group()
+
+
+def join_bare(port: int, rank: int, sizes: list[int]) -> list[Tensor]:
+    """A world of two over NCCL, warm, and its buffers."""
+    torch.cuda.set_device(0)
+    where = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("nccl", init_method=where, rank=rank, world_size=2)
+    slots = [torch.zeros(max(sizes), dtype=torch.uint8, device="cuda") for _ in range(2)]
+    broadcast_all(slots, sizes[:3])
+    return slots
+
+
+def broadcast_all(slots: list[Tensor], sizes: list[int]) -> float:
+    """Seconds from when both are there to the last byte."""
+    torch.distributed.all_reduce(torch.zeros(1, device="cuda"))
+    torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    for number, size in enumerate(sizes):
+        torch.distributed.broadcast(slots[number % 2][:size], src=0)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began_s
+
+
+def be_peer(port: int, sizes: list[int]) -> None:
+    """The other side: one pass for each line on standard input."""
+    slots = join_bare(port, 1, sizes)
+    for _ in sys.stdin:
+        broadcast_all(slots, sizes)
+    torch.distributed.destroy_process_group()
+
+
+# The update.
+
+
+class Held:
+    """The model, as the learner's engine would hold it, in a world of one rank."""
+
+    rank = 0
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def checkpoint_parameters(self) -> Mapping[str, Tensor]:
+        return checkpoint_tensors(self.policy.model)
+
+    def gathered(self, parameters: list[Tensor]) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in self.checkpoint_parameters().items()}
+
+    def from_rank_0(self, value: str) -> str:
+        return value
+
+    @torch.no_grad()
+    def change(self, number: int) -> None:
+        """What a small optimizer step does to what a canary says: every weight of the last norm moves."""
+        self.policy.model.model.language_model.norm.weight.mul_(1.0 + 0.01 * (-1) ** number)
+
+
+@dataclass
+class World:
+    """Everything that one update needs."""
+
+    held: Held
+    probe: CanaryProbe
+    processor: str
+    publisher: Publisher
+    sender: Sender | None
+    outcomes: list[Outcome] = field(default_factory=list)
+    num_updates: int = 0
+
+    def update(self) -> tuple[Outcome, float]:
+        """One update with new weights, and the seconds from its begin to its commit."""
+        self.num_updates += 1
+        self.held.change(self.num_updates)
+        device = next(self.held.policy.parameters()).device
+        with torch.no_grad():
+            scores = self.held.policy(self.probe.batch.to(device), 1.0, False)
+        announcement = Announcement(
+            version=common_pb2.PolicyVersion(lineage="bench", step=self.num_updates),
+            specs=describe(self.held.checkpoint_parameters()),
+            canary=self.probe.canary,
+            canary_logprobs=tuple(scores.logprobs_N.float().tolist()),
+            processor_hash=self.processor,
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        self.publisher.publish(announcement, self.held)
+        update_s = time.perf_counter() - began_s
+        return self.outcomes[-1], update_s
+
+
+def make_world(config: RunConfig, policy: Policy, device: torch.device) -> World:
+    """The learner's half, without learning."""
+    folder = config.model_folder
+    processor = load_processor(folder)
+    size = IMAGE_SIZE if policy.model.config.vision_config.depth < 8 else SCREEN
+    probe = make_canary(policy, processor, image_sizing_of(folder), *size)
+    sender = Sender(device) if device.type == "cuda" else None
+    outcomes: list[Outcome] = []
+    publisher = Publisher(config.inference, sender, float("inf"), StopEvent(), outcomes.append)
+    digest = processor_hash(folder, processor.tokenizer)
+    return World(Held(policy), probe, digest, publisher, sender, outcomes)
+
+
+# Those who act meanwhile.
+
+
+def screenshots(size: tuple[int, int]) -> list[common_pb2.Image]:
+    """Pictures with edges and flat parts, as screens have."""
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for _ in range(NUM_SCREENSHOTS):
+        blocks = torch.randint(0, 256, (9, 16, 3), generator=generator, dtype=torch.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(blocks.numpy()).resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
+        images.append(common_pb2.Image(hash=ids.image_hash(buffer.getvalue()), data=buffer.getvalue()))
+    return images
+
+
+class Load:
+    """Callers without end in a thread of their own; notes when each answer came and how many tokens it had."""
+
+    def __init__(self, address: str, concurrency: int, images: list[common_pb2.Image]) -> None:
+        self._address = address
+        self._concurrency = concurrency
+        self._images = images
+        self._seeds = itertools.count()
+        self._answers: list[tuple[float, int]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    async def _run(self) -> None:
+        async with rpc.connect(self._address) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            callers = [asyncio.create_task(self._call(stub)) for _ in range(self._concurrency)]
+            await asyncio.gather(*callers)
+
+    async def _call(self, stub: Any) -> None:
+        while not self._stop.is_set():
+            seed = next(self._seeds)
+            image = self._images[seed % len(self._images)]
+            request = act_request([user("Go on.", image)], [image], max_tokens=MAX_TOKENS, seed=seed)
+            reply = await stub.Act(request, timeout=300)
+            self._answers.append((time.perf_counter(), len(reply.action.action_ids)))
+
+    def num_tokens(self, start_s: float, end_s: float) -> int:
+        """Tokens of the answers that came between two times."""
+        return sum(num for at_s, num in list(self._answers) if start_s <= at_s < end_s)
+
+
+def measure_window(load: Load, world: World, window_s: float) -> dict[str, Any]:
+    """Steady load, an update in the middle, steady load; what is missing of the rate of the outer thirds."""
+    start_s = time.perf_counter()
+    time.sleep(window_s / 2)
+    outcome, update_s = world.update()
+    time.sleep(max(0.0, start_s + window_s - time.perf_counter()))
+    end_s, third_s = start_s + window_s, window_s / 3
+    calm = load.num_tokens(start_s, start_s + third_s) + load.num_tokens(end_s - third_s, end_s)
+    rate = calm / (2 * third_s)
+    return {
+        "lost_s": round(window_s - load.num_tokens(start_s, end_s) / rate, 3),
+        "update_s": round(update_s, 3),
+        "tokens_per_s": round(rate, 1),
+        "num_requests_kept": outcome.num_requests_kept,
+        "phases_ms": {name: round(ms, 1) for name, ms in outcome.phases_ms.items()},
+    }
+
+
+# The program.
+
+
+def free_port() -> int:
+    """Of the loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def gpu(number: int) -> str:
+    """The name of a GPU for `CUDA_VISIBLE_DEVICES`, counted among those that were visible at first."""
+    visible = os.environ.get("DESKRL_BENCH_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else ["0", "1"]
+    return names[number].strip()
+
+
+def build(options: argparse.Namespace, scratch: Path) -> Path:
+    """The model's folder."""
+    if options.model == "7b":
+        folder = options.folder or scratch / "7b"
+        if not (folder / "model.safetensors.index.json").exists():
+            say("building a model of 7B shape (16 GB) in", folder)
+            build_shaped_model(folder, 0, UI_TARS_7B, max(SCREEN), CORPUS * 20)
+        return folder
+    if options.model == "tiny":
+        return replica_config(scratch, 1).model_folder
+    return Path(options.model)
+
+
+def configure(options: argparse.Namespace, scratch: Path, model: Path) -> RunConfig:
+    """The replica's run."""
+    big = options.model != "tiny"
+    settings: dict[str, Any] = {"weight_transfer": options.engine, "max_concurrent": max(8, options.concurrency)}
+    if big:
+        settings |= {
+            "dtype": "bfloat16",
+            "max_model_len": 8192,
+            "kv_cache_bytes": 24 * 1024**3,
+            "image_cache_bytes": 1024**3,
+            "gpu_memory_fraction": 0.4 if options.engine == "ipc" else 0.85,
+        }
+    config = replica_config(scratch, free_port(), **settings)
+    if options.device == "cuda":
+        needed = {"mm_encoder_attn_backend": "TORCH_SDPA", "structured_outputs_config": {"backend": "guidance"}}
+        arguments = needed | config.inference.engine_args
+        inference = config.inference.model_copy(update={"engine_args": arguments})
+        config = config.model_copy(update={"inference": inference})
+    return config.model_copy(update={"model": ModelConfig(path=model)})
+
+
+@contextmanager
+def bare_wire(options: argparse.Namespace, buckets: tuple[Bucket, ...], device: torch.device) -> Iterator[Any]:
+    """What the engine is compared with: seconds for the same bytes."""
+    sizes = [bucket.num_bytes for bucket in buckets]
+    if options.engine == "stream":
+        yield bare_file(sum(sizes))
+    elif options.engine == "ipc":
+        yield bare_copies(sizes, device)
+    else:
+        with contextlib.closing(BareNccl(sizes)) as bare:
+            yield bare
+
+
+def measure(options: argparse.Namespace, config: RunConfig, device: torch.device, environment: dict[str, str]) -> Any:
+    """All rounds and windows."""
+    folder = config.model_folder
+    dtype = getattr(torch, config.inference.dtype)
+    log = config.runs / "replica.log"
+    suppressed = suppressed_ids(load_processor(folder).tokenizer, vocab_size_of(folder))
+    say("starting the replica; its log is", log)
+    with running_replica(config, log, environment):
+        say("the replica serves; loading the model for the learner's half")
+        policy = load_policy(folder, suppressed, freeze_vision=True).to(dtype).to(device).eval()
+        world = make_world(config, policy, device)
+        sizes = [spec.num_bytes for spec in describe(world.held.checkpoint_parameters())]
+        buckets = plan_buckets(sizes, BUCKET_BYTES)
+        say(f"{sum(sizes) / 1e9:.2f} GB in {len(sizes)} tensors and {len(buckets)} buckets")
+        world.publisher.wait_for_replicas()
+        with bare_wire(options, buckets, device) as bare:
+            rounds = [measure_round(world, bare, buckets) for _ in range(1 + options.rounds)][
+                1:
+            ]  # the first is warm-up
+        windows = []
+        if options.windows:
+            size = SCREEN if options.model != "tiny" else IMAGE_SIZE
+            with Load(config.inference.address, options.concurrency, screenshots(size)) as load:
+                say(f"{options.concurrency} callers; warming up")
+                time.sleep(options.window_s / 3)
+                for _ in range(options.windows):
+                    windows.append(measure_window(load, world, options.window_s))
+                    say("window:", windows[-1])
+        world.publisher.close()
+    return rounds, windows, sum(sizes)
+
+
+def measure_round(world: World, bare: Callable[[], float], buckets: tuple[Bucket, ...]) -> dict[str, Any]:
+    """The bare wire, then an update."""
+    bare_s = bare()
+    outcome, update_s = world.update()
+    if not outcome.ok:
+        raise SystemExit(f"the update failed: {outcome.error}")
+    total = sum(bucket.num_bytes for bucket in buckets)
+    phases_ms = dict(outcome.phases_ms)
+    # Of a stream, what is counted is from the first byte to the last checksum.
+    moving_s = phases_ms.get("transfer", outcome.receive_ms) / 1e3
+    first = buckets[0].num_bytes if "transfer" in phases_ms and len(buckets) > 2 else 0
+    bandwidth = (total - first) / moving_s
+    whole_s = (phases_ms.get("pause", 0.0) + phases_ms["load"]) / 1e3 if "transfer" in phases_ms else moving_s
+    found = {
+        "bare_s": bare_s,
+        "bare_gb_per_s": total / bare_s / 1e9,
+        "gb_per_s": bandwidth / 1e9,
+        "ratio": bandwidth * bare_s / total,
+        "ratio_whole": bare_s / whole_s,
+        "update_s": update_s,
+        "canary_max_difference": outcome.canary_max_difference,
+        "phases_ms": phases_ms,
+    }
+    say({key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()})
+    return found
+
+
+def summary(
+    rounds: list[dict[str, Any]], windows: list[dict[str, Any]], num_bytes: int, options: Any
+) -> dict[str, Any]:
+    """The line that is printed."""
+    keys = ("ratio", "ratio_whole", "gb_per_s", "bare_gb_per_s", "bare_s", "update_s", "canary_max_difference")
+    medians = {key: round(statistics.median(found[key] for found in rounds), 4) for key in keys}
+    phases = sorted({name for found in rounds for name in found["phases_ms"]})
+    line: dict[str, Any] = {
+        "bench": "gpu_weights",
+        **medians,
+        "ratios": [round(found["ratio"], 3) for found in rounds],
+        "phases_ms": {
+            name: round(statistics.median(found["phases_ms"].get(name, 0.0) for found in rounds), 2) for name in phases
+        },
+        "gigabytes": round(num_bytes / 1e9, 3),
+        "engine": options.engine,
+        "model": options.model,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+    }
+    if windows:
+        line |= {
+            "lost_s": statistics.median(window["lost_s"] for window in windows),
+            "window_s": options.window_s,
+            "concurrency": options.concurrency,
+            "windows": windows,
+        }
+    return line
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("nccl", "ipc", "stream"), default="nccl")
+    parser.add_argument("--model", default="7b", help="`7b`, `tiny` or a model folder")
+    parser.add_argument("--folder", type=Path, help="where the model of 7B shape is kept, or was kept before")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=0, help="windows of steady load with an update in the middle")
+    parser.add_argument("--window_s", type=float, default=60.0)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--peer", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    options = parse()
+    if options.peer:
+        return be_peer(options.peer, options.sizes)
+    environment: dict[str, str] = {}
+    if options.device == "cuda":
+        replica_gpu = gpu(1 if options.engine == "nccl" else 0)
+        environment = {"CUDA_VISIBLE_DEVICES": replica_gpu}
+        os.environ["DESKRL_BENCH_GPUS"] = ",".join([gpu(0), replica_gpu])
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu(0)
+    device = torch.device("cuda:0" if options.device == "cuda" else "cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        config = configure(options, Path(scratch), build(options, Path(scratch)))
+        rounds, windows, num_bytes = measure(options, config, device, environment)
+    print(json.dumps(summary(rounds, windows, num_bytes, options)))
+
+
+if __name__ == "__main__":
+    main()
