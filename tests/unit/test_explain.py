@@ -21,7 +21,7 @@ from deskrl.core.explain.timing import Assumptions, predict, update_flops
 RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 SEVEN = shape_of_name("UI-TARS-1.5-7B")
 assert SEVEN is not None
-SMALL = ModelShape("small", 8, 16, 2, 2, 1, 100, False, 4, 8, 1, True)
+SMALL = ModelShape("small", 8, 16, 2, 2, 1, 100, False, 4, 8, 1, True, 1)
 
 
 def config_of(**tables: Any) -> RunConfig:
@@ -126,7 +126,7 @@ def test_logits_are_of_action_tokens_alone() -> None:
 
 
 def test_a_kv_cache_of_a_7b_takes_56_kib_a_token() -> None:
-    assert SEVEN is not None and SEVEN.key_value_bytes_per_token == 2 * 28 * 512 * 2
+    assert SEVEN is not None and 2 * SEVEN.key_value_numbers_per_token == 2 * 28 * 512 * 2
     cache = replica_memory(config_of(inference={"kv_cache_bytes": 57344 * 1000}), SEVEN, gpu_bytes=None)
     assert (cache.kv_tokens, cache.kv_cache) == (1000, 57344 * 1000)
     left = replica_memory(config_of(inference={"gpu_memory_fraction": 0.5}), SEVEN, gpu_bytes=40 * 10**9)
@@ -142,6 +142,18 @@ def test_lock_step_adds_acting_and_learning_and_asynchrony_takes_the_longer() ->
         timing = predict(config, count_batches(config, 2), rows_of(config), None, Assumptions.model_validate(times))
         assert timing is not None
         assert (timing.episode_s, timing.acting_s, timing.update_s, timing.run_s) == (50, 100, update_s, 10 * update_s)
+
+
+def test_in_lock_step_all_wait_for_the_slowest_desktop() -> None:
+    """Of 256 lognormal times with sigma 0.4 the slowest is about exp(0.4 x 3.33 - 0.08) = 3.5 times the mean."""
+    times = {"env_reset_s": 10, "env_step_s": 2, "evaluate_s": 5, "act_s": 1, "learn_s": 0, "steps": 5}
+    config = config_of(
+        tasks={"rollouts": 8}, desktop={"num_envs": 256}, replay={"schedule": "lock_step"},
+        learner={"grpo": {"groups_per_batch": 32, "max_staleness": 0}},
+    )  # fmt: skip
+    timing = predict(config, count_batches(config, 128), rows_of(config), None, Assumptions.model_validate(times))
+    assert timing is not None and timing.slowest == pytest.approx(3.5, rel=0.01)
+    assert timing.episode_s == pytest.approx(5 + timing.slowest * (10 + 5 * 2 + 5))
 
 
 def test_pacing_keeps_no_more_desktops_busy_than_it_grants() -> None:

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deskrl.core.config import RunConfig
-from deskrl.learner.plan import Curriculum, num_to_plan, split_evenly
+from deskrl.learner.plan import Curriculum, num_to_plan, rollouts_at, split_evenly
+from deskrl.learner.state import LearnerState
 from deskrl.proto.v1 import rollout_pb2
 
 TASKS = {name: f'{{"id": "{name}"}}'.encode() for name in ("web", "image", "text")}
@@ -34,6 +36,27 @@ def test_the_plan_follows_from_the_seed() -> None:
     assert [group.task_id for group in groups] != [group.task_id for group in others]
     seeds = [seed for group in groups for seed in group.seeds]
     assert len(set(seeds)) == len(seeds) == 30 * 4
+
+
+@pytest.mark.parametrize(("rate", "rollouts"), [(0.0, 8), (0.59, 8), (0.6, 8), (0.75, 5), (0.9, 3), (1.0, 2)])
+def test_a_task_that_is_solved_often_can_have_fewer_rollouts(rate: float, rollouts: int) -> None:
+    """9 / 0.75 - 7 = 5, 9 / 0.9 - 7 = 3, and never fewer than two."""
+    assert rollouts_at(rate, 8) == rollouts
+    assert rollouts_at(1.0, 2) == 2
+
+
+def test_only_tasks_with_a_known_rate_have_fewer() -> None:
+    plan = curriculum()
+    groups = [plan.train_group(ordinal, {"web": 1.0}) for ordinal in range(3)]
+    assert {group.task_id: len(group.seeds) for group in groups} == {"web": 2, "image": 4, "text": 4}
+    (web,) = (group for group in groups if group.task_id == "web")
+    full = next(group for group in map(plan.train_group, range(3)) if group.task_id == "web")
+    assert web.seeds == full.seeds[:2], "the same rollouts, fewer of them"
+
+
+def test_a_rate_is_that_of_the_update_which_last_played_the_task() -> None:
+    history = [{"per_task": {"web": {"n": 4, "success": 4}}}, {"per_task": {"web": {"n": 4, "success": 1}}}]
+    assert LearnerState(history=history).last_rates() == {"web": 0.25}
 
 
 def test_a_group_carries_its_task_file() -> None:

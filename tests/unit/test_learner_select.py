@@ -63,6 +63,22 @@ def test_where_all_fail_a_stored_success_takes_the_place_of_one_member() -> None
     assert chosen.used_candidate
 
 
+def test_the_place_that_it_takes_can_be_the_oldest_members_or_one_at_random() -> None:
+    members = [trajectory("a", 0.0), trajectory("b", 0.0, [NOW - 2]), trajectory("c", 0.0, [NOW - 1])]
+    success = trajectory("old", 1.0, replayed=True)
+    assert choose(members, success, replay_place="oldest").trajectories == (members[0], success, members[2])
+    places = {
+        select(
+            TaskGroup(f"train/{number}", "task", tuple(members), success),
+            lambda span: NOW - span.step,
+            0.1,
+            GrpoConfig(replay_place="random"),
+        ).trajectories.index(success)
+        for number in range(20)
+    }
+    assert places == {0, 1, 2}
+
+
 def test_a_stored_success_is_not_used_where_one_member_succeeded_or_replay_is_off() -> None:
     success = trajectory("old", 1.0, replayed=True)
     assert not choose([trajectory("a", 0.5), trajectory("b", 0.0)], success).used_candidate

@@ -110,6 +110,7 @@ def test_the_choice_among_successes_is_uniform_and_always_the_same() -> None:
     assert choices != [choose(4, seed=1, group_id=f"train/{ordinal:06d}") for ordinal in range(4000)]
     assert all(900 < num < 1100 for num in Counter(choices).values())
     assert choose(1, seed=0, group_id="any") == 0
+    assert choose(4, seed=0, group_id="any", rule="newest") == 3
 
 
 def test_metrics_are_served() -> None:

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from deskrl.core.trajectory import Span, Step, encode_step
 from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
-from deskrl.replay import batches, images, planning, reading, retention, rollouts, schema
+from deskrl.replay import batches, images, planning, reading, retention, rollouts, schema, successes
 from deskrl.replay.leases import MAX_EXPIRIES
 from deskrl.replay.pacing import Pacing
 from deskrl.replay.planning import Ask
@@ -26,7 +26,7 @@ from deskrl.replay.segments import Segments
 from deskrl.replay.writer import Commit, Operation, T, Writer
 
 PACING = Pacing(max_staleness=1, groups_per_batch=2, rollouts=2)
-RULES = batches.SuccessRules(above=0.5, capacity=2, seed=0)
+RULES = successes.SuccessRules(above=0.5, capacity=2, seed=0)
 MAX_FAULTS = 1
 SHOT_BYTES = 10
 SEGMENT_BYTES = 25

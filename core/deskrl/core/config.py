@@ -273,6 +273,8 @@ class ReplayConfig(Section):
     """Successes kept for each task, first in first out."""
     success_above: float = 0.1
     """A reward above this is a success worth storing."""
+    success_choice: Literal["uniform", "newest"] = "uniform"
+    """Which stored success of its task a group that failed is offered."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus port; 0: none."""
 
@@ -412,8 +414,13 @@ class GrpoConfig(Section):
     replay_when: FailureRule = "all_failed"
     """`all_failed`: no reward is above `replay.success_above`; `low_and_alike`: their mean is below 0.2 and their
     population standard deviation below 0.05."""
+    replay_place: Literal["first", "random", "oldest"] = "first"
+    """Whose place a stored success takes: the first member's, one's at random, or that which was acted longest ago."""
     success_ratio: Literal["one", "truncated"] = "one"
     """How a stored success is weighted: from ratio 1, or by its truncated importance weight."""
+    dynamic_rollouts: bool = False
+    """Fewer rollouts for tasks that are solved often: 9 / rate - 7 of them, two at the least, from a rate of 0.6 on
+    when they were last played."""
     shuffle_rewards: bool = False
     """Control experiment: deal each group's rewards out at random; what still rises is not learnt from them."""
 

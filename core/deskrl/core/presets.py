@@ -18,7 +18,7 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
         "tasks": {"rollouts": 8, "max_steps": 15},
         "agent": {"context": "episode", "format_error": "evaluate"},
         "inference": {"max_images": 15},
-        "replay": {"schedule": "lock_step", "successes_per_task": 8, "success_above": 0.1},
+        "replay": {"schedule": "lock_step", "successes_per_task": 8, "success_above": 0.1, "success_choice": "uniform"},
         "learner": {
             "grpo": {
                 # 16 tasks x 8 rollouts are a batch of 128; optimizer steps are of 8 tasks x 8 rollouts.
@@ -41,7 +41,9 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = {
                 "warmup_updates": 0,
                 "replay_successes": True,
                 "replay_when": "low_and_alike",
+                "replay_place": "first",
                 "success_ratio": "one",
+                "dynamic_rollouts": False,
             }
         },
     },

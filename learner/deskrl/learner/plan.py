@@ -15,6 +15,7 @@ from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
 TRAIN = "train"
 DEMO = "demo"
+OFTEN_SOLVED = 0.6
 MIN_MEMBERS = 2
 """Fewer make no group."""
 
@@ -37,12 +38,20 @@ class Curriculum:
         """Length of the task list."""
         return len(self._task_ids)
 
-    def train_group(self, ordinal: int) -> replay_pb2.GroupPlan:
-        """Group `ordinal` of the reinforcement-learning phase."""
+    def train_group(self, ordinal: int, rates: Mapping[str, float] | None = None) -> replay_pb2.GroupPlan:
+        """Group `ordinal` of the reinforcement-learning phase.
+
+        Args:
+            ordinal: counts all groups.
+            rates: success rates of tasks when they were last played; unset: every group is of full size.
+        """
         epoch, place = divmod(ordinal, len(self._task_ids))
         order = list(self._task_ids)
         random.Random(ids.derive_seed(self._config.seed, "epoch", epoch)).shuffle(order)
-        return self._group(TRAIN, ordinal, order[place], self._config.tasks.rollouts)
+        task_id, num_members = order[place], self._config.tasks.rollouts
+        if rates is not None and task_id in rates:
+            num_members = rollouts_at(rates[task_id], num_members)
+        return self._group(TRAIN, ordinal, task_id, num_members)
 
     def demo_groups(self) -> list[replay_pb2.GroupPlan]:
         """Demonstrations by the tasks' scripted solutions: one group for each task."""
@@ -81,6 +90,13 @@ class Curriculum:
             temperature=self._config.learner.grpo.temperature,
             acting_policy=acting_policy,
         )
+
+
+def rollouts_at(rate: float, rollouts: int) -> int:
+    """Rollouts of a task with this success rate, DART's rule: fewer where nearly all of them succeed."""
+    if rate < OFTEN_SOLVED:
+        return rollouts
+    return min(rollouts, max(MIN_MEMBERS, int(9 / rate - 7)))
 
 
 def eval_queue(when: str) -> str:

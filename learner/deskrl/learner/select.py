@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+from deskrl.core import ids
 from deskrl.core.config import GrpoConfig
 from deskrl.core.failure import group_failed
 from deskrl.core.trajectory import Span
@@ -47,13 +49,23 @@ def select(
         return _drop(group, "stale")
     failed = group_failed([member.reward for member in members], config.replay_when, success_above)
     if failed and config.replay_successes and group.candidate is not None:
-        # Which failure makes room is of no account: within the group they differ by their seeds alone.
-        swapped = (group.candidate, *members[1:])
+        place = _place(group, distance, config.replay_place)
+        swapped = (*members[:place], group.candidate, *members[place + 1 :])
         return Selection(group.group_id, group.task_id, swapped, used_candidate=True)
     learnt = [learnt_reward(member.reward, member.format_ok, config.format_penalty) for member in members]
     if config.groups_without_spread == "drop" and not has_spread(learnt):
         return _drop(group, "all_failed" if failed else "all_succeeded")
     return Selection(group.group_id, group.task_id, members)
+
+
+def _place(group: TaskGroup, distance: Callable[[Span], int | None], rule: Literal["first", "random", "oldest"]) -> int:
+    """Which member makes room for a stored success; the same for every rank."""
+    if rule == "first":
+        return 0
+    if rule == "random":
+        return ids.derive_seed("replay place", group.group_id) % len(group.members)
+    ages = [max((distance(span) or 0 for span in _spans((member,))), default=0) for member in group.members]
+    return ages.index(max(ages))
 
 
 def _drop(group: TaskGroup, cause: str) -> Selection:

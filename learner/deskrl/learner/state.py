@@ -35,6 +35,14 @@ class LearnerState:
     per_task: dict[str, dict[str, int]] = field(default_factory=dict)
     """Fresh training episodes and successes of each task: {"n": …, "success": …}."""
 
+    def last_rates(self) -> dict[str, float]:
+        """The success rate of each task in the update that last played it."""
+        rates = {}
+        for record in self.history:
+            for task_id, count in record["per_task"].items():
+                rates[task_id] = count["success"] / count["n"]
+        return rates
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)

@@ -112,5 +112,6 @@ class BatchTaker:
         still_needed = (self._grpo.num_updates - state.num_updates) * size - num_kept
         num = num_to_plan(on_their_way, still_needed, size, self._grpo.max_staleness)
         ordinals = range(state.num_planned, state.num_planned + num)
-        self._replay.plan([self._curriculum.train_group(ordinal) for ordinal in ordinals])
+        rates = state.last_rates() if num and self._grpo.dynamic_rollouts else None
+        self._replay.plan([self._curriculum.train_group(ordinal, rates) for ordinal in ordinals])
         state.num_planned += num

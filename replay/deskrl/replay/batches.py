@@ -9,7 +9,6 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from deskrl.core.failure import FailureRule
 from deskrl.proto.v1 import common_pb2, replay_pb2
 from deskrl.replay import counters, successes
 from deskrl.replay.pacing import PACED_QUEUE
@@ -25,18 +24,8 @@ class Place:
     ordinal: int
 
 
-@dataclass(frozen=True)
-class SuccessRules:
-    """What counts as a success, how many are kept, where the choice among them starts from, and who is offered one."""
-
-    above: float
-    capacity: int
-    seed: int
-    when: FailureRule = "all_failed"
-
-
 def bind(
-    connection: sqlite3.Connection, place: Place, dropped_group_ids: Iterable[str], rules: SuccessRules
+    connection: sqlite3.Connection, place: Place, dropped_group_ids: Iterable[str], rules: successes.SuccessRules
 ) -> int | None:
     """The group at a place, by its position: the one bound before, else the oldest complete one, bound now.
 
@@ -62,8 +51,8 @@ def bind(
     if ready is None:
         return None
     position = int(ready[0])
-    candidate = successes.offer(connection, position, rules.above, rules.seed, rules.when)
-    successes.store(connection, position, rules.above, rules.capacity)
+    candidate = successes.offer(connection, position, rules)
+    successes.store(connection, position, rules)
     connection.execute("INSERT OR IGNORE INTO batches (queue, batch_id) VALUES (?, ?)", (place.queue, place.batch_id))
     connection.execute(
         "UPDATE groups SET state = 'bound', batch_id = ?, ordinal = ?, candidate = ? WHERE position = ?",

@@ -40,11 +40,12 @@ class Coordinator:
         self.metrics = metrics
         self.attendance = Attendance()
         self._max_faults = config.replay.max_faults
-        self._rules = batches.SuccessRules(
+        self._rules = successes.SuccessRules(
             above=successes.threshold(config.replay.success_above),
             capacity=config.replay.successes_per_task if grpo.replay_successes else 0,
             seed=config.seed,
             when=grpo.replay_when,
+            choice=config.replay.success_choice,
         )
         self._clock = LeaseClock(self.lease_ttl_s)
         metrics.active.set_function(lambda: len(self._clock))

@@ -134,7 +134,7 @@ KEYS: Mapping[str, Rule] = {
     "worker.rollout.dtype": Read(str, "bf16", sets="inference.dtype"),
     "worker.rollout.gpu_memory_utilization": Read(float, 0.6, sets="inference.gpu_memory_fraction"),
     "worker.rollout.ignore_eos": Fixed((False,), "an action ends where the policy ends it"),
-    "worker.rollout.enforce_eager": Carried("inference.engine_args.enforce_eager", bool),
+    "worker.rollout.enforce_eager": Read(bool, False, sets="inference.engine_args.enforce_eager"),
     "worker.rollout.enable_chunked_prefill": Unused("vLLM's present engine always does"),
     "worker.rollout.tensor_parallel_size": Carried("inference.engine_args.tensor_parallel_size", int),
     "worker.rollout.max_num_batched_tokens": Carried("inference.engine_args.max_num_batched_tokens", int),

@@ -216,6 +216,8 @@ def _policy(values: ArpoValues, result: Translation, overridden: Collection[str]
         why, mend = "is no numeric type of deskrl", "worker.rollout.dtype=bf16"
         result.refusals.append(Refusal("worker.rollout.dtype", dtype, why, mend))
     result.values["inference.dtype"] = _DTYPES.get(dtype, "bfloat16")
+    if values["worker.rollout.enforce_eager"]:  # false is no wish: without a GPU there is no other way
+        result.values["inference.engine_args.enforce_eager"] = True
 
 
 def _tasks(values: ArpoValues, result: Translation, origin: Path, overridden: Collection[str]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from deskrl.core.config import RunConfig
 
+_PLACES = {"first": "the first member", "random": "a random member", "oldest": "the oldest member"}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -84,7 +86,13 @@ def _replay(config: RunConfig) -> str:
         if config.learner.grpo.replay_when == "all_failed"
         else "std < 0.05 and mean < 0.2"
     )
-    return f"{rule}: a stored success replaces the first member"
+    return f"{rule}: a stored success replaces {_PLACES[config.learner.grpo.replay_place]}"
+
+
+def _choice(config: RunConfig) -> str:
+    if not config.learner.grpo.replay_successes:
+        return "none is used"
+    return "uniform" if config.replay.success_choice == "uniform" else "the newest"
 
 
 def _stored(config: RunConfig) -> str:
@@ -135,6 +143,9 @@ def _context(config: RunConfig) -> str:
 _ROWS: Sequence[_Row] = (
     _Row("batch", "32 tasks x 8 = 256; steps of 8 tasks", "16 tasks x 8 = 128; 2 optimizer steps of 64", _batch,
          "learner.grpo.groups_per_batch, tasks.rollouts, learner.grpo.minibatches"),
+    _Row("rollouts of a task that is often solved", "8", "8",
+         lambda c: f"2 to {c.tasks.rollouts}" if c.learner.grpo.dynamic_rollouts else str(c.tasks.rollouts),
+         "learner.grpo.dynamic_rollouts"),
     _Row("desktops", "256", "128", lambda c: str(c.desktop.num_envs), "desktop.num_envs"),
     _Row("steps of an episode", "15", "15", lambda c: str(c.tasks.max_steps), "tasks.max_steps"),
     _Row("context", "all screenshots, up to 15", "all screenshots, up to 15", _context, "agent.context"),
@@ -165,11 +176,12 @@ _ROWS: Sequence[_Row] = (
     _Row("learning rate", "1e-06, constant", "1e-06, constant", _rate, "learner.grpo.learning_rate, warmup_updates"),
     _Row("replay: when", "all fail: a success replaces a random member",
          "std < 0.05 and mean < 0.2: a stored success replaces the first member", _replay,
-         "learner.grpo.replay_successes, replay_when"),
+         "learner.grpo.replay_successes, replay_when, replay_place"),
     _Row("replay: can be off", "yes", "no: its key is read nowhere", lambda c: "yes",
          "learner.grpo.replay_successes"),
     _Row("replay: what is stored", "successes", "8 a task, rewards above 0.1; lost at a restart", _stored,
          "replay.successes_per_task, success_above"),
+    _Row("replay: which", "one at random", "uniform", _choice, "replay.success_choice"),
     _Row("replay: weight", "not told", "ratio 1", _replay_weight, "learner.grpo.success_ratio"),
     _Row("vision tower", "trained", "trained", lambda c: "frozen" if c.learner.freeze_vision else "trained",
          "learner.freeze_vision"),

@@ -1,23 +1,19 @@
 """Memory of one GPU, by part: the learner's under ZeRO, and a replica's. Pure arithmetic over a shape and a row.
 
-Mixed precision as DeepSpeed has it: weights and gradients in two bytes, master weights and AdamW's two moments in
-float32. Activations assume fused attention, which keeps no matrix of scores.
+Counted is what stays while the longest micro-batch goes backward, which is when most is there. A layer keeps for its
+backward pass: its input, the normed input, queries, keys, values and result of attention, the residual and the normed
+residual (eight hidden widths), and four intermediate widths of its gated MLP. No scores and no masks are kept.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deskrl.core.config import RunConfig
+from deskrl.core.config import LearnerConfig, RunConfig
 from deskrl.core.explain.batches import Rows
 from deskrl.core.explain.shape import ModelShape
 
-_OPTIMIZER_BYTES = 12
-"""Master weight and two moments, four bytes each."""
-_BLOCK_WIDTHS = 10
-"""Numbers a token of a layer keeps for the backward pass, in hidden widths: norms, projections, residuals."""
-_LOGIT_COPIES = 3
-"""Float32 logits, their logprobs and the gradient."""
+_HIDDEN_KEPT, _INTERMEDIATE_KEPT = 8, 4
 
 
 @dataclass(frozen=True)
@@ -47,63 +43,72 @@ class ReplicaMemory:
     """What the cache holds, over all GPUs of the replica."""
 
 
-def learner_memory(config: RunConfig, shape: ModelShape, rows: Rows, *, checkpointing: bool = False) -> LearnerMemory:
-    """Of one rank, at its fullest: the backward pass of the longest micro-batch.
+@dataclass(frozen=True)
+class MicroBatch:
+    """The longest forward and backward pass."""
 
-    Args:
-        config: ranks, ZeRO stage, numeric type, frozen tower, size of a micro-batch.
-        shape: of the model.
-        rows: the longest of them is a micro-batch if it is longer than the budget.
-        checkpointing: activations inside a layer are computed again in the backward pass.
-    """
+    tokens: int
+    patches: int
+    """Of screenshots that the vision tower has to see."""
+    targets: int
+    """Action tokens."""
+
+
+def longest_micro_batch(learner: LearnerConfig, rows: Rows) -> MicroBatch:
+    """Rows of full length up to the budget; a longer one goes alone."""
+    share = max(learner.micro_batch_tokens, rows.tokens_per_row) / rows.tokens_per_row
+    return MicroBatch(
+        tokens=round(share * rows.tokens_per_row),
+        patches=round(share * rows.images_per_row * rows.patches_per_image),
+        targets=round(share * min(rows.steps, rows.images_per_row) * rows.action_tokens),
+    )
+
+
+def learner_memory(config: RunConfig, shape: ModelShape, rows: Rows) -> LearnerMemory:
+    """Of one rank, in the backward pass of the longest micro-batch."""
     learner = config.learner
     ranks, stage = learner.num_processes, learner.zero_stage
-    width = 2 if learner.dtype == "bfloat16" else 4
+    width = _width(learner.dtype)
     trained = shape.num_language_parameters if learner.freeze_vision else shape.num_parameters
-    # In float32 the weights are the master weights.
-    per_parameter = _OPTIMIZER_BYTES if width == 2 else _OPTIMIZER_BYTES - 4
-    tokens = max(learner.micro_batch_tokens, rows.tokens_per_row)
-    images = tokens // rows.tokens_per_row * rows.images_per_row
-    targets = tokens // rows.tokens_per_row * rows.steps * rows.action_tokens
+    micro = longest_micro_batch(learner, rows)
+    # ZeRO keeps master weights of its own, in float32 too; two moments beside them.
+    states = 8 if stage == 0 and width == 4 else 12
+    optimizer = states * trained // (ranks if stage >= 1 else 1)
     return LearnerMemory(
         weights=width * shape.num_parameters // (ranks if stage == 3 else 1),
         gradients=width * trained // (ranks if stage >= 2 else 1),
-        optimizer=per_parameter * trained // (ranks if stage >= 1 else 1),
-        activations=_activations(
-            shape, tokens, images * rows.patches_per_image, width, learner.freeze_vision, checkpointing
-        ),
-        logits=_LOGIT_COPIES * 4 * targets * shape.vocab,
+        optimizer=optimizer,
+        activations=activation_bytes(learner, shape, micro),
+        logits=3 * 4 * micro.targets * shape.vocab,
     )
+
+
+def activation_bytes(learner: LearnerConfig, shape: ModelShape, micro: MicroBatch) -> int:
+    """What language model and vision tower keep of a micro-batch, and what one layer needs to go backward."""
+    width = _width(learner.dtype)
+    language = width * micro.tokens * (_HIDDEN_KEPT * shape.hidden + _INTERMEDIATE_KEPT * shape.intermediate)
+    inner = _INTERMEDIATE_KEPT if shape.vision_gated else _INTERMEDIATE_KEPT // 2
+    vision = width * micro.patches * (_HIDDEN_KEPT * shape.vision_hidden + inner * shape.vision_intermediate)
+    kept = shape.num_layers * language + (0 if learner.freeze_vision else shape.vision_layers * vision)
+    # Gradients of the widest layer's MLP while it goes backward, and a frozen tower's layer, of which nothing stays.
+    backward = width * micro.tokens * (3 * shape.intermediate + 2 * shape.hidden)
+    return kept + max(backward, vision if learner.freeze_vision else 0)
 
 
 def replica_memory(config: RunConfig, shape: ModelShape, gpu_bytes: int | None) -> ReplicaMemory:
     """Of one GPU of a replica; `gpu_bytes` is its size."""
     inference = config.inference
+    width = _width(inference.dtype)
     workers = int(inference.engine_args.get("tensor_parallel_size", 1))
-    width = 4 if inference.dtype == "float32" else 2
     weights = width * shape.num_parameters // workers
     cache = inference.kv_cache_bytes
     if cache is None and gpu_bytes is not None:
         cache = max(0, int(gpu_bytes * inference.gpu_memory_fraction) - weights)
-    per_token = shape.key_value_bytes_per_token * width // 2
-    return ReplicaMemory(weights, cache, None if cache is None else cache * workers // per_token)
+    per_token = width * shape.key_value_numbers_per_token
+    tokens = None if cache is None else cache * workers // per_token
+    return ReplicaMemory(weights, cache, tokens)
 
 
-def _activations(
-    shape: ModelShape, num_tokens: int, num_patches: int, width: int, freeze_vision: bool, checkpointing: bool
-) -> int:
-    """Kept between the forward and the backward pass of one micro-batch."""
-    language = _layer_bytes(shape.hidden, shape.intermediate, shape.key_value_width, num_tokens, width)
-    vision = _layer_bytes(shape.vision_hidden, shape.vision_intermediate, shape.vision_hidden, num_patches, width)
-    between = width * shape.hidden * num_tokens
-    between_vision = width * shape.vision_hidden * num_patches
-    if not checkpointing:
-        tower = vision if freeze_vision else shape.vision_layers * vision
-        return shape.num_layers * language + tower
-    # One tensor a layer stays, and one layer is there whole.
-    tower = 0 if freeze_vision else shape.vision_layers * between_vision
-    return shape.num_layers * between + tower + max(language, vision)
-
-
-def _layer_bytes(hidden: int, intermediate: int, key_value_width: int, num_tokens: int, width: int) -> int:
-    return width * num_tokens * (_BLOCK_WIDTHS * hidden + 4 * intermediate + 2 * key_value_width)
+def _width(dtype: str) -> int:
+    """Bytes of a number."""
+    return 4 if dtype == "float32" else 2

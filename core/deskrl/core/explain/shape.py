@@ -40,9 +40,12 @@ class ModelShape:
     vision_layers: int
     vision_gated: bool
     """Qwen2.5-VL's vision tower has gated MLPs and root-mean-square norms, Qwen2-VL's has neither."""
+    vision_full_layers: int
+    """Layers whose attention sees the whole screenshot; that of the others stays within windows."""
     patch: int = 14
     temporal_patch: int = 2
     merge: int = 2
+    window_patches: int = 64
 
     @property
     def key_value_width(self) -> int:
@@ -60,17 +63,25 @@ class ModelShape:
     @property
     def num_vision_parameters(self) -> int:
         """Patch embedding, blocks and merger."""
+        return self._patch_weights + self.vision_layers * self._vision_block + self._merger
+
+    @property
+    def _patch_weights(self) -> int:
+        return 3 * self.temporal_patch * self.patch**2 * self.vision_hidden
+
+    @property
+    def _vision_block(self) -> int:
         width, inner = self.vision_hidden, self.vision_intermediate
         attention = 4 * width**2 + 4 * width
         if self.vision_gated:
-            block = attention + 3 * width * inner + 2 * inner + width + 2 * width
-            merger_norm = width
-        else:
-            block = attention + 2 * width * inner + inner + width + 4 * width
-            merger_norm = 2 * width
-        merged = width * self.merge**2
-        merger = merger_norm + merged**2 + merged + merged * self.hidden + self.hidden
-        return 3 * self.temporal_patch * self.patch**2 * width + self.vision_layers * block + merger
+            return attention + 3 * width * inner + 2 * inner + width + 2 * width
+        return attention + 2 * width * inner + inner + width + 4 * width
+
+    @property
+    def _merger(self) -> int:
+        norm = self.vision_hidden * (1 if self.vision_gated else 2)
+        merged = self.vision_hidden * self.merge**2
+        return norm + merged**2 + merged + merged * self.hidden + self.hidden
 
     @property
     def num_parameters(self) -> int:
@@ -78,9 +89,9 @@ class ModelShape:
         return self.num_language_parameters + self.num_vision_parameters
 
     @property
-    def key_value_bytes_per_token(self) -> int:
-        """Of the KV cache, at two bytes a number."""
-        return 2 * self.num_layers * self.key_value_width * 2
+    def key_value_numbers_per_token(self) -> int:
+        """Of the KV cache."""
+        return 2 * self.num_layers * self.key_value_width
 
     def language_flops(self, num_tokens: int, num_targets: int) -> float:
         """Of one forward pass over a row, attention causal, logits at the targets alone."""
@@ -89,8 +100,12 @@ class ModelShape:
         return 2.0 * body * num_tokens + attention + 2.0 * self.vocab * self.hidden * num_targets
 
     def vision_flops(self, num_patches: int) -> float:
-        """Of one forward pass over one screenshot, attention inside windows neglected."""
-        return 2.0 * self.num_vision_parameters * num_patches
+        """Of one forward pass over one screenshot."""
+        products = 2.0 * num_patches * (self._patch_weights + self.vision_layers * self._vision_block)
+        merging = 2.0 * num_patches / self.merge**2 * self._merger
+        windowed = self.vision_layers - self.vision_full_layers
+        pairs = self.vision_full_layers * num_patches**2 + windowed * num_patches * self.window_patches
+        return products + merging + 4.0 * self.vision_hidden * pairs
 
 
 def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
@@ -113,6 +128,8 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
         vision_intermediate=vision["intermediate_size"] if gated else int(width * vision.get("mlp_ratio", 4)),
         vision_layers=vision.get("depth", 32),
         vision_gated=gated,
+        vision_full_layers=len(vision.get("fullatt_block_indexes", ())) if gated else vision.get("depth", 32),
+        window_patches=(vision.get("window_size", 112) // vision.get("patch_size", 14)) ** 2,
         patch=vision.get("patch_size", 14),
         temporal_patch=vision.get("temporal_patch_size", 2),
         merge=vision.get("spatial_merge_size", 2),
@@ -144,4 +161,5 @@ def shape_of_name(name: str) -> ModelShape | None:
         vision_intermediate=vision_intermediate,
         vision_layers=32,
         vision_gated=newer,
+        vision_full_layers=4 if newer else 32,
     )

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from deskrl.core.config import RunConfig
 from deskrl.core.explain.explanation import Explanation
+from deskrl.core.explain.timing import Timing
 
 _UNKNOWN = "unknown here"
 
@@ -112,14 +113,18 @@ def _timing(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, 
     yield "desktops", f"{told.desktops} ({config.desktop.provider}), {told.desktops_allowed} of them at once"
     yield (
         "an episode",
-        f"{_clock(told.episode_s)} = reset {told.env_reset_s:g} s + {told.steps:g} x (policy {told.act_s:g} s + "
-        f"desktop {told.env_step_s:g} s) + evaluation {told.evaluate_s:g} s [dim](assumed)[/]",
+        f"{_clock(told.episode_s)}: reset {told.env_reset_s:g} s, {told.steps:g} x (policy {told.act_s:g} s, "
+        f"desktop {told.env_step_s:g} s), evaluation {told.evaluate_s:g} s {_waiting(told)}[dim](assumed)[/]",
     )
     yield "acting", f"{_clock(told.acting_s)} an update"
     yield "learning", f"{_clock(told.learning_s)} an update"
     how = "whichever is longer" if told.overlap else "one after the other"
     yield "an update", f"{_clock(told.update_s)}, {how}; {batch / told.update_s * 60:.1f} episodes a minute"
     yield "the run", _clock(told.run_s)
+
+
+def _waiting(told: Timing) -> str:
+    return f"(desktops x {told.slowest:.1f}: all wait for the slowest) " if told.slowest > 1 else ""
 
 
 def _differences(explanation: Explanation) -> Table:

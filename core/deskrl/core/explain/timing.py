@@ -5,6 +5,7 @@ The times of a desktop and of the policy are assumptions, and told as such; each
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ class Assumptions(Section):
     """The policy, asked for one action."""
     steps: float | None = None
     """Of an episode, on the average."""
+    spread: float = 0.4
+    """How much desktops' times vary: standard deviation of their logarithm. In lock-step all wait for the slowest."""
     learn_s: float | None = None
     """The learner, for one update."""
     action_tokens: int = 60
@@ -59,6 +62,8 @@ class Timing:
     evaluate_s: float
     act_s: float
     steps: float
+    slowest: float
+    """How many times as long as the mean all wait for each other."""
     episode_s: float
     desktops: int
     desktops_allowed: int
@@ -89,7 +94,8 @@ def predict(
     steps = float(config.tasks.max_steps) if assumed.steps is None else assumed.steps
     staleness = config.learner.grpo.max_staleness
     allowed = min(config.desktop.num_envs, (staleness + 1) * batches.episodes_per_update)
-    episode_s = reset_s + steps * (act_s + step_s) + evaluate_s
+    slowest = _slowest(allowed, assumed.spread) if config.replay.schedule == "lock_step" else 1.0
+    episode_s = slowest * reset_s + steps * (act_s + slowest * step_s) + slowest * evaluate_s
     rounds = batches.episodes_per_update / allowed
     # In lock-step a batch is played in whole rounds; otherwise desktops go on with the next batch.
     acting_s = episode_s * (-(-batches.episodes_per_update // allowed) if staleness == 0 else rounds)
@@ -100,6 +106,7 @@ def predict(
         evaluate_s=evaluate_s,
         act_s=act_s,
         steps=steps,
+        slowest=slowest,
         episode_s=episode_s,
         desktops=config.desktop.num_envs,
         desktops_allowed=allowed,
@@ -130,6 +137,11 @@ def update_flops(config: RunConfig, batches: Batches, rows: Rows, shape: ModelSh
     passes = 3 + later
     vision_passes = 1 + later if config.learner.freeze_vision else passes
     return batches.episodes_per_update * (passes * language + vision_passes * vision)
+
+
+def _slowest(num: int, spread: float) -> float:
+    """The slowest of `num` lognormal times, by their mean: about the quantile that one in `num` is beyond."""
+    return math.exp(spread * math.sqrt(2 * math.log(num)) - spread**2 / 2) if num > 1 else 1.0
 
 
 def _desktop_times(config: RunConfig) -> tuple[float, float, float]:
