@@ -99,6 +99,13 @@ def test_a_machine_without_gpu_computes_in_float32(folder: Path) -> None:
     assert config.inference.kv_cache_bytes is not None
 
 
+def test_several_gpus_are_halved_between_learning_and_serving(folder: Path) -> None:
+    config = load(folder, "trainer.n_gpus_per_node=8", "worker.rollout.tensor_parallel_size=2")
+    assert (config.learner.num_processes, config.learner.devices) == (4, (0, 1, 2, 3))
+    assert (config.inference.num_replicas, config.inference.devices) == (2, (4, 5, 6, 7))
+    assert load(folder, "trainer.n_gpus_per_node=1").learner.devices == ()
+
+
 def test_every_offending_key_is_named_with_its_mend_at_once(folder: Path) -> None:
     told = refusal_of(folder, "worker.rollout.n=1", "env.remote_server_url=http://h:15001", "worker.rollout.top_p=0.9")
     assert "worker.rollout.n = 1: one rollout a group has no advantage (mend: worker.rollout.n=2)" in told

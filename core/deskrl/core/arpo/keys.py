@@ -136,7 +136,7 @@ KEYS: Mapping[str, Rule] = {
     "worker.rollout.ignore_eos": Fixed((False,), "an action ends where the policy ends it"),
     "worker.rollout.enforce_eager": Read(bool, False, sets="inference.engine_args.enforce_eager"),
     "worker.rollout.enable_chunked_prefill": Unused("vLLM's present engine always does"),
-    "worker.rollout.tensor_parallel_size": Carried("inference.engine_args.tensor_parallel_size", int),
+    "worker.rollout.tensor_parallel_size": Read(int, None, sets="inference.engine_args.tensor_parallel_size"),
     "worker.rollout.max_num_batched_tokens": Carried("inference.engine_args.max_num_batched_tokens", int),
     "worker.rollout.max_num_seqs": Carried("inference.max_concurrent", int),
     "worker.rollout.disable_log_stats": Unused("inference.metrics_port exposes what there is to know"),

@@ -240,7 +240,7 @@ def _machine(values: ArpoValues, result: Translation) -> None:
     provider = values["env.provider"]
     result.values["desktop.provider"] = _PROVIDERS.get(provider, provider)
     num_gpus = 0 if values["trainer.use_cpu"] else values["trainer.n_gpus_per_node"]
-    result.values["learner.num_processes"] = max(1, num_gpus)
+    _devices(num_gpus, values["worker.rollout.tensor_parallel_size"], result)
     # FSDP shards parameters too, or gradients and optimizer states alone.
     result.values["learner.zero_stage"] = 3 if values["worker.actor.fsdp.enable_full_shard"] else 2
     if num_gpus == 0:
@@ -252,6 +252,21 @@ def _machine(values: ArpoValues, result: Translation) -> None:
         result.values["learner.checkpoint_every"] = values["trainer.save_freq"]
     if (limit := values["trainer.save_limit"]) is not None:
         result.values["learner.keep_checkpoints"] = limit if limit > 0 else _ALL_CHECKPOINTS
+
+
+def _devices(num_gpus: int, workers: int | None, result: Translation) -> None:
+    """ARPO's GPUs learn and serve by turns; here one half learns while the other serves, and a single one does both."""
+    workers = workers or 1
+    if workers > 1:
+        result.values["inference.engine_args.tensor_parallel_size"] = workers
+    if num_gpus < 2:
+        return
+    num_replicas = max(1, num_gpus // 2 // workers)
+    num_learning = max(1, num_gpus - num_replicas * workers)
+    result.values["learner.num_processes"] = num_learning
+    result.values["learner.devices"] = tuple(range(num_learning))
+    result.values["inference.num_replicas"] = num_replicas
+    result.values["inference.devices"] = tuple(range(num_learning, num_learning + num_replicas * workers))
 
 
 def _same(value: Any, accepted: Any) -> bool:

@@ -16,7 +16,7 @@ from deskrl.core.explain.batches import Batches, Rows, count_batches, count_rows
 from deskrl.core.explain.differences import differences
 from deskrl.core.explain.explanation import Explanation
 from deskrl.core.explain.facts import gather, sizing_of_screens
-from deskrl.core.explain.memory import ReplicaMemory, learner_memory, replica_memory
+from deskrl.core.explain.memory import LearnerMemory, ReplicaMemory, learner_memory, replica_memory
 from deskrl.core.explain.show import show
 from deskrl.core.explain.timing import Assumptions, Timing, predict
 from deskrl.core.preflight import refuse_contradictions
@@ -58,11 +58,8 @@ def explain_run(config: RunConfig, notes: Sequence[Note], assumed: Assumptions) 
         replica = replica_memory(config, shape, int(assumed.gpu_memory_gib * 1024**3))
     timing = predict(config, batches, rows, shape, assumed)
     remarks = [*facts.remarks, *_remarks(config, batches, rows, replica, timing)]
-    if learner is not None and learner.total > assumed.gpu_memory_gib * 1024**3:
-        remarks.append(
-            f"a rank of the learner needs about {learner.total / 1024**3:.0f} GiB, and its GPU is taken to have "
-            f"{assumed.gpu_memory_gib:g} (--gpu-memory-gib)"
-        )
+    if learner is not None and replica is not None:
+        remarks += _remarks_on_memory(config, learner, replica, assumed.gpu_memory_gib)
     return Explanation(
         name=config.name,
         preset=config.preset,
@@ -97,6 +94,19 @@ def _refuse_what_does_not_fit(config: RunConfig, batches: Batches, rows: Rows) -
             f"{batches.episodes_per_update} episodes (learner.grpo.groups_per_batch x tasks.rollouts)",
             "lower the first",
         )
+
+
+def _remarks_on_memory(config: RunConfig, learner: LearnerMemory, replica: ReplicaMemory, gpu_gib: float) -> list[str]:
+    """What does not fit on a GPU, alone or beside each other."""
+    if config.learner.dtype == "float32":  # without a GPU
+        return []
+    needed = learner.total
+    told = f"a rank of the learner needs about {needed / 1024**3:.0f} GiB"
+    if set(config.learner.devices) & set(config.inference.devices):
+        needed += replica.weights + (replica.kv_cache or 0)
+        told += f", {needed / 1024**3:.0f} with the replica on the same GPU"
+    limit = f"{gpu_gib:g} GiB are there (--gpu-memory-gib)"
+    return [f"{told}, and {limit}"] if needed > gpu_gib * 1024**3 else []
 
 
 def _remarks(
