@@ -206,6 +206,26 @@ def test_the_oldest_success_of_a_task_makes_way(start_replay: StartReplay) -> No
     assert client.status().successes[0].num_stored == 2
 
 
+def test_with_replay_off_no_success_is_stored_and_none_is_offered(start_replay: StartReplay) -> None:
+    client = start_replay(staleness=9, grpo={"replay_successes": False}).client()
+    client.play_group("train/0", [1, 1])
+    client.play_group("train/1", [0, 0])
+    groups = [client.take("train", "batch", ordinal) for ordinal in range(2)]
+    assert not any(group is not None and group.HasField("candidate") for group in groups)
+    assert not client.status().successes
+
+
+def test_arpos_rule_offers_a_success_to_a_group_with_a_little_reward_too(start_replay: StartReplay) -> None:
+    """Rewards of 0.12 and 0.15 are successes worth storing, and still a group that failed."""
+    for when, offered in (("all_failed", False), ("low_and_alike", True)):
+        client = start_replay(staleness=9, success_choice="newest", grpo={"replay_when": when}).client()
+        client.play_group("train/0", [0, 1])
+        client.play_group("train/1", [0.12, 0.15])
+        groups = [client.take("train", "batch", ordinal) for ordinal in range(2)]
+        assert groups[1] is not None and groups[1].HasField("candidate") is offered
+        assert not offered or groups[1].candidate.episode_id == "train/0.1", "none serves its own group"
+
+
 def test_a_batch_is_delivered_again_exactly_and_a_commit_ends_it_once(start_replay: StartReplay) -> None:
     process = start_replay()
     client = process.client()

@@ -9,7 +9,7 @@ import queue
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,16 +277,17 @@ def replay_config(
     rollouts: int = 2,
     groups_per_batch: int = 1,
     security: Path | None = None,
+    grpo: Mapping[str, Any] | None = None,
     **replay: Any,
 ) -> RunConfig:
-    """A run's configuration; `security` is its folder, further keywords are keys of its section `replay`."""
+    """A run's configuration; `security` is its folder, `grpo` adds to that table, further keywords are `replay`'s."""
     return RunConfig.model_validate(
         {
             "runs": runs,
             "tasks": {"rollouts": rollouts},
             "replay": {"address": f"127.0.0.1:{free_port()}", **replay},
             "security": {"folder": security},
-            "learner": {"grpo": {"groups_per_batch": groups_per_batch, "max_staleness": staleness}},
+            "learner": {"grpo": {"groups_per_batch": groups_per_batch, "max_staleness": staleness, **(grpo or {})}},
         }
     )
 

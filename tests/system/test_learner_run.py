@@ -159,6 +159,7 @@ def test_arpos_preset_keeps_every_group_and_learns_in_lock_step(world: Callable[
     assert [update["staleness_max"] for update in updates] == [0, 0]
     assert [update["learning_rate"] for update in updates] == [0.0, 1e-3]
     assert all(update["applied"] for update in updates)
+    assert all(0 <= update["without_spread"] <= 2 for update in updates)
 
 
 def test_wandb_gets_the_metrics_too(world: Callable[..., World]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deskrl.core.config import RunConfig
+from deskrl.learner.advantages import has_spread
 from deskrl.learner.evaluation import count_successes
 from deskrl.learner.grpo import UpdateReport, learning_rate
 from deskrl.learner.replicas import Outcome
@@ -50,6 +51,8 @@ def update_record(
         "num_episodes": len(members),
         "per_task": per_task,
         "dropped": batch.dropped,
+        # As they were played: a stored success that took a member's place hides none of them.
+        "without_spread": sum(not has_spread([member.reward for member in group.members]) for group in batch.groups),
         "replayed": sum(selection.used_candidate for selection in batch.kept),
         "num_trajectories": report.num_trajectories if report else 0,
         "num_rows": report.num_rows if report else 0,
