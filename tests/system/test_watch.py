@@ -61,6 +61,7 @@ UPDATE: dict[str, Any] = {
     "mismatch_max": 1e-4,
     "lagged_difference_mean": 1e-2,
     "staleness_max": 1,
+    "per_task": {"make-a-folder": {"n": 4, "success": 3}},
 }
 
 
@@ -173,6 +174,20 @@ def serving(module: ModuleType, port: int) -> Iterator[None]:
         thread.join()
 
 
+def serve_an_action_and_an_update() -> None:
+    """What a replica counts of one action and one update."""
+    inference_metrics.ACTS.labels("sampled").inc()
+    inference_metrics.ACT_SECONDS.observe(0.3)
+    for stage in ("image", "queue", "prefill", "decode", "rest"):
+        inference_metrics.ACT_STAGE_SECONDS.labels(stage).observe(0.05)
+    inference_metrics.PROMPT_TOKENS.inc(1000)
+    inference_metrics.CACHED_PROMPT_TOKENS.inc(800)
+    inference_metrics.ACTION_TOKENS.inc(20)
+    inference_metrics.UPDATES.labels("committed").inc()
+    for phase in ("pause", "load", "verify", "clear_caches", "resume", "canary"):
+        inference_metrics.UPDATE_SECONDS.labels(phase).observe(0.02)
+
+
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """End a process with the block."""
@@ -208,6 +223,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         stack.callback(server.stop, None)
         replay = ReplayProcess(config)
         stack.callback(replay.close)
+        learner_metrics.name_applications(["xterm"])
         stack.enter_context(serving(learner_metrics, *ports["learner"]))
         stack.enter_context(serving(inference_metrics, *ports["inference"]))
         watcher = Prometheus(folder / "prometheus", ports)
@@ -215,7 +231,11 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         for index in range(len(ports["actor"])):
             stack.enter_context(ended(start_actor(config, index, Path(temporary))))
         until(lambda: watcher.query("up") == [1.0] * sum(map(len, ports.values())), "every process is scraped")
-        learner_metrics.note_update(UPDATE, dict.fromkeys(("wait", "learn", "publish", "checkpoint"), 0.5))
+        seconds = dict.fromkeys(("wait", "learn", "publish", "checkpoint"), 0.5)
+        learner_metrics.note_update(UPDATE, seconds, {"make-a-folder": "xterm"})
+        learner_metrics.note_weights({"ok": True, "receive_ms": 20.0, "total_ms": 60.0})
+        learner_metrics.POLICY_STEP.set(1)
+        serve_an_action_and_an_update()
         plan(replay, "demo", rollout_pb2.ACTING_POLICY_SCRIPTED)
         take(replay, "demo")
         plan(replay, "eval", rollout_pb2.ACTING_POLICY_SAMPLED)

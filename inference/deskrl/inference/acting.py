@@ -131,13 +131,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             if isinstance(prompt, list):
                 metrics.ACTS.labels("missing_images").inc()
                 return inference_pb2.ActResponse(missing_images=inference_pb2.MissingImages(hashes=prompt))
-            sampled = await self._engine.sample(
-                prompt,
-                temperature=request.temperature,
-                max_tokens=request.max_tokens,
-                seed=request.seed,
-                name=request.request_id,
-            )
+            image_ms = (time.perf_counter() - started) * 1e3
+            with metrics.RUNNING_ACTS.track_inprogress():
+                sampled = await self._engine.sample(
+                    prompt,
+                    temperature=request.temperature,
+                    max_tokens=request.max_tokens,
+                    seed=request.seed,
+                    name=request.request_id,
+                )
             self._check_pin(request, {span.version for span in sampled.spans})
         except RequestRefused as refusal:
             metrics.ACTS.labels("refused").inc()
@@ -147,8 +149,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._on_engine_death()
             await _abort(context, RequestRefused(grpc.StatusCode.UNAVAILABLE, str(error)))
         metrics.ACTS.labels("sampled").inc()
-        metrics.ACT_SECONDS.observe(time.perf_counter() - started)
+        _observe(time.perf_counter() - started, image_ms, sampled)
         metrics.PROMPT_TOKENS.inc(len(sampled.prompt_ids))
+        metrics.CACHED_PROMPT_TOKENS.inc(sampled.num_cached_tokens)
         metrics.ACTION_TOKENS.inc(len(sampled.action_ids))
         return inference_pb2.ActResponse(action=self._action(sampled))
 
@@ -202,6 +205,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             prefill_ms=sampled.prefill_ms,
             decode_ms=sampled.decode_ms,
         )
+
+
+def _observe(act_s: float, image_ms: float, sampled: Sampled) -> None:
+    """Report where the time of an action went."""
+    stages_ms = {
+        "image": image_ms,
+        "queue": sampled.queue_ms,
+        "prefill": sampled.prefill_ms,
+        "decode": sampled.decode_ms,
+    }
+    for stage, stage_ms in stages_ms.items():
+        metrics.ACT_STAGE_SECONDS.labels(stage).observe(stage_ms / 1e3)
+    metrics.ACT_STAGE_SECONDS.labels("rest").observe(act_s - sum(stages_ms.values()) / 1e3)
+    metrics.ACT_SECONDS.observe(act_s)
 
 
 async def _abort(context: Context, refusal: RequestRefused) -> NoReturn:

@@ -49,6 +49,8 @@ class Sampled:
     logprobs: Sequence[float]
     spans: Sequence[Span]
     stopped: bool
+    num_cached_tokens: int
+    """Of the prompt, that the prefix cache held already."""
     queue_ms: float
     prefill_ms: float
     decode_ms: float
@@ -146,7 +148,9 @@ class Engine:
             else tuple(Span(Version.from_label(span.version), span.start, span.end) for span in labelled)
         )
         stopped = completion.finish_reason == "stop"
-        return Sampled(output.prompt_token_ids, action_ids, logprobs, spans, stopped, *_timings_ms(output.metrics))
+        num_cached = output.num_cached_tokens or 0
+        timings_ms = _timings_ms(output.metrics)
+        return Sampled(output.prompt_token_ids, action_ids, logprobs, spans, stopped, num_cached, *timings_ms)
 
     async def score(self, prompt: Prompt, continuation_ids: Sequence[int], name: str) -> list[float]:
         """Logprobs of a given continuation at temperature 1, with nothing suppressed."""

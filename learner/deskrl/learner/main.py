@@ -165,7 +165,7 @@ class Learner:
         self._announce_version()
         self._append_metrics("update", **record, seconds=seconds)
         if self._is_first:
-            metrics.note_update(record, seconds)
+            metrics.note_update(record, seconds, self._parts.applications)
         self._write_results()
 
     # What the phases are made of.
@@ -198,6 +198,7 @@ class Learner:
         )
         publisher.publish(announcement, engine)
         if self._is_first:
+            metrics.POLICY_STEP.set(self._version.step)
             metrics.QUARANTINED.set(publisher.num_quarantined())
 
     def _announce_version(self) -> None:
@@ -282,8 +283,9 @@ class Learner:
 
 def _note_outcome(folder: RunFolder, outcome: Outcome) -> None:
     """Write down an update of a replica; called from the publisher's threads."""
-    folder.append_metrics("weights", **weights_record(outcome))
-    metrics.WEIGHT_UPDATES.labels("confirmed" if outcome.ok else "failed").inc()
+    record = weights_record(outcome)
+    folder.append_metrics("weights", **record)
+    metrics.note_weights(record)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -34,6 +34,18 @@ PHASE_SECONDS = Histogram(
     buckets=(0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
 )
 WEIGHT_UPDATES = Counter("deskrl_learner_weight_updates", "Updates of replicas, by outcome.", ["outcome"])
+EPISODES = Counter(
+    "deskrl_learner_episodes",
+    "Fresh episodes of training batches, by the application of their task.",
+    ["application", "outcome"],
+)
+POLICY_STEP = Gauge("deskrl_learner_policy_step", "Step of the policy version that was published last.")
+WEIGHT_SECONDS = Histogram(
+    "deskrl_learner_weight_update_seconds",
+    "Time of a replica's update as the learner sees it: until all bytes had come (`receive`), and until it was proven.",
+    ["part"],
+    buckets=(0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+)
 QUARANTINED = Gauge("deskrl_learner_quarantined_replicas", "Replicas that do not serve the newest weights.")
 
 _GAUGES = {
@@ -60,9 +72,42 @@ for _outcome in ("confirmed", "failed"):
     WEIGHT_UPDATES.labels(_outcome)
 
 
-def note_update(record: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
-    """Take over an update's record."""
+for _part in ("receive", "total"):
+    WEIGHT_SECONDS.labels(_part)
+
+
+def name_applications(applications: Iterable[str]) -> None:
+    """Have the series of these applications there from the start."""
+    for application in applications:
+        for outcome in ("solved", "failed"):
+            EPISODES.labels(application, outcome)
+
+
+def application_of(task: Mapping[str, Any]) -> str:
+    """Which application a task is about, as its file says; few values, so that it can be a label."""
+    apps = task.get("related_apps") or ["none"]
+    return str(apps[0]) if len(apps) == 1 else "several"
+
+
+def note_weights(record: Mapping[str, Any]) -> None:
+    """Take over a replica's record of an update."""
+    WEIGHT_UPDATES.labels("confirmed" if record["ok"] else "failed").inc()
+    for part in ("receive", "total") if record["ok"] else ():
+        WEIGHT_SECONDS.labels(part).observe(record[f"{part}_ms"] / 1e3)
+
+
+def note_update(record: Mapping[str, Any], seconds: Mapping[str, float], applications: Mapping[str, str]) -> None:
+    """Take over an update's record.
+
+    Args:
+        record: as it is written down.
+        seconds: of its phases.
+        applications: of the tasks by their ids.
+    """
     UPDATES.inc()
+    for task_id, count in record["per_task"].items():
+        EPISODES.labels(applications[task_id], "solved").inc(count["success"])
+        EPISODES.labels(applications[task_id], "failed").inc(count["n"] - count["success"])
     if not record["applied"]:
         SKIPPED.labels("not_finite" if record["num_trajectories"] else "nothing_to_learn").inc()
     for cause, num in record["dropped"].items():

@@ -12,7 +12,7 @@ from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
 from deskrl.core.rendering import ImageSizing, image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
 from deskrl.core.runfolder import RunFolder
-from deskrl.learner import stopping
+from deskrl.learner import metrics, stopping
 from deskrl.learner.canary import CanaryProbe, make_canary
 from deskrl.learner.checkpoint import CheckpointStore, layout_of
 from deskrl.learner.engine import Engine
@@ -40,6 +40,8 @@ class Parts:
     feed: Feed
     replay: ReplayClient
     curriculum: Curriculum
+    applications: Mapping[str, str]
+    """Of the tasks by their ids."""
     taker: BatchTaker
     checkpoints: CheckpointStore
     canary: CanaryProbe
@@ -80,6 +82,8 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
     policy = load_policy(model_folder, suppressed, config.learner.freeze_vision)
     engine = Engine(policy, config.learner)
     replay = ReplayClient(config.replay.address, f"rank-{engine.rank}", stop)
+    applications = {task_id: metrics.application_of(task) for task_id, task in tasks.items()}
+    metrics.name_applications(set(applications.values()))
     curriculum = Curriculum(config, {task_id: json.dumps(task).encode() for task_id, task in tasks.items()})
     exact = config.learner.dtype == config.inference.dtype == "float32"
     return Parts(
@@ -97,6 +101,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         ),
         replay=replay,
         curriculum=curriculum,
+        applications=applications,
         taker=BatchTaker(config, curriculum, replay, engine.rank == 0, hash_of_processor),
         checkpoints=CheckpointStore(
             folder.checkpoints, model_folder, layout_of(config, engine.world_size), config.learner.keep_checkpoints

@@ -51,7 +51,7 @@ def inference(window: Window) -> Figures:
         if versions
         else "-"
     )
-    phases = ("pause", "load", "clear_caches", "resume", "canary")
+    phases = ("pause", "load", "verify", "clear_caches", "resume", "canary")
     means = {phase: window.mean("deskrl_inference_weight_update_seconds", phase=phase) for phase in phases}
     return Figures(
         "inference and weights",
@@ -59,7 +59,7 @@ def inference(window: Window) -> Figures:
             ("actions a second", _number(window.rate("deskrl_inference_acts_total", outcome="sampled"))),
             ("model latency", _latency(window, "deskrl_actor_act_seconds")),
             ("in the engine", _number(window.total("deskrl_inference_running_acts"))),
-            ("queue", _latency(window, "deskrl_inference_queue_seconds")),
+            ("queue", _latency(window, "deskrl_inference_act_stage_seconds", stage="queue")),
             ("tokens a second", _number(window.rate("deskrl_inference_action_tokens_total"))),
             ("prompt tokens cached", _ratio(window, "cached_prompt_tokens", "prompt_tokens")),
             ("policy version", skew),
@@ -127,8 +127,8 @@ def _ratio(window: Window, part: str, whole: str) -> str:
     return "-" if of_part is None or not of_whole else f"{of_part / of_whole:.0%}"
 
 
-def _latency(window: Window, name: str) -> str:
-    median, tail = window.quantile(0.5, name), window.quantile(0.99, name)
+def _latency(window: Window, name: str, **labels: str) -> str:
+    median, tail = window.quantile(0.5, name, **labels), window.quantile(0.99, name, **labels)
     return "-" if median is None or tail is None else f"p50 {_seconds(median)}, p99 {_seconds(tail)}"
 
 
