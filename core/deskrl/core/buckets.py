@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 ROW_BYTES = 512
 """Tensors begin at multiples of this; it holds every dtype's alignment."""
-BUCKET_BYTES = 256 * 1024**2
+BUCKET_BYTES = 512 * 1024**2
 """What one bucket holds, unless a single tensor is larger: enough for full bandwidth, little beside a model."""
 
 

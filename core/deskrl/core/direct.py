@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-NUM_SLOTS = 2
-"""Buffers of the sender: one is filled while the other is on its way."""
+NUM_SLOTS = 3
+"""Buffers of either side: one is on its way while another is filled, or made use of, and a third evens them out."""
 REPLICA_PATIENCE_S = 40.0
 """How long a replica waits for the next bucket, or for the commit."""
 LEARNER_PATIENCE_S = 15.0

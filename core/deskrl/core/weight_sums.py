@@ -15,8 +15,8 @@ from typing import Any
 from deskrl.core.buckets import ROW_BYTES, Bucket
 
 _WORDS = ROW_BYTES // 8
-_SLICE_ROWS = 32 * 1024**2 // ROW_BYTES
-"""Rows weighted at once: the products stay in a GPU's cache, and need no second bucket."""
+_SLICE_ROWS = 64 * 1024**2 // ROW_BYTES
+"""Rows weighted at once: the products need no second bucket, and much of them stays in a GPU's cache."""
 _ROW_BASE, _ROW_STEP = 0x5851F42D4C957F2D, 0x14057B7EF767814E
 """Odd and even, so that the weight of every row is odd."""
 

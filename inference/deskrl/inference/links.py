@@ -62,7 +62,7 @@ class NcclCommunicator:
 
 
 class NcclLink:
-    """Buckets of one update as they are broadcast, the next one while the last is made use of."""
+    """Buckets of one update as they are broadcast, the next ones while the last is made use of."""
 
     def __init__(self, communicator: NcclCommunicator, buckets: Sequence[Bucket], slots: Sequence[Tensor]) -> None:
         self._nccl, self._stream = communicator.wait()
@@ -73,7 +73,7 @@ class NcclLink:
 
     def receive(self, index: int) -> Tensor:
         """See `Link`."""
-        while len(self._arrived) < min(index + 2, len(self._buckets)):
+        while len(self._arrived) < min(index + len(self._slots), len(self._buckets)):
             self._begin(len(self._arrived))
         arrived = self._arrived[index]
         wait_until(arrived.query, direct.REPLICA_PATIENCE_S, f"bucket {index} of {len(self._buckets)}")
@@ -142,4 +142,5 @@ def _map(handle: dict[str, Any], device: torch.device) -> Tensor:
         bytes.fromhex(handle["event"]),
         handle["event_sync_required"],
     )
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    whole = torch.Size((storage.nbytes(),))
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, whole, (1,))

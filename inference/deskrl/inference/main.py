@@ -49,7 +49,8 @@ def run(config: RunConfig, replica: int = 0) -> int:
     Raises:
         UserError: the model folder is incomplete, vLLM refuses the settings, or a port is taken.
     """
-    folder = _temporary_folder(config, replica)
+    folder = temporary_folder(config, replica)
+    shutil.rmtree(folder, ignore_errors=True)
     # vLLM cannot be asked to stop while it starts, and has nothing to lose then.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _end_at_once(folder))
@@ -66,12 +67,10 @@ def run(config: RunConfig, replica: int = 0) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _temporary_folder(config: RunConfig, replica: int) -> Path:
+def temporary_folder(config: RunConfig, replica: int) -> Path:
     """Where vLLM may leave its sockets; named so that a start clears away what a replica that was killed left there."""
     digest = hashlib.sha256(str(config.folder).encode()).hexdigest()[:10]
-    folder = Path(tempfile.gettempdir(), f"deskrl-inference-{digest}-{replica}")
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
+    return Path(tempfile.gettempdir(), f"deskrl-inference-{digest}-{replica}")
 
 
 def _end_at_once(folder: Path) -> NoReturn:

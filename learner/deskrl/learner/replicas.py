@@ -193,25 +193,27 @@ class Replica:
 
     def _open(self, announcement: Announcement, status: weights_pb2.GetWeightStatusResponse) -> DirectUpdate:
         assert self._sender is not None
+        begin = _begin(announcement)
+        begin.bucket_bytes = BUCKET_BYTES
+        channel: IpcChannel | NcclChannel
+        if self.transfer == "ipc":
+            channel = IpcChannel(self._sender.handles())
+            begin.ipc.socket_path = str(channel.path)
+        else:
+            channel = self._communicator(status)
+            begin.nccl.communicator_id = channel.communicator_id
         talk = Talk(self._stub, STALL_S)
-        channel: Channel
         try:
-            begin = _begin(announcement)
-            begin.bucket_bytes = BUCKET_BYTES
-            if self.transfer == "ipc":
-                channel = ipc = IpcChannel(self._sender.handles())
-                begin.ipc.socket_path = str(ipc.path)
-            else:
-                channel = nccl = self._communicator(status)
-                nccl.is_possible = talk.is_active
-                begin.nccl.communicator_id = nccl.communicator_id
             talk.send(begin=begin)
             talk.expect("ready")
-            if self.transfer == "nccl" and status.communicator_id != nccl.communicator_id:
-                nccl.join()
+            if isinstance(channel, NcclChannel):
+                channel.is_possible = talk.is_active
+                if channel.communicator_id != status.communicator_id:
+                    channel.join()
             return DirectUpdate(self, announcement, talk, channel)
         except BaseException:
             talk.end()
+            channel.abort()
             self.drop_communicator()
             raise
 

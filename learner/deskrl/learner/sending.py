@@ -1,8 +1,8 @@
 """Weights on the learner's GPU, packed into buckets, on their way to several replicas at once.
 
-Two buffers take turns: one is packed while the other is on its way. Under ZeRO 3 each bucket's parameters are gathered
-for as long as they are packed, so no GPU ever holds a second copy of the model. Knows tensors and channels; knows no
-replica's address, and no gRPC.
+A few buffers take turns: one is packed while others are on their way. Under ZeRO 3 a bucket's parameters are gathered
+for as long as they are packed, so that no GPU ever holds a second copy of the model. Knows tensors and channels; knows
+no replica's address, and no gRPC.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Sender:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # with its number, as NCCL wants it
         self._slots: list[Tensor] = []
         self._handles: list[dict[str, Any]] = []
         self._plan: tuple[tuple[int, ...], tuple[Bucket, ...], BucketSums] | None = None
