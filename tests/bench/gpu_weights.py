@@ -27,9 +27,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,14 @@ import torch
 from inference_kit import CORPUS, IMAGE_SIZE, act_request, replica_config, running_replica, user
 from PIL import Image
 from torch import Tensor
+from weights_kit import Changing, load_changing
 
 from deskrl.core import ids, rpc
 from deskrl.core.buckets import BUCKET_BYTES, Bucket, plan_buckets
 from deskrl.core.config import ModelConfig, RunConfig
 from deskrl.core.lifetime import StopEvent
-from deskrl.core.rendering import image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
-from deskrl.learner.canary import CanaryProbe, make_canary
-from deskrl.learner.checkpoint_names import checkpoint_tensors
-from deskrl.learner.model import Policy, load_policy, load_processor
 from deskrl.learner.publish import Publisher
-from deskrl.learner.replicas import Announcement, Outcome, describe
+from deskrl.learner.replicas import Outcome, describe
 from deskrl.learner.sending import Sender
 from deskrl.learner.shaped_model import UI_TARS_7B, build_shaped_model
 from deskrl.proto.v1 import common_pb2, inference_pb2_grpc
@@ -158,77 +155,32 @@ def be_peer(port: int, sizes: list[int]) -> None:
 # The update.
 
 
-class Held:
-    """The model, as the learner's engine would hold it, in a world of one rank."""
-
-    rank = 0
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def checkpoint_parameters(self) -> Mapping[str, Tensor]:
-        return checkpoint_tensors(self.policy.model)
-
-    def gathered(self, parameters: list[Tensor]) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext()
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.checkpoint_parameters().items()}
-
-    def from_rank_0(self, value: str) -> str:
-        return value
-
-    @torch.no_grad()
-    def change(self, number: int) -> None:
-        """What a small optimizer step does to what a canary says: every weight of the last norm moves."""
-        self.policy.model.model.language_model.norm.weight.mul_(1.0 + 0.01 * (-1) ** number)
-
-
 @dataclass
 class World:
     """Everything that one update needs."""
 
-    held: Held
-    probe: CanaryProbe
-    processor: str
+    changing: Changing
     publisher: Publisher
-    sender: Sender | None
-    outcomes: list[Outcome] = field(default_factory=list)
-    num_updates: int = 0
+    outcomes: list[Outcome]
 
     def update(self) -> tuple[Outcome, float]:
         """One update with new weights, and the seconds from its begin to its commit."""
-        self.num_updates += 1
-        self.held.change(self.num_updates)
-        device = next(self.held.policy.parameters()).device
-        with torch.no_grad():
-            scores = self.held.policy(self.probe.batch.to(device), 1.0, False)
-        announcement = Announcement(
-            version=common_pb2.PolicyVersion(lineage="bench", step=self.num_updates),
-            specs=describe(self.held.checkpoint_parameters()),
-            canary=self.probe.canary,
-            canary_logprobs=tuple(scores.logprobs_N.float().tolist()),
-            processor_hash=self.processor,
-        )
-        if device.type == "cuda":
+        announcement = self.changing.announce()
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         began_s = time.perf_counter()
-        self.publisher.publish(announcement, self.held)
+        self.publisher.publish(announcement, self.changing.held)
         update_s = time.perf_counter() - began_s
         return self.outcomes[-1], update_s
 
 
-def make_world(config: RunConfig, policy: Policy, device: torch.device) -> World:
+def make_world(config: RunConfig, device: torch.device, image_size: tuple[int, int]) -> World:
     """The learner's half, without learning."""
-    folder = config.model_folder
-    processor = load_processor(folder)
-    size = IMAGE_SIZE if policy.model.config.vision_config.depth < 8 else SCREEN
-    probe = make_canary(policy, processor, image_sizing_of(folder), *size)
-    sender = Sender(device) if device.type == "cuda" else None
     outcomes: list[Outcome] = []
+    sender = Sender(device) if device.type == "cuda" else None
+    # What the canary says is printed; whether it is near enough is not this program's question.
     publisher = Publisher(config.inference, sender, float("inf"), StopEvent(), outcomes.append)
-    digest = processor_hash(folder, processor.tokenizer)
-    return World(Held(policy), probe, digest, publisher, sender, outcomes)
+    return World(load_changing(config, device, image_size), publisher, outcomes)
 
 
 # Those who act meanwhile.
@@ -369,16 +321,13 @@ def bare_wire(options: argparse.Namespace, buckets: tuple[Bucket, ...], device: 
 
 def measure(options: argparse.Namespace, config: RunConfig, device: torch.device, environment: dict[str, str]) -> Any:
     """All rounds and windows."""
-    folder = config.model_folder
-    dtype = getattr(torch, config.inference.dtype)
     log = config.runs / "replica.log"
-    suppressed = suppressed_ids(load_processor(folder).tokenizer, vocab_size_of(folder))
+    size = IMAGE_SIZE if options.model == "tiny" else SCREEN
     say("starting the replica; its log is", log)
     with running_replica(config, log, environment):
         say("the replica serves; loading the model for the learner's half")
-        policy = load_policy(folder, suppressed, freeze_vision=True).to(dtype).to(device).eval()
-        world = make_world(config, policy, device)
-        sizes = [spec.num_bytes for spec in describe(world.held.checkpoint_parameters())]
+        world = make_world(config, device, size)
+        sizes = [spec.num_bytes for spec in describe(world.changing.held.checkpoint_parameters())]
         buckets = plan_buckets(sizes, BUCKET_BYTES)
         say(f"{sum(sizes) / 1e9:.2f} GB in {len(sizes)} tensors and {len(buckets)} buckets")
         world.publisher.wait_for_replicas()
@@ -388,7 +337,6 @@ def measure(options: argparse.Namespace, config: RunConfig, device: torch.device
             ]  # the first is warm-up
         windows = []
         if options.windows:
-            size = SCREEN if options.model != "tiny" else IMAGE_SIZE
             with Load(config.inference.address, options.concurrency, screenshots(size)) as load:
                 say(f"{options.concurrency} callers; warming up")
                 time.sleep(options.window_s / 3)

@@ -210,7 +210,7 @@ class Replica:
                 channel.is_possible = talk.is_active
                 if channel.communicator_id != status.communicator_id:
                     channel.join()
-            return DirectUpdate(self, announcement, talk, channel)
+            return DirectUpdate(self, announcement, talk, channel, begin_ms=talk.elapsed_ms())
         except BaseException:
             talk.end()
             channel.abort()
@@ -278,6 +278,8 @@ class DirectUpdate:
     announcement: Announcement
     talk: Talk
     channel: Channel
+    begin_ms: float
+    """Until it was ready; a communicator that had to be joined included."""
 
     def start(self) -> None:
         """Tell the replica that the first bucket is on its way."""
@@ -291,7 +293,8 @@ class DirectUpdate:
         try:
             if not error:
                 outcome = self.replica.conclude(self.announcement, self.talk, commit, transfer, late=False)
-                return replace(outcome, phases_ms={"transfer": sent.moving_s * 1e3, **outcome.phases_ms})
+                phases_ms = {"begin": self.begin_ms, "transfer": sent.moving_s * 1e3}
+                return replace(outcome, phases_ms=phases_ms | dict(outcome.phases_ms))
         except grpc.RpcError as failure:
             error = _reason(failure)
         finally:
