@@ -1,6 +1,7 @@
 """What the other roles need to know of the tasks before a run starts, written into its folder.
 
-`tasks.json` is the plan's material: {task id: task file}. `corpus.txt` holds, parted by form feeds, the texts that the
+`tasks.json` is the plan's material: {task id: task file}, `applications.json` says to which application each belongs.
+`corpus.txt` holds, parted by form feeds, the texts that the
 policy reads and writes in these tasks: the tiny model's tokenizer is trained on it. `left_out.json` says which tasks
 are not played, and why; it is there if there are any. Starts no desktop.
 """
@@ -71,6 +72,7 @@ def main(config: RunConfig) -> None:
         print(f"playing {len(tasks)} of {total} tasks; {path} tells why the others are left out", flush=True)
         write_json(path, left_out)
     write_json(config.folder / "tasks.json", {task.id: json.loads(task.data) for task in tasks})
+    write_json(config.folder / "applications.json", {task.id: task.domain for task in tasks})
     texts = [text for task in tasks for text in _texts(task, config)]
     write_atomically(config.folder / "corpus.txt", "\f".join(texts).encode())
 

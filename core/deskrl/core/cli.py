@@ -12,7 +12,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -162,7 +162,31 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("--repeats", type=int, default=1, help="how often each task is proven, with other seeds")
     prove.set_defaults(takes_overrides=False)
     _add_list_commands(tasks)
+    _add_evaluation_commands(add)
+    evaluators = add("evaluators", "OSWorld's own evaluators, in an environment of their own")
+    evaluators.add_argument("action", choices=["install"], help="install: make that environment, or finish it")
+    evaluators.set_defaults(takes_overrides=False)
     return parser
+
+
+def _add_evaluation_commands(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    evaluate = add("eval", "play a checkpoint on a task list and say how often it succeeds")
+    evaluate.add_argument("--checkpoint", type=Path, required=True, help="folder of the model, as checkpoints/epoch_N")
+    evaluate.add_argument(
+        "--tasks", type=Path, default=None, help="task list (JSON); unset: those of the configuration"
+    )
+    evaluate.add_argument("--root", type=Path, default=None, help="folder of the task files; unset: beside the list")
+    evaluate.add_argument("--suffix", default=None, help="what file names add to ids; unset: found out")
+    evaluate.add_argument("--noisy", action="store_true", help="the list's noisy variants: examples_noisy/ and _noise")
+    evaluate.add_argument("--repeats", type=int, default=1, help="episodes of each task")
+    evaluate.add_argument("--temperature", type=float, default=None, help="of sampling; unset: that of training")
+    evaluate.add_argument("--config", type=Path, default=None, help="run configuration; unset: the checkpoint's run's")
+    evaluate.add_argument("--name", default=None, help="name of the evaluation; unset: made from what is evaluated")
+    compare = add("compare", "compare two evaluations, paired where their tasks match")
+    compare.add_argument("a", type=Path, help="folder of an evaluation")
+    compare.add_argument("b", type=Path, help="folder of another one")
+    compare.add_argument("--json", action="store_true", help="print one JSON document")
+    compare.set_defaults(takes_overrides=False)
 
 
 def _add_list_commands(tasks: argparse._SubParsersAction[_Parser]) -> None:
@@ -232,6 +256,14 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return int(importlib.import_module("deskrl.replay.viewer").main(options.run, options.port))
     if options.command == "tasks":
         return _look_at_tasks(options)
+    if options.command == "eval":
+        return _evaluate(options, rest)
+    if options.command == "compare":
+        from deskrl.core.evaluation.comparison import main as compare
+
+        return compare(options.a, options.b, as_document=options.json)
+    if options.command == "evaluators":
+        return int(importlib.import_module("deskrl.actor.official.environment").install())
     config = _read(options.config, rest)
     if options.command in ("prepare", "size", "health"):
         return _help_launcher(options, config)
@@ -283,6 +315,25 @@ def _configure(options: argparse.Namespace, rest: Sequence[str]) -> tuple[RunCon
     from deskrl.core.arpo import load_arpo
 
     return load_arpo(options.config, rest, must_resume=options.command == "up")
+
+
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from deskrl.core.evaluation.play import Plan, configure, evaluate
+
+    checkpoint = options.checkpoint.resolve()
+    path = options.config or checkpoint.parent.parent / "config.json"
+    config = _read(path, overrides)
+    if options.repeats < 1:
+        raise UserError(f"--repeats {options.repeats} plays nothing", "give 1 or more")
+    if options.noisy and options.tasks is None:
+        raise UserError("--noisy is about a task list", "name one with --tasks")
+    root, suffix = options.root, options.suffix
+    if options.noisy:
+        root, suffix = root or options.tasks.parent / "examples_noisy", suffix or "_noise"
+    played = options.tasks.stem if options.tasks else "tasks"
+    name = options.name or f"{config.name}-{checkpoint.name}-{played}{'-noisy' if options.noisy else ''}"
+    plan = Plan(options.repeats, options.temperature or config.learner.grpo.temperature)
+    return evaluate(configure(config, checkpoint, name, options.tasks, root, suffix), plan)
 
 
 def _look_at_tasks(options: argparse.Namespace) -> int:

@@ -13,11 +13,11 @@ Z_95 = 1.959963984540054
 """Standard normal quantile that leaves 2.5 % above it."""
 
 
-def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
     """Wilson's score interval for a proportion.
 
     Args:
-        successes: trials that succeeded.
+        successes: trials that succeeded; a fraction where a trial is itself a mean.
         n: trials in all; 0 says nothing, so the interval is (0, 1).
         z: normal quantile of the confidence level, two-sided; the default means 95 %.
 
@@ -59,6 +59,6 @@ def newcombe_difference(
     return difference, max(-1.0, low), min(1.0, high)
 
 
-def _check(successes: int, n: int) -> None:
+def _check(successes: float, n: int) -> None:
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes in {n} trials")

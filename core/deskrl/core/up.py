@@ -10,10 +10,8 @@ import importlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,14 +28,13 @@ from deskrl.core.lifetime import StopEvent, stop_event
 from deskrl.core.live import LiveDisplay, clock
 from deskrl.core.progress import ProgressMeter
 from deskrl.core.runfolder import RunFolder, write_json
-from deskrl.core.supervisor import USER_ERROR_STATUS, RoleFailed, Supervisor
+from deskrl.core.starting import INFERENCE_START_S, replay_stub, start_replay, tell_failure, wait_healthy
+from deskrl.core.supervisor import RoleFailed, Supervisor
 from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc
 
 _POLL_S = 0.5
 _MEMORY_EVERY = 10
-_REPLAY_START_S = 30.0
 _MODEL_BUILD_S = 300.0
-_INFERENCE_START_S = 300.0
 _PROOF_S = 300.0
 
 
@@ -51,7 +48,7 @@ def up(config: RunConfig) -> int:
     try:
         return _up(config, folder)
     except RoleFailed as error:
-        return _tell(error, folder)
+        return tell_failure(error, folder)
 
 
 def _up(config: RunConfig, folder: RunFolder) -> int:
@@ -88,19 +85,10 @@ def report(root: Path) -> int:
     try:
         print(_write_report(config, folder, supervisor))
     except RoleFailed as error:
-        return _tell(error, folder)
+        return tell_failure(error, folder)
     finally:
         supervisor.close()
     return 0
-
-
-def _tell(error: RoleFailed, folder: RunFolder) -> int:
-    """One line on standard error for a role that ended for good; a role's own refusal is passed on, with its status."""
-    if error.status == USER_ERROR_STATUS:
-        print(f"deskrl: {error.name}: {error.last_line.removeprefix('deskrl: ')}", file=sys.stderr)
-        return USER_ERROR_STATUS
-    print(f"deskrl: {error}; see {folder.logs / error.name}.log, the same command resumes", file=sys.stderr)
-    return 1
 
 
 def _run(
@@ -114,7 +102,7 @@ def _run(
     """Start the roles, watch them until the learner is done, stop them, prove the checkpoint."""
     resolved = str(folder.config)
     importlib.import_module("deskrl.actor.prepare").main(config)
-    _start_replay(config, folder, supervisor)
+    start_replay(config, folder, supervisor)
     for index in range(config.num_actors):
         supervisor.start(f"actor-{index}", "actor", resolved, "--index", str(index))
     if config.model.build and not _is_built(config.model_folder):
@@ -147,7 +135,7 @@ def _watch_until_done(
     peak_bytes = 0
     with (
         LiveDisplay(console, config.name, config.learner.grpo.num_updates) as display,
-        _replay_stub(config) as stub,
+        replay_stub(config) as stub,
     ):
         for turn in range(2**62):
             supervisor.watch(finite=["learner"])
@@ -171,7 +159,7 @@ def _prove_checkpoint(config: RunConfig, folder: RunFolder, supervisor: Supervis
     try:
         gpus = devices.visible(devices.of_replica(config, 0), os.environ)
         supervisor.start("proof-inference", "inference", str(served), "--index", "0", environment=gpus)
-        _wait_healthy(config.inference.address, supervisor, "proof-inference", _INFERENCE_START_S)
+        wait_healthy(config.inference.address, supervisor, "proof-inference", INFERENCE_START_S)
         gpus = devices.visible(config.learner.devices, os.environ)
         command = ("prove-checkpoint", str(served), str(outcome))
         supervisor.run_to_end("proof", *command, timeout_s=_PROOF_S, environment=gpus)
@@ -212,27 +200,10 @@ def _table(name: str, criteria: Sequence[Criterion]) -> Table:
 def _write_report(config: RunConfig, folder: RunFolder, supervisor: Supervisor) -> Path:
     from deskrl.core.report import write_report
 
-    _start_replay(config, folder, supervisor)
+    start_replay(config, folder, supervisor)
     path = write_report(folder, config, config.replay.address)
     supervisor.stop(["replay"])
     return path
-
-
-def _start_replay(config: RunConfig, folder: RunFolder, supervisor: Supervisor) -> None:
-    supervisor.start("replay", "replay", str(folder.config))
-    _wait_healthy(config.replay.address, supervisor, "replay", _REPLAY_START_S)
-
-
-def _wait_healthy(address: str, supervisor: Supervisor, name: str, timeout_s: float) -> None:
-    """Wait for a role to answer SERVING; raises RoleFailed if it ends, or does not get there in time."""
-    deadline = time.monotonic() + timeout_s
-    while not rpc.check_health(address, timeout_s=1.0):
-        status = supervisor.children[name].process.poll()
-        if status is not None:
-            raise RoleFailed(name, status, supervisor.last_line(name))
-        if time.monotonic() > deadline:
-            raise RoleFailed(name, -1, f"not serving within {timeout_s:.0f} s")
-        time.sleep(0.05)
 
 
 def _open_folder(config: RunConfig, folder: RunFolder, console: Console) -> float:
@@ -294,12 +265,6 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(inner, f"{prefix}{key}.")
     else:
         yield prefix.removesuffix("."), value
-
-
-@contextmanager
-def _replay_stub(config: RunConfig) -> Iterator[replay_pb2_grpc.ReplayServiceStub]:
-    with rpc.connect_sync(config.replay.address) as channel:
-        yield replay_pb2_grpc.ReplayServiceStub(channel)
 
 
 def _replay_status(stub: replay_pb2_grpc.ReplayServiceStub) -> replay_pb2.GetReplayStatusResponse | None:

@@ -1,0 +1,51 @@
+"""Roles of one machine, brought up by a supervisor and waited for; the one line that tells why one ended for good."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deskrl.core import rpc
+from deskrl.core.config import RunConfig
+from deskrl.core.runfolder import RunFolder
+from deskrl.core.supervisor import USER_ERROR_STATUS, RoleFailed, Supervisor
+from deskrl.proto.v1 import replay_pb2_grpc
+
+INFERENCE_START_S = 300.0
+_REPLAY_START_S = 30.0
+
+
+def start_replay(config: RunConfig, folder: RunFolder, supervisor: Supervisor) -> None:
+    """Start the replay service and wait until it serves; raises RoleFailed if it does not get there."""
+    supervisor.start("replay", "replay", str(folder.config))
+    wait_healthy(config.replay.address, supervisor, "replay", _REPLAY_START_S)
+
+
+def wait_healthy(address: str, supervisor: Supervisor, name: str, timeout_s: float) -> None:
+    """Wait for a role to answer SERVING; raises RoleFailed if it ends, or does not get there in time."""
+    deadline = time.monotonic() + timeout_s
+    while not rpc.check_health(address, timeout_s=1.0):
+        status = supervisor.children[name].process.poll()
+        if status is not None:
+            raise RoleFailed(name, status, supervisor.last_line(name))
+        if time.monotonic() > deadline:
+            raise RoleFailed(name, -1, f"not serving within {timeout_s:.0f} s")
+        time.sleep(0.05)
+
+
+@contextmanager
+def replay_stub(config: RunConfig) -> Iterator[replay_pb2_grpc.ReplayServiceStub]:
+    """Calls of the replay service."""
+    with rpc.connect_sync(config.replay.address) as channel:
+        yield replay_pb2_grpc.ReplayServiceStub(channel)
+
+
+def tell_failure(error: RoleFailed, folder: RunFolder) -> int:
+    """One line on standard error for a role that ended for good; a role's own refusal is passed on, with its status."""
+    if error.status == USER_ERROR_STATUS:
+        print(f"deskrl: {error.name}: {error.last_line.removeprefix('deskrl: ')}", file=sys.stderr)
+        return USER_ERROR_STATUS
+    print(f"deskrl: {error}; see {folder.logs / error.name}.log, the same command resumes", file=sys.stderr)
+    return 1

@@ -1,0 +1,56 @@
+"""`deskrl eval` as a person has it: a model, real desktops, one version from end to end; told again for nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deskrl.actor.desktops.packages import missing_packages
+
+SMOKE = Path(__file__).parents[2] / "deploy" / "runs" / "smoke.toml"
+SUITE = Path(__file__).parents[2] / "actor" / "deskrl" / "actor" / "suite"
+
+pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"packages missing: {missing_packages()}")
+
+
+def deskrl(*words: object) -> str:
+    ended = subprocess.run(
+        [sys.executable, "-m", "deskrl.core.cli", *map(str, words)], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+    return ended.stdout
+
+
+def test_a_checkpoint_is_evaluated_on_a_list(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    common = [f"--runs={tmp_path / 'runs'}", f"--replay.address=127.0.0.1:{free_port()}"]
+    common += [f"--inference.address=127.0.0.1:{free_port()}", "--desktop.num_envs=2"]
+    deskrl("prepare", SMOKE, *common)
+    (tmp_path / "list.json").write_text(json.dumps({"os": ["make-a-folder"], "text_editor": ["write-a-word"]}))
+    command = [
+        "eval",
+        "--config",
+        SMOKE,
+        "--checkpoint",
+        tmp_path / "runs" / "smoke" / "model",
+        "--tasks",
+        tmp_path / "list.json",
+    ]
+    command += ["--root", SUITE, "--repeats", "2", "--name", "judged", *common, "--tasks.tasks=[]"]
+    told = deskrl(*command)
+    folder = tmp_path / "runs" / "judged"
+    summary = json.loads((folder / "results" / "evaluation.json").read_text())
+    assert (summary["all"]["num_tasks"], summary["all"]["num_episodes"], summary["all"]["num_faulted"]) == (2, 4, 0)
+    assert set(summary["applications"]) == {"os", "text_editor"} and len(summary["versions"]) == 1
+    for name in ("make-a-folder", "write-a-word"):
+        record = json.loads((folder / "results" / "task_results" / f"{name}.json").read_text())
+        for episode in record["episodes"]:
+            assert len(episode["screenshots"]) == episode["num_steps"] + 1 and episode["duration_s"] > 0
+            assert all((folder / "results" / picture).stat().st_size for picture in episode["screenshots"])
+    assert "feasible only" in told and "4 of 4 episodes" in told
+    assert "episodes, " not in deskrl(*command), "what was played is told again"
+    assert json.loads(deskrl("compare", folder, folder, "--json"))["all"]["difference"] == 0.0

@@ -1,0 +1,117 @@
+"""Evaluations counted and compared, against numbers worked out by hand."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deskrl.core.config import ModelConfig, RunConfig, dump_config
+from deskrl.core.errors import UserError
+from deskrl.core.evaluation import comparison
+from deskrl.core.evaluation.comparison import compare_records
+from deskrl.core.evaluation.play import Plan, configure, plan_groups
+from deskrl.core.evaluation.record import EpisodeRecord, TaskRecord, read_records
+from deskrl.core.evaluation.summary import success_rate, summarise
+from deskrl.core.stats import newcombe_difference, wilson_interval
+
+ABOVE = 0.5
+
+
+def episode(reward: float | None, steps: int = 2, seconds: float = 4.0) -> EpisodeRecord:
+    fault = "" if reward is not None else "the desktop died"
+    ended = "finished" if reward is not None else "fault"
+    timings = {"act": 100.0 * steps}
+    return EpisodeRecord("e", 0, reward, ended, steps, seconds, timings, ("base/0",), ("click",) * steps, (), fault)
+
+
+def task(name: str, application: str, *rewards: float | None, infeasible: bool = False) -> TaskRecord:
+    return TaskRecord(name, application, infeasible, tuple(episode(reward) for reward in rewards))
+
+
+RECORDS = [
+    task("a", "os", 1.0),
+    task("b", "os", 0.0),
+    task("c", "gimp", 1.0),
+    task("d", "gimp", None),
+    task("e", "gimp", 1.0, infeasible=True),
+]
+
+
+def test_a_fault_is_counted_and_stands_in_no_rate() -> None:
+    rate = success_rate(RECORDS, ABOVE)
+    assert (rate.num_tasks, rate.num_episodes, rate.num_successes, rate.num_faulted) == (5, 4, 3, 1)
+    assert (rate.rate, rate.average_reward) == (0.75, 0.75)
+    assert (rate.low, rate.high) == wilson_interval(3, 4)
+
+
+def test_repeats_of_a_task_make_no_further_trials() -> None:
+    rate = success_rate([task("a", "os", 1.0, 1.0, 0.0, 0.0), task("b", "os", 1.0, 1.0)], ABOVE)
+    assert (rate.num_episodes, rate.num_successes, rate.rate) == (6, 4, 4 / 6)
+    assert (rate.low, rate.high) == wilson_interval(1.5, 2)
+
+
+def test_infeasible_tasks_stand_apart_and_applications_by_themselves() -> None:
+    told = summarise(RECORDS, ABOVE)
+    assert (told["all"]["num_successes"], told["feasible"]["num_successes"]) == (3, 2)
+    assert (told["infeasible"]["num_tasks"], told["infeasible"]["rate"]) == (1, 1.0)
+    assert {name: rate["num_successes"] for name, rate in told["applications"].items()} == {"gimp": 2, "os": 1}
+    assert told["terminations"] == {"finished": 4, "fault": 1}
+    assert (told["steps_per_episode"], told["seconds_per_episode"], told["act_ms"]) == (2.0, 4.0, {"act": 200.0})
+    assert told["tasks"]["d"]["rate"] is None and told["tasks"]["a"]["steps"] == 2
+    assert told["versions"] == ["base/0"]
+
+
+def test_shared_tasks_are_paired() -> None:
+    before = [task("a", "os", 0.0, 0.0), task("b", "os", 1.0, 0.0), task("c", "os", 1.0), task("x", "os", 1.0)]
+    after = [task("a", "os", 1.0, 1.0), task("b", "os", 1.0, 1.0), task("c", "os", 0.0), task("y", "os", 0.0)]
+    compared = compare_records(before, after, ABOVE)
+    assert (compared.num_paired, compared.num_better, compared.num_worse) == (3, 2, 1)
+    assert compared.difference == pytest.approx((1.0 + 0.5 - 1.0) / 3)
+    assert -1.0 <= compared.low < compared.difference < compared.high <= 1.0
+
+
+def test_a_task_that_only_faulted_on_one_side_is_no_pair() -> None:
+    compared = compare_records([task("a", "os", None), task("b", "os", 0.0)], [task("a", "os", 1.0)], ABOVE)
+    assert not compared.paired
+    assert (compared.difference, compared.low, compared.high) == newcombe_difference(0, 1, 1, 1)
+
+
+def kept(root: Path, records: list[TaskRecord]) -> Path:
+    (root / "results" / "task_results").mkdir(parents=True)
+    dump_config(RunConfig(), root / "config.json")
+    for record in records:
+        (root / "results" / "task_results" / f"{record.task_id}.json").write_text(json.dumps(asdict(record)))
+    return root
+
+
+def test_two_folders_are_compared_by_application(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = kept(tmp_path / "a", [task("a", "os", 0.0), task("b", "gimp", 1.0)])
+    b = kept(tmp_path / "b", [task("a", "os", 1.0), task("b", "gimp", 1.0)])
+    assert read_records(a)[0].task_id == "a"
+    assert comparison.main(a, b, as_document=True) == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert {name: part["difference"] for name, part in told.items()} == {
+        "all": 0.5,
+        "feasible": 0.5,
+        "gimp": 0.0,
+        "os": 1.0,
+    }
+
+
+def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "results" / "task_results").mkdir(parents=True)
+    (tmp_path / "results" / "task_results" / "t.json").write_text('{"a training run": "has others"}')
+    with pytest.raises(UserError, match="holds no evaluation; name a folder that `deskrl eval` has written"):
+        read_records(tmp_path)
+
+
+def test_an_evaluation_plays_each_task_so_often_under_seeds_of_its_own(tmp_path: Path) -> None:
+    config = configure(RunConfig(seed=3), tmp_path, "eval", tasks=tmp_path / "list.json")
+    assert config.model == ModelConfig(path=tmp_path.resolve())
+    assert (config.tasks.list, config.tasks.tasks, config.tasks.unplayable) == (tmp_path / "list.json", (), "skip")
+    groups = plan_groups(config, Plan(repeats=3, temperature=0.6), {"a": {"id": "a"}, "b": {"id": "b"}})
+    assert [(group.task_id, len(group.seeds), group.queue) for group in groups] == [("a", 3, "eval"), ("b", 3, "eval")]
+    assert len({seed for group in groups for seed in group.seeds}) == 6
+    assert groups == plan_groups(config, Plan(repeats=3, temperature=0.6), {"a": {"id": "a"}, "b": {"id": "b"}})
