@@ -1,5 +1,8 @@
 """Judging a desktop's end state: OSWorld's evaluators, the common ones built in. Knows no policy and no setup's why.
 
+A task whose metrics and getters are all built in is judged here; any other one by OSWorld's own evaluators, where they
+are installed (`official/`).
+
 A getter fetches what a metric compares; what is absent is None, and scores 0. An evaluator that cannot do its work
 raises: that is a fault of the infrastructure and never a reward.
 
@@ -17,12 +20,15 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from PIL import Image, UnidentifiedImageError
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import CommandResult, Desktop
-from deskrl.actor.setup_steps import read_asset, run_steps
+from deskrl.actor.official.client import OfficialEvaluators, OfficialFault
+from deskrl.actor.official.environment import provided
+from deskrl.actor.setup_steps import asset_path, read_asset, run_steps
 from deskrl.actor.tasks import Check, Task, TypedItem
 
 _FIRST_POLL_S = 0.05  # doubled from one to the next: most effects are there at once, and an asking costs a process
@@ -62,7 +68,9 @@ async def evaluate_task(desktop: Desktop, task: Task, final_action: Action | Non
     if task.evaluator.infeasible or gave_up:
         reward = float(task.evaluator.infeasible and gave_up)
         return Evaluation(reward, {"infeasible": task.evaluator.infeasible, "called_infeasible": gave_up})
-    await run_steps(desktop, task.id, task.evaluator.postconfig)
+    outputs = await run_steps(desktop, task.id, task.evaluator.postconfig)
+    if not is_built_in(task):
+        return await judge_officially(desktop, task, outputs)
     deadline = time.monotonic() + task.evaluate_within_s
     pause_s = _FIRST_POLL_S
     num_asked = 0
@@ -74,6 +82,50 @@ async def evaluate_task(desktop: Desktop, task: Task, final_action: Action | Non
             return Evaluation(reward, {"checks": checks, "asked": num_asked})
         await asyncio.sleep(min(pause_s, left_s))
         pause_s *= 2
+
+
+def is_built_in(task: Task) -> bool:
+    """Whether every metric and getter of a task's evaluator is built in."""
+    return all(
+        check.func in METRICS and all(item.type in GETTERS and not item.parameters.get("multi") for item in check.items)
+        for check in task.evaluator.checks
+    )
+
+
+def is_official(task: Task) -> bool:
+    """Whether OSWorld's own evaluators are installed and judge by every metric and getter of the task's evaluator."""
+    known = provided()
+    return all(
+        check.func in known.metrics and all(item.type in known.getters for item in check.items)
+        for check in task.evaluator.checks
+    )
+
+
+async def judge_officially(desktop: Desktop, task: Task, outputs: dict[str, str]) -> Evaluation:
+    if not is_official(task):
+        names = ", ".join(check.func for check in task.evaluator.checks)
+        raise EvaluatorError(f"{task.id}: {names}: neither built in nor among the installed official evaluators")
+    urls = [
+        url
+        for check in task.evaluator.checks
+        for item in check.items
+        if item.type == "cloud_file"
+        for url in ([item.parameters["path"]] if isinstance(item.parameters["path"], str) else item.parameters["path"])
+    ]
+    assets = {url: asset_path(task.id, url) for url in urls}
+    try:
+        answer = await _official().judge(json.loads(task.data), desktop.address, assets, outputs)
+    except OfficialFault as error:
+        raise EvaluatorError(f"{task.id}: the official evaluators: {error}") from error
+    return Evaluation(float(answer["reward"]), {"checks": answer["checks"], "official": True})
+
+
+_processes: WeakKeyDictionary[asyncio.AbstractEventLoop, OfficialEvaluators] = WeakKeyDictionary()
+
+
+def _official() -> OfficialEvaluators:
+    """The evaluator process of this actor, which is its event loop's."""
+    return _processes.setdefault(asyncio.get_running_loop(), OfficialEvaluators())
 
 
 async def _judge(desktop: Desktop, task: Task) -> tuple[float, list[dict[str, Any]]]:

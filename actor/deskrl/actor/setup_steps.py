@@ -25,6 +25,7 @@ from deskrl.actor.desktops.base import CommandResult, Desktop
 from deskrl.actor.tasks import Task, TypedItem
 
 _PASSWORD = "password"  # OSWorld's guest has this one; tasks spell it in their commands
+_STREAMS = ("stdout", "stderr")
 _RETRY_S = 0.3
 _VERIFY_S = 10.0
 _VERIFY_EVERY_S = 0.03
@@ -42,6 +43,8 @@ class SetupContext:
     task_id: str
     seed: int
     placeholders: dict[str, str]
+    outputs: dict[str, str]
+    """What commands printed that their step keeps (`stdout`, `stderr`), by the file name that the step gives it."""
 
 
 async def setup_task(desktop: Desktop, task: Task, seed: int) -> None:
@@ -54,9 +57,13 @@ async def setup_task(desktop: Desktop, task: Task, seed: int) -> None:
     await run_steps(desktop, task.id, task.config, seed)
 
 
-async def run_steps(desktop: Desktop, task_id: str, steps: Sequence[TypedItem], seed: int = 0) -> None:
-    """Do setup steps in order, as `setup_task` does; an evaluator's postconfig is made of the same steps."""
-    context = SetupContext(desktop, task_id, seed, await _placeholders(desktop, steps, seed))
+async def run_steps(desktop: Desktop, task_id: str, steps: Sequence[TypedItem], seed: int = 0) -> dict[str, str]:
+    """Do setup steps in order, as `setup_task` does; an evaluator's postconfig is made of the same steps.
+
+    Returns:
+        What the steps' commands printed that they keep, by file name.
+    """
+    context = SetupContext(desktop, task_id, seed, await _placeholders(desktop, steps, seed), {})
     for index, step in enumerate(steps):
         do = STEPS.get(step.type)
         if do is None:
@@ -66,6 +73,7 @@ async def run_steps(desktop: Desktop, task_id: str, steps: Sequence[TypedItem], 
         except (KeyError, TypeError, ValueError, OSError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise SetupError(f"{task_id}: setup step {index} ({step.type}): {reason}") from error
+    return context.outputs
 
 
 def asset_folder() -> Path:
@@ -120,6 +128,8 @@ async def _execute(context: SetupContext, parameters: dict[str, Any]) -> None:
     while True:
         result = await context.desktop.execute(_command(context, parameters), shell=_shell(parameters))
         if _holds(parameters.get("until") or {}, result):
+            kept = {parameters[name]: getattr(result, name) for name in _STREAMS if parameters.get(name)}
+            context.outputs.update(kept)
             return
         await asyncio.sleep(_RETRY_S)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deskrl.actor.evaluators import is_official
 from deskrl.actor.task_lists import ListedTask, locate, read_list
 from deskrl.actor.task_needs import Needs, absent_applications, absent_files, absent_programs, task_needs
 from deskrl.actor.tasks import read_task
@@ -24,18 +25,25 @@ class ValidTask:
 
     listed: ListedTask
     infeasible: bool
+    official: bool
+    """Whether the installed official evaluators judge it."""
     needs: Needs
     absent_applications: tuple[str, ...]
     absent_programs: tuple[str, ...]
     absent_files: tuple[str, ...]
 
     @property
+    def unjudged(self) -> bool:
+        """Whether its evaluator is neither built in nor installed."""
+        return bool(self.needs.getters or self.needs.metrics) and not self.official
+
+    @property
     def met(self) -> bool:
         """Whether nothing that it needs is known to be absent."""
         needs = self.needs
-        not_built_in = needs.setup_steps or needs.getters or needs.metrics
+        unknown = needs.setup_steps or self.unjudged
         absent = self.absent_applications or self.absent_programs or self.absent_files
-        return not (needs.network or needs.accounts or not_built_in or absent)
+        return not (needs.network or needs.accounts or unknown or absent)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ _KINDS: dict[str, Callable[[ValidTask], bool]] = {
     "accounts": lambda task: bool(task.needs.accounts),
     "absent_files": lambda task: bool(task.absent_files),
     "setup_steps": lambda task: bool(task.needs.setup_steps),
-    "evaluators": lambda task: bool(task.needs.getters or task.needs.metrics),
+    "evaluators": lambda task: task.unjudged,
 }
 
 
@@ -124,7 +132,7 @@ def _check_task(listed: ListedTask) -> ValidTask:
     except ValueError as error:  # an address that is none
         raise UserError(f"{listed.file}: {error}", "mend the task file") from error
     applications, programs = absent_applications(needs), absent_programs(needs)
-    return ValidTask(listed, task.evaluator.infeasible, needs, applications, programs, files)
+    return ValidTask(listed, task.evaluator.infeasible, is_official(task), needs, applications, programs, files)
 
 
 def as_json(report: ListReport) -> dict[str, Any]:
@@ -147,6 +155,7 @@ def _task_json(task: ValidTask) -> dict[str, Any]:
     return _listed_json(task.listed) | {
         "met": task.met,
         "infeasible": task.infeasible,
+        "official": task.official,
         "needs": asdict(task.needs),
         "absent_applications": task.absent_applications,
         "absent_programs": task.absent_programs,

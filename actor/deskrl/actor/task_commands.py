@@ -28,7 +28,7 @@ _COUNTED = {
     "accounts": "need an account",
     "absent_files": "need a file that is not cached",
     "setup_steps": "need a setup step that is not built in",
-    "evaluators": "need an evaluator that is not built in",
+    "evaluators": "need an evaluator that is neither built in nor installed",
     "met": "need nothing that is known to be absent",
 }
 """How the counts are told. A task counts under each need that it has."""
@@ -122,8 +122,8 @@ def _told(task: ValidTask) -> RenderableType:
         (_tell("account", needs.accounts), "yellow"),
         (files if task.absent_files else "", "yellow"),
         (_tell("no setup step", needs.setup_steps), "magenta"),
-        (_tell("no getter", needs.getters), "magenta"),
-        (_tell("no metric", needs.metrics), "magenta"),
+        (_tell("no getter", needs.getters if task.unjudged else ()), "magenta"),
+        (_tell("no metric", needs.metrics if task.unjudged else ()), "magenta"),
         ("needs met" if task.met else "", "bold green"),
     ]
     return Text(" · ").join(Text(text, style) for text, style in parts if text)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from deskrl.actor.evaluators import GETTERS, METRICS
+from deskrl.actor.evaluators import GETTERS, METRICS, is_official
 from deskrl.actor.setup_steps import STEPS, asset_path
 from deskrl.actor.tasks import Task, TypedItem
 from deskrl.core.errors import UserError
@@ -94,7 +94,7 @@ def task_needs(task: Task) -> Needs:
     """
     steps = (*task.config, *task.evaluator.postconfig)
     checks = [check for check in task.evaluator.checks if check.func != "infeasible"]
-    items = [item for check in checks for item in (check.result, check.expected) if item is not None]
+    items = [item for check in checks for item in check.items]
     return Needs(
         applications=_sorted(_application(name) for name in task.related_apps if _application(name)),
         programs=_sorted(_programs(task, steps, items)),
@@ -130,10 +130,11 @@ def absent_programs(needs: Needs) -> tuple[str, ...]:
 def unsupported(task: Task, needs: Needs | None = None) -> list[str]:
     """Why this task cannot be played from here whatever its desktop has, one line each; empty if it can."""
     needs = needs or task_needs(task)
+    judged = is_official(task)
     return [
         *(f"setup step {name} is not built in" for name in needs.setup_steps),
-        *(f"metric {name} is not built in" for name in needs.metrics),
-        *(f"getter {name} is not built in" for name in needs.getters),
+        *(f"metric {name} is not built in" for name in needs.metrics if not judged),
+        *(f"getter {name} is not built in" for name in needs.getters if not judged),
         *(f"no local copy of {url}" for url in absent_files(task, needs)),
     ]
 

@@ -56,6 +56,11 @@ class Check:
     expected: TypedItem | None
     options: _Json
 
+    @property
+    def items(self) -> tuple[TypedItem, ...]:
+        """Its getters: of the result, and of what is expected where that is given."""
+        return tuple(item for item in (self.result, self.expected) if item is not None)
+
 
 @dataclass(frozen=True)
 class Evaluator:

@@ -9,10 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
 from deskrl.actor.actions import Action
+
+Address = Path | tuple[str, int]
+"""Where a guest server listens: a Unix socket, or host and port."""
 
 
 class DesktopError(RuntimeError):
@@ -34,6 +38,11 @@ class CommandResult:
 
 class Desktop(ABC):
     """One desktop: a screen, a keyboard and pointer, and a home folder in which tasks are set up and judged."""
+
+    @property
+    def address(self) -> Address:
+        """Where its guest server speaks OSWorld's protocol; raises DesktopGone if there is none."""
+        raise DesktopGone("this desktop has no guest server")
 
     @abstractmethod
     async def start(self) -> None:

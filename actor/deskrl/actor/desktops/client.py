@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deskrl.actor.desktops.base import DesktopError, DesktopGone
+from deskrl.actor.desktops.base import Address, DesktopError, DesktopGone
 
 _BUFFER_BYTES = 4 * 1024**2
-
-Address = Path | tuple[str, int]
-"""Where a guest server listens: a Unix socket, or host and port."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deskrl.actor.desktops.base import Desktop, DesktopError, DesktopGone
-from deskrl.actor.desktops.client import Address
+from deskrl.actor.desktops.base import Address, Desktop, DesktopError, DesktopGone
 from deskrl.actor.desktops.containers import Container
 
 _LOGGER = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ import shutil
 import socket
 from pathlib import Path
 
-from deskrl.actor.desktops.base import DesktopError, DesktopGone
-from deskrl.actor.desktops.client import Address
+from deskrl.actor.desktops.base import Address, DesktopError, DesktopGone
 from deskrl.actor.desktops.guest_desktop import GuestDesktop
 from deskrl.actor.desktops.limits import create_groups, remove_groups
 from deskrl.actor.desktops.orphans import Record

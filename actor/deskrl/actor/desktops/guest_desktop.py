@@ -13,8 +13,8 @@ from urllib.parse import quote
 from PIL import Image
 
 from deskrl.actor.actions import Action
-from deskrl.actor.desktops.base import CommandResult, Desktop, DesktopError
-from deskrl.actor.desktops.client import Address, Reply, checked, request
+from deskrl.actor.desktops.base import Address, CommandResult, Desktop, DesktopError
+from deskrl.actor.desktops.client import Reply, checked, request
 from deskrl.core.config import DesktopConfig
 
 _OPEN_TIMEOUT_S = 20.0

@@ -22,8 +22,8 @@ from urllib.parse import urlencode
 from PIL import Image, UnidentifiedImageError
 
 from deskrl.actor.actions import Action
-from deskrl.actor.desktops.base import CommandResult, Desktop, DesktopError
-from deskrl.actor.desktops.client import Address, Reply, checked, request
+from deskrl.actor.desktops.base import Address, CommandResult, Desktop, DesktopError
+from deskrl.actor.desktops.client import Reply, checked, request
 from deskrl.core.config import DesktopConfig
 from deskrl.core.ids import new_id
 

@@ -16,8 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from deskrl.actor.desktops.base import DesktopError, DesktopGone
-from deskrl.actor.desktops.client import Address
+from deskrl.actor.desktops.base import Address, DesktopError, DesktopGone
 from deskrl.actor.desktops.osworld_guest import OSWorldGuestDesktop
 from deskrl.core.config import DesktopConfig
 from deskrl.core.errors import UserError
