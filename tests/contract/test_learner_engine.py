@@ -164,17 +164,15 @@ t.take_steps(Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
 """
 
 
-def take_steps(folder: Path, cases: list[tuple[int, bool]], results_folder: Path) -> None:
-    """In a child process: for each (ZeRO stage, spoilt), a fresh engine's optimizer step; writes what came of it."""
+def take_steps(folder: Path, cases: list[tuple[dict[str, Any], bool]], results_folder: Path) -> None:
+    """In a child process: for each (settings, spoilt), a fresh engine's optimizer step; writes what came of it."""
     toy = ToyPolicy(folder)
     rows = rows_of([play(toy, task_id, seed) for seed, task_id in enumerate(["red", "green", "blue"])])
     results = []
-    for zero_stage, spoilt in cases:
+    for settings, spoilt in cases:
         policy, collator = load(folder)
         grpo = {"learning_rate": 1e-2}
-        engine = Engine(
-            policy, LearnerConfig.model_validate({"dtype": "float32", "zero_stage": zero_stage, "grpo": grpo})
-        )
+        engine = Engine(policy, LearnerConfig.model_validate({"dtype": "float32", "grpo": grpo} | settings))
         feed = Feed(collator, engine.rank, engine.world_size, 64, lambda: None)
         share = feed.share(rows)
         denominator = math.nan if spoilt else 10.0
@@ -196,7 +194,7 @@ def take_steps(folder: Path, cases: list[tuple[int, bool]], results_folder: Path
     engine.close()
 
 
-def run_steps(folder: Path, num_ranks: int, cases: list[tuple[int, bool]]) -> list[list[dict[str, Any]]]:
+def run_steps(folder: Path, num_ranks: int, cases: list[tuple[dict[str, Any], bool]]) -> list[list[dict[str, Any]]]:
     """For each rank, the result of each case."""
     here = Path(__file__).resolve().parent
     paths = json.dumps([str(here), str(here.parent / "kit")])
@@ -215,16 +213,26 @@ def run_steps(folder: Path, num_ranks: int, cases: list[tuple[int, bool]]) -> li
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> list[dict[str, Any]]:
     """One rank: a good step, then steps from a gradient that is not a number, under ZeRO 0 and 1."""
-    return run_steps(folder, 1, [(1, False), (0, True), (1, True)])[0]
+    return run_steps(folder, 1, [({}, False), ({"zero_stage": 0}, True), ({}, True)])[0]
 
 
 def test_two_ranks_take_the_same_step_as_one_under_every_zero_stage(folder: Path, alone: list[dict[str, Any]]) -> None:
-    ranks = run_steps(folder, 2, [(stage, False) for stage in (0, 1, 2, 3)])
+    offloaded = [{"zero_stage": stage, "offload_optimizer": True} for stage in (1, 2)]
+    ranks = run_steps(
+        folder, 2, [(settings, False) for settings in [*({"zero_stage": n} for n in range(4)), *offloaded]]
+    )
     assert len(ranks) == 2
     for result in (result for rank in ranks for result in rank):
         assert result["applied"]
         assert result["norm"] == pytest.approx(alone[0]["norm"], rel=1e-4)
         assert result["probe"] == pytest.approx(alone[0]["probe"], rel=1e-3, abs=1e-5)
+
+
+def test_bfloat16_learns_from_nearly_the_same_gradient(folder: Path, alone: list[dict[str, Any]]) -> None:
+    settings = [{"dtype": "bfloat16", "zero_stage": stage} for stage in (1, 2, 3)]
+    for result in run_steps(folder, 1, [(setting, False) for setting in settings])[0]:
+        assert result["applied"]
+        assert result["norm"] == pytest.approx(alone[0]["norm"], rel=0.05)
 
 
 def test_published_names_are_those_of_the_model_folder(folder: Path, alone: list[dict[str, Any]]) -> None:

@@ -65,8 +65,11 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int],
     batches = micro_batches(lengths, budget)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        padded = max(lengths[index] for index in batch) * len(batch)
-        assert padded <= budget or len(batch) == 1
+        assert sum(lengths[index] for index in batch) <= budget or len(batch) == 1
+
+
+def test_a_micro_batch_is_filled_before_another_is_begun() -> None:
+    assert micro_batches([5, 60, 30, 50, 20], max_tokens=100) == [[1, 2, 0], [3, 4]]
 
 
 @given(LENGTHS, st.integers(1, 4))

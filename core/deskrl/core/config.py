@@ -442,13 +442,20 @@ class LearnerConfig(Section):
     devices: tuple[Device, ...] = ()
     """GPUs of the ranks, by number, one each. Empty: what the environment says (`CUDA_VISIBLE_DEVICES`)."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage. 1 adds gradients up in `dtype`, whole on each rank; 2 and 3 in float32, parted."""
+    offload_optimizer: bool = False
+    """Keep master weights and optimizer states in the host's memory; needs a ZeRO stage above 0."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Numeric type of forward and backward."""
     micro_batch_tokens: PositiveInt = 16384
-    """Tokens of one forward pass, screenshots counted."""
+    """Tokens of one forward pass, screenshots counted; a longer row goes alone."""
+    activations: Literal["all", "attention", "layers"] = "all"
+    """What is kept for the backward pass: everything; layers' inputs and attention's results; layers' inputs only. What
+    is not kept is computed anew."""
     freeze_vision: bool = False
-    """Leave the vision tower as it is."""
+    """Leave the vision tower as it is; a screenshot then goes through it once, as long as its features are kept."""
+    feature_cache_bytes: Annotated[int, Field(ge=0)] = 8 * 1024**3
+    """Features of screenshots kept in the host's memory while the vision tower is frozen (under ZeRO 3, none are)."""
     checkpoint_every: PositiveInt = 1
     """Updates between checkpoints; a batch is consumed when the checkpoint that learnt from it is committed."""
     keep_checkpoints: PositiveInt = 3
@@ -463,6 +470,12 @@ class LearnerConfig(Section):
     """Evaluation before and after."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus port; 0: none."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> LearnerConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        return self
 
 
 class SecurityConfig(Section):

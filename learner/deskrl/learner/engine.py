@@ -11,7 +11,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +25,7 @@ from deskrl.learner.checkpoint_names import checkpoint_tensors
 from deskrl.learner.model import Policy, Scores
 
 Gathered = TypeVar("Gathered")
+_GROUP_ELEMENTS = 250_000_000
 
 
 class UpdateOutcome(NamedTuple):
@@ -40,8 +41,8 @@ class Engine:
     """One policy under DeepSpeed on this rank.
 
     Args:
-        policy: in float32, the same on every rank.
-        config: ZeRO stage, numeric type, gradient clipping.
+        policy: the same on every rank.
+        config: ZeRO stage, offload, numeric type, gradient clipping.
     """
 
     def __init__(self, policy: Policy, config: LearnerConfig) -> None:
@@ -52,9 +53,13 @@ class Engine:
         # Its shared-memory collectives would be compiled for most of a minute; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.comm.init_distributed(verbose=False)
-        parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        # PyTorch's AdamW, not DeepSpeed's fused one: only this one resumes bit-equal.
-        optimizer = torch.optim.AdamW(parameters, lr=config.grpo.learning_rate, weight_decay=config.grpo.weight_decay)
+        # PyTorch's AdamW, not DeepSpeed's fused one: only this one resumes bit-equal, and nothing is to be compiled.
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(policy),
+            lr=config.grpo.learning_rate,
+            weight_decay=config.grpo.weight_decay,
+            fused=True if torch.cuda.is_available() else None,
+        )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=_deepspeed_config(config)
         )
@@ -91,12 +96,14 @@ class Engine:
             temperature: of the sampling distribution.
             loss_of: index, micro-batch and scores → this rank's part of the loss, already divided by its denominator.
         """
-        for index, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(index == num_batches - 1)
-            batch = batch.to(self.device)
-            loss = loss_of(index, batch, self._engine(batch, temperature))
-            # DeepSpeed averages gradients over ranks; ours are parts of one sum.
-            self._engine.backward(loss * self.world_size)
+        with self._whole_gradients():
+            for index, batch in enumerate(batches):
+                self._engine.set_gradient_accumulation_boundary(index == num_batches - 1)
+                batch = batch.to(self.device)
+                loss = loss_of(index, batch, self._engine(batch, temperature))
+                # DeepSpeed averages gradients over ranks; ours are parts of one sum.
+                self._engine.backward(loss * self.world_size)
+        self._engine.set_gradient_accumulation_boundary(True)
         if self._stage == 0:
             return self._step_without_zero()
         self._engine.step()
@@ -114,6 +121,11 @@ class Engine:
 
         context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)
         return context
+
+    def _whole_gradients(self) -> AbstractContextManager[None]:
+        """ZeRO 1 keeps gradients whole: they add up in place, and ranks exchange them once, at the end."""
+        once: AbstractContextManager[None] = self._engine.coalesce_grad_reduction()
+        return once if self._stage == 1 else nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
         """The model's tensors by the names of its checkpoint, copied to the CPU; a collective call under ZeRO 3."""
@@ -188,14 +200,40 @@ def _join_world() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
+def _parameter_groups(policy: Policy) -> list[dict[str, Any]]:
+    """What learns, in groups: DeepSpeed's step holds a copy of one group's gradients in float32 at a time."""
+    groups: list[dict[str, Any]] = []
+    room = 0
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            if not groups or parameter.numel() > room:
+                groups.append({"params": []})
+                room = _GROUP_ELEMENTS
+            groups[-1]["params"].append(parameter)
+            room -= parameter.numel()
+    return groups
+
+
 def _deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": False,
+        # Beside whole gradients, a second copy of all of them.
+        "contiguous_gradients": config.zero_stage > 1,
+        "reduce_bucket_size": _GROUP_ELEMENTS,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.grpo.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
+        # Gradients that are parted over ranks are small enough to add up in float32.
+        "data_types": {"grad_accum_dtype": "fp32" if config.zero_stage > 1 else None},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

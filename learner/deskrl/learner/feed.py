@@ -1,4 +1,4 @@
-"""What one rank is fed: its share of the rows, in micro-batches, each made when its turn comes.
+"""What one rank is fed: its share of the rows, in micro-batches, each made while the one before it is learnt from.
 
 Knows ranks and the token budget; knows nothing of rewards. A stop is noticed between micro-batches.
 """
@@ -6,6 +6,7 @@ Knows ranks and the token budget; knows nothing of rewards. A stop is noticed be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from deskrl.learner.batch import Collator, MicroBatch
 from deskrl.learner.packing import Row, rank_micro_batches
@@ -18,7 +19,7 @@ class Feed:
         collator: of the policy.
         rank: this rank.
         num_ranks: ranks that share the rows.
-        max_tokens: of a micro-batch, padding counted.
+        max_tokens: of a micro-batch, those of screenshots counted.
         check_stop: raises if it is time to end.
     """
 
@@ -37,6 +38,10 @@ class Feed:
 
     def batches(self, share: Sequence[Sequence[Row]]) -> Iterator[MicroBatch]:
         """Their tensors, one after another."""
-        for rows in share:
-            self._check_stop()
-            yield self._collator.collate(rows)
+        with ThreadPoolExecutor(1, thread_name_prefix="collate") as ahead:
+            coming = [ahead.submit(self._collator.collate, rows) for rows in share[:1]]
+            for index in range(len(share)):
+                self._check_stop()
+                micro = coming.pop().result()
+                coming += [ahead.submit(self._collator.collate, rows) for rows in share[index + 1 : index + 2]]
+                yield micro

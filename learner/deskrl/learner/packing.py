@@ -61,17 +61,20 @@ def token_lags(step: Step, lag_of: dict[tuple[str, int], int]) -> list[int]:
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of rows that go through the model together: padded, no more than `max_tokens`, unless one row is longer.
+    """Indices of rows that go through the model together: no more than `max_tokens`, unless one row alone is longer.
 
-    Rows of like length come together, so that little is padded.
+    The longest come first, each where it still fits, so that there are few batches and little room is left.
     """
     batches: list[list[int]] = []
+    room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        # The longest row of a batch comes first and sets the padded length of all.
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
-            batches[-1].append(index)
-        else:
+        place = next((i for i, left in enumerate(room) if lengths[index] <= left), None)
+        if place is None:
             batches.append([index])
+            room.append(max_tokens - lengths[index])
+        else:
+            batches[place].append(index)
+            room[place] -= lengths[index]
     return batches
 
 

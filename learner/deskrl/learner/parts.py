@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
 from deskrl.core.rendering import ImageSizing, image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
 from deskrl.core.runfolder import RunFolder
-from deskrl.learner import metrics, stopping
+from deskrl.learner import activations, metrics, stopping
 from deskrl.learner.canary import CanaryProbe, make_canary
 from deskrl.learner.checkpoint import CheckpointStore, layout_of
 from deskrl.learner.engine import Engine
@@ -79,7 +81,17 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
     sizing = image_sizing_of(model_folder)
     hash_of_processor = processor_hash(model_folder, tokenizer)
     suppressed = suppressed_ids(tokenizer, vocab_size_of(model_folder))
-    policy = load_policy(model_folder, suppressed, config.learner.freeze_vision)
+    policy = load_policy(
+        model_folder,
+        suppressed,
+        config.learner.freeze_vision,
+        getattr(torch, config.learner.dtype),
+        # Ranks gather the tower's weights together under ZeRO 3: none may skip what another does.
+        config.learner.feature_cache_bytes if config.learner.zero_stage < 3 else 0,
+    )
+    activations.keep(policy.model.model.language_model, config.learner.activations)
+    if not config.learner.freeze_vision:
+        activations.keep(policy.model.model.visual, config.learner.activations)
     engine = Engine(policy, config.learner)
     replay = ReplayClient(config.replay.address, f"rank-{engine.rank}", stop)
     applications = {task_id: metrics.application_of(task) for task_id, task in tasks.items()}

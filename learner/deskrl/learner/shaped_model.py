@@ -100,6 +100,12 @@ def build_shaped_model(folder: Path, seed: int, shape: Shape, largest_number: in
         largest_number: the largest coordinate, which is one token.
         corpus: texts of the kind that the policy reads and writes; their words become tokens.
     """
+    config = write_all_but_weights(folder, shape, largest_number, corpus)
+    _write_weights(folder, seed, config, shape.shard_bytes)
+
+
+def write_all_but_weights(folder: Path, shape: Shape, largest_number: int, corpus: Iterable[str]) -> Any:
+    """The tokenizer, the processor and the configuration of such a folder; returns the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(corpus, largest_number, shape.text["max_position_embeddings"])
     tokenizer.save_pretrained(folder)
@@ -118,7 +124,7 @@ def build_shaped_model(folder: Path, seed: int, shape: Shape, largest_number: in
     config = model_config(shape, {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS})
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     config.save_pretrained(folder)
-    _write_weights(folder, seed, config, shape.shard_bytes)
+    return config
 
 
 def model_config(shape: Shape, token: Mapping[str, int]) -> Any:

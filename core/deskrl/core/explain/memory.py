@@ -2,7 +2,9 @@
 
 Counted is what stays while the longest micro-batch goes backward, which is when most is there. A layer keeps for its
 backward pass: its input, the normed input, queries, keys, values and result of attention, the residual and the normed
-residual (eight hidden widths), and four intermediate widths of its gated MLP. No scores and no masks are kept.
+residual (eight hidden widths), and four intermediate widths of its gated MLP. No scores and no masks are kept. Where
+`learner.activations` keeps less, it is a layer's input, or that and its attention's result; the rest is there for one
+layer at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from deskrl.core.explain.batches import Rows
 from deskrl.core.explain.shape import ModelShape
 
 _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 8, 4
+_HIDDEN_KEPT_ONLY = {"attention": 2, "layers": 1}
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def learner_memory(config: RunConfig, shape: ModelShape, rows: Rows) -> LearnerM
     return LearnerMemory(
         weights=width * shape.num_parameters // (ranks if stage == 3 else 1),
         gradients=width * trained // (ranks if stage >= 2 else 1),
-        optimizer=optimizer,
+        optimizer=0 if learner.offload_optimizer else optimizer,
         activations=activation_bytes(learner, shape, micro),
         logits=3 * 4 * micro.targets * shape.vocab,
     )
@@ -89,9 +92,15 @@ def activation_bytes(learner: LearnerConfig, shape: ModelShape, micro: MicroBatc
     language = width * micro.tokens * (_HIDDEN_KEPT * shape.hidden + _INTERMEDIATE_KEPT * shape.intermediate)
     inner = _INTERMEDIATE_KEPT if shape.vision_gated else _INTERMEDIATE_KEPT // 2
     vision = width * micro.patches * (_HIDDEN_KEPT * shape.vision_hidden + inner * shape.vision_intermediate)
-    kept = shape.num_layers * language + (0 if learner.freeze_vision else shape.vision_layers * vision)
     # Gradients of the widest layer's MLP while it goes backward, and a frozen tower's layer, of which nothing stays.
     backward = width * micro.tokens * (3 * shape.intermediate + 2 * shape.hidden)
+    language_kept, vision_kept = language, vision
+    if learner.activations != "all":
+        num_hidden = _HIDDEN_KEPT_ONLY[learner.activations]
+        language_kept = width * micro.tokens * num_hidden * shape.hidden
+        vision_kept = width * micro.patches * num_hidden * shape.vision_hidden
+        backward += language
+    kept = shape.num_layers * language_kept + (0 if learner.freeze_vision else shape.vision_layers * vision_kept)
     return kept + max(backward, vision if learner.freeze_vision else 0)
 
 

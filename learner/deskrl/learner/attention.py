@@ -1,0 +1,114 @@
+"""Attention over several sequences that lie end to end: nothing is padded, and no mask is ever made.
+
+Registered with transformers, which calls it from the language model and from the vision tower alike. Knows queries,
+keys, values and lengths; knows nothing of rows or screenshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
+
+# Transformers tells the lengths of sequences to implementations that have "flash" in their name.
+_NAME = "deskrl_flash"
+
+OPERATORS = (
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""What the work is done by, for whoever wants to keep its results."""
+
+
+class Lengths(NamedTuple):
+    """Lengths of the sequences of a micro-batch, in the form that each kernel wants them."""
+
+    each: tuple[int, ...]
+    cumulative: Tensor
+    """(sequences + 1,) int32, on the device of the queries."""
+
+    def as_arguments(self) -> dict[str, Any]:
+        """By the names under which `attend` takes them; the language model hands them through."""
+        return {"cu_seq_lens_q": self.cumulative, "max_length_q": max(self.each), "sequence_lengths": self.each}
+
+
+def lengths_of(each: tuple[int, ...], device: torch.device) -> Lengths:
+    """Of sequences of these lengths."""
+    return Lengths(each, torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device))
+
+
+def install(model: nn.Module) -> None:
+    """Let a part of a transformers model (its language model, its vision tower) attend with `attend`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, attend)
+    config: Any = model.config
+    config._attn_implementation = _NAME
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float,
+    is_causal: bool | None = None,
+    sequence_lengths: tuple[int, ...] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each sequence, causal if the module is.
+
+    Args:
+        module: whose attention this is.
+        query: (1, heads, tokens of all sequences, dimensions); keys and values may have fewer heads.
+        key: see query.
+        value: see query.
+        attention_mask: none; the lengths say it all.
+        cu_seq_lens_q: (sequences + 1,) where each sequence begins, and the end of the last.
+        max_length_q: of the longest sequence.
+        scaling: of the scores.
+        is_causal: whether tokens see only what is before them; None: as the module says.
+        sequence_lengths: each sequence's, where the caller has them at hand.
+
+    Returns:
+        (1, tokens, heads, dimensions), and no attention weights.
+    """
+    causal = bool(module.is_causal) if is_causal is None else is_causal
+    num_repeats = query.shape[1] // key.shape[1]
+    if num_repeats > 1:
+        key, value = (part.repeat_interleave(num_repeats, dim=1) for part in (key, value))
+    if query.is_cuda and query.dtype != torch.float32:
+        return _by_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal), None
+    each = sequence_lengths or tuple((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist())
+    return _one_by_one(query, key, value, each, scaling, causal), None
+
+
+def _by_one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, cumulative: Tensor, longest: int, scaling: float, causal: bool
+) -> Tensor:
+    """FlashAttention for sequences of different lengths, as torch brings it: GPU and half precision only."""
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    window = (-1, 0 if causal else -1)
+    output = varlen.varlen_attn(
+        query, key, value, cumulative, cumulative, longest, longest, scale=scaling, window_size=window
+    )
+    assert isinstance(output, Tensor)  # and no log-sum-exp, which was not asked for
+    return output[None]
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, each: Sequence[int], scaling: float, causal: bool) -> Tensor:
+    """Sequence by sequence, on any device and in any precision."""
+    parts = zip(*(torch.split(part, list(each), dim=2) for part in (query, key, value)), strict=True)
+    outputs = [scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling) for q, k, v in parts]
+    return torch.cat(outputs, dim=2).transpose(1, 2)

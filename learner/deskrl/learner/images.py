@@ -1,0 +1,115 @@
+"""Screenshots on their way to the model: as the processor makes them, and as a frozen vision tower sees them.
+
+Both are kept by the screenshot's hash, so that each is made once as long as there is room. Knows the processor; knows
+neither rows nor the model.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+PIXEL_CACHE_BYTES = 512 * 1024**2
+
+
+@dataclass(frozen=True)
+class ProcessedImage:
+    """One screenshot, ready for the vision tower or already through it: exactly one of the two is there."""
+
+    name: str
+    """Its hash."""
+    grid_thw_3: Tensor
+    """Patches in time, height and width."""
+    pixel_values: Tensor | None
+    features: Tensor | None
+    """One row for each of its tokens."""
+
+    def to(self, device: torch.device) -> ProcessedImage:
+        """The same on a device."""
+        return ProcessedImage(
+            self.name,
+            self.grid_thw_3.to(device),
+            None if self.pixel_values is None else self.pixel_values.to(device),
+            None if self.features is None else self.features.to(device),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it costs."""
+        return sum(part.nbytes for part in (self.pixel_values, self.features) if part is not None)
+
+
+class ImageCache:
+    """Screenshots by hash, up to a number of bytes; the least recently used go first. Safe to share between threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._entries: OrderedDict[str, ProcessedImage] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> ProcessedImage | None:
+        """A screenshot, if it is still there."""
+        with self._lock:
+            if name not in self._entries:
+                return None
+            self._entries.move_to_end(name)
+            return self._entries[name]
+
+    def put(self, image: ProcessedImage) -> None:
+        """Keep a screenshot, for as long as there is room."""
+        with self._lock:
+            if image.name in self._entries:
+                return
+            self._entries[image.name] = image
+            self._num_bytes += image.num_bytes
+            while self._num_bytes > self._max_bytes:
+                _, dropped = self._entries.popitem(last=False)
+                self._num_bytes -= dropped.num_bytes
+
+
+class Screenshots:
+    """Where the collator gets screenshots from.
+
+    Args:
+        image_processor: the model's own.
+        fetch: bytes of screenshots by hash.
+        features: what a frozen vision tower has made already; None if the tower learns, so that nothing stays true.
+        max_bytes: of processed screenshots, kept between micro-batches.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        fetch: Callable[[Collection[str]], Mapping[str, bytes]],
+        features: ImageCache | None,
+        max_bytes: int = PIXEL_CACHE_BYTES,
+    ) -> None:
+        self._process = image_processor
+        self._fetch = fetch
+        self._caches = (ImageCache(max_bytes),) if features is None else (features, ImageCache(max_bytes))
+
+    def get(self, names: Collection[str]) -> list[ProcessedImage]:
+        """Screenshots in the order of `names`: as features where these are known, else as pixels."""
+        found = {name: image for name in names if (image := self._known(name)) is not None}
+        missing = [name for name in names if name not in found]
+        for name, data in self._fetch(missing).items() if missing else ():
+            found[name] = self._process_one(name, data)
+            self._caches[-1].put(found[name])
+        return [found[name] for name in names]
+
+    def _known(self, name: str) -> ProcessedImage | None:
+        return next((image for cache in self._caches if (image := cache.get(name)) is not None), None)
+
+    def _process_one(self, name: str, data: bytes) -> ProcessedImage:
+        with Image.open(io.BytesIO(data)) as picture:
+            output = self._process(images=[picture.convert("RGB")], return_tensors="pt")
+        return ProcessedImage(name, output["image_grid_thw"][0], output["pixel_values"], features=None)
