@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deskrl.core import devices
-from deskrl.core.config import RunConfig
+from deskrl.core.config import RunConfig, load_config
 from deskrl.core.errors import UserError
+
+RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 
 
 def run(learner: list[int], inference: list[int], **settings: Any) -> RunConfig:
@@ -40,6 +43,7 @@ def test_a_process_sees_its_gpus_by_the_names_that_its_parent_has_for_them() -> 
         (run([0, 0], [1]), "learner.devices = [0, 0] names a GPU twice"),
         (run([0], [0], weight_transfer="nccl"), "share GPU 0"),
         (run([0], [0], weight_transfer="stream"), "share GPU 0"),
+        (run([0], [0], weight_transfer="ipc"), "inference.kv_cache_bytes is not set"),
         (run([0], [1], weight_transfer="ipc"), "all replicas on GPU 0"),
     ],
 )
@@ -49,7 +53,7 @@ def test_placements_that_cannot_be_are_named(config: RunConfig, reason: str) -> 
 
 @pytest.mark.parametrize("transfer", ["auto", "ipc"])
 def test_a_gpu_may_be_shared_where_weights_go_by_ipc(transfer: str) -> None:
-    assert not list(devices.contradictions(run([0], [0], weight_transfer=transfer)))
+    assert not list(devices.contradictions(run([0], [0], weight_transfer=transfer, kv_cache_bytes=2**30)))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,14 @@ def test_gpus_that_are_not_there_are_told_in_one_line(config: RunConfig, num_gpu
     with pytest.raises(UserError, match=reason):
         devices.refuse_missing(config, num_gpus)
     devices.refuse_missing(config, 2)
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("h200*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_runs_for_gpus_fit_together_and_are_refused_without_them(path: Path) -> None:
+    config = load_config(path)
+    assert not list(devices.contradictions(config))
+    with pytest.raises(UserError, match="this machine has no GPU"):
+        devices.refuse_missing(config, 0)
 
 
 def test_a_run_that_says_nothing_of_gpus_asks_for_none() -> None:

@@ -48,6 +48,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
             f"learner.devices and inference.devices share GPU {shared[0]}, and "
             f'inference.weight_transfer = "{inference.weight_transfer}", where a shared GPU takes "ipc"'
         )
+    if shared and inference.kv_cache_bytes is None:
+        yield (
+            f"learner.devices and inference.devices share GPU {shared[0]}, and inference.kv_cache_bytes is not set: "
+            "what is left for a KV cache changes while both start"
+        )
     if (
         inference.weight_transfer == "ipc"
         and learner.devices
