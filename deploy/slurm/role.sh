@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # One role of a run as a Slurm job; launch.sh submits it. Usage: role.sh ROLE CONFIG
-# Servers write into RUN/addresses/ where they are, because nobody knows it before the job has a node; the others wait.
+# Replay writes into RUN/addresses/ where it is, because nobody knows it before the job has a node; the others wait for it.
 set -euo pipefail
 role=$1 config=$2
 eval "$(deskrl size "$config")"
 addresses=$folder/addresses
 here=$(hostname -f 2>/dev/null || hostname)
 
-publish() { # ADDRESS: where the role of this job is found from now on
-    printf '%s\n' "$1" >"$addresses/.$role.$SLURM_JOB_ID" && mv "$addresses/.$role.$SLURM_JOB_ID" "$addresses/$role"
+publish() { # ADDRESS: where replay is found from now on
+    printf '%s\n' "$1" >"$addresses/.$SLURM_JOB_ID" && mv "$addresses/.$SLURM_JOB_ID" "$addresses/replay"
 }
 
-await() { # ROLE: until it has a node; prints its address
-    until [ -s "$addresses/$1" ]; do sleep 1; done
-    cat "$addresses/$1"
+await_replay() { # until it has a node; prints its address
+    until [ -s "$addresses/replay" ]; do sleep 1; done
+    cat "$addresses/replay"
 }
 
 case $role in
@@ -25,18 +25,18 @@ replay)
     publish "$DESKRL_REPLAY__ADDRESS"
     exec deskrl replay "$config"
     ;;
+esac
+DESKRL_REPLAY__ADDRESS=$(await_replay)
+export DESKRL_REPLAY__ADDRESS DESKRL_INFERENCE__NUM_REPLICAS=0 # replicas join wherever they run
+case $role in
 inference)
-    export DESKRL_INFERENCE__ADDRESS=$here:$inference_port
-    publish "$DESKRL_INFERENCE__ADDRESS"
+    export DESKRL_INFERENCE__JOIN=true DESKRL_INFERENCE__ADDRESS=$here:$((inference_port + SLURM_ARRAY_TASK_ID))
     exec deskrl inference "$config"
     ;;
-esac
-DESKRL_REPLAY__ADDRESS=$(await replay)
-DESKRL_INFERENCE__ADDRESS=$(await inference)
-export DESKRL_REPLAY__ADDRESS DESKRL_INFERENCE__ADDRESS
-if [ "$role" = actor ]; then
+actor)
     exec deskrl actor "$config" --index "$SLURM_ARRAY_TASK_ID"
-fi
+    ;;
+esac
 deskrl learner "$config" &
 learner=$!
 trap 'kill -TERM $learner' TERM

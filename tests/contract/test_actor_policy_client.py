@@ -117,20 +117,48 @@ def test_an_episode_stays_with_one_replica_and_sends_it_each_screenshot_once() -
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
 def test_another_replica_is_asked_instead_and_gets_all_screenshots(code: grpc.StatusCode) -> None:
-    async def answers_once(request: inference_pb2.ActRequest, context: Context) -> inference_pb2.ActResponse:
-        return await (answers if len(tired.asked) == 1 else fails(code))(request, context)
+    async def fails_the_second_time(request: inference_pb2.ActRequest, context: Context) -> inference_pb2.ActResponse:
+        num_asked = sum(len(replica.asked) for replica in replicas)
+        return await (fails(code) if num_asked == 2 else answers)(request, context)
 
-    tired, fresh = Replica(answers_once), Replica(answers)
-    replicas = (tired, fresh) if home_is_the_first() else (fresh, tired)
+    replicas = Replica(fails_the_second_time), Replica(fails_the_second_time)
     assert act(*replicas, num_turns=3) == ["wait()"] * 3
+    tired, fresh = replicas if num_images(replicas[0]) == [1, 1] else reversed(replicas)
     assert num_images(tired) == [1, 1] and num_images(fresh) == [2, 1]
 
 
-def home_is_the_first() -> bool:
-    """Whether the episode's home is the first of two replicas."""
-    replicas = Replica(answers), Replica(answers)
-    act(*replicas)
-    return bool(replicas[0].asked)
+def test_replicas_join_and_leave_under_a_running_episode() -> None:
+    first, second = Replica(answers), Replica(answers)
+
+    async def scenario() -> None:
+        servers, port = await serve((first, second))
+        addresses = [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]
+        client = PolicyClient(InferenceConfig(num_replicas=0), "actor-0", 20.0)
+        session = client.open_session("episode", temperature=1.0)
+        playing = asyncio.create_task(play(session, 1))
+        client.set_joined(addresses[:1])
+        assert await playing == ["wait()"]
+        client.set_joined(addresses[1:])
+        assert await play(session, 1) == ["wait()"]
+        await client.close()
+        for server in servers:
+            await server.stop(None)
+
+    asyncio.run(scenario())
+    assert num_images(first) == num_images(second) == [1]
+
+
+def test_one_that_joins_takes_its_share_and_moves_no_other_episode() -> None:
+    async def homes(num_replicas: int) -> list[str]:
+        client = PolicyClient(InferenceConfig(num_replicas=num_replicas), "actor-0", 1.0)
+        chosen = [client._choose(f"episode-{number}") for number in range(300)]
+        await client.close()
+        return [replica.address for replica in chosen if replica is not None]
+
+    before, after = asyncio.run(homes(2)), asyncio.run(homes(3))
+    newcomer = InferenceConfig(num_replicas=3).replica_addresses[2]
+    assert 60 < after.count(newcomer) < 140
+    assert all(one == other for one, other in zip(before, after, strict=True) if other != newcomer)
 
 
 def test_a_policy_that_does_not_answer_in_time_has_failed() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from deskrl.actor.agent import make_agent
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.provider import make_desktop, reap
+from deskrl.actor.joined import follow_joined
 from deskrl.actor.policy_client import PolicyClient
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.worker import DesktopsDoNotStart, Worker
@@ -95,6 +96,7 @@ async def _run(config: RunConfig, actor: int | None, num_desktops: int, stop: St
     ]
     _log.info("driving %d desktops", num_desktops)
     heartbeat = asyncio.create_task(replay.keep_alive(config.replay.lease_ttl_s))
+    following = asyncio.create_task(follow_joined(config.replay.address, name, policy.set_joined))
     stopping = asyncio.create_task(stop.wait_async())
     running = {asyncio.create_task(worker.run()): worker for worker in workers}
     try:
@@ -107,8 +109,8 @@ async def _run(config: RunConfig, actor: int | None, num_desktops: int, stop: St
                 await asyncio.gather(*(worker.close() for worker in workers))
         except TimeoutError:
             _log.warning("not all was given back and closed in time: leases run out, desktops end with this process")
-        heartbeat.cancel()
-        stopping.cancel()
+        for task in (heartbeat, following, stopping):
+            task.cancel()
         await asyncio.gather(replay.close(), policy.close())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import grpc
 import grpc.aio
@@ -52,31 +52,49 @@ class PolicyClient:
         self._peer = rpc.peer("actor", name)
         self._max_tokens = config.max_action_tokens
         self._timeout_s = timeout_s
-        self._replicas = [_Replica(address) for address in config.replica_addresses]
+        self._named = tuple(config.replica_addresses)
+        self._replicas = {address: _Replica(address) for address in self._named}
+        self._closing: set[asyncio.Task[None]] = set()
 
     def open_session(self, episode_id: str, temperature: float) -> PolicySession:
         """What asks for the actions of one episode."""
-        home = ids.derive_seed("replica", episode_id) % len(self._replicas)
-        return PolicySession(self, home, temperature)
+        return PolicySession(self, episode_id, temperature)
+
+    def set_joined(self, addresses: Iterable[str]) -> None:
+        """From now on these replicas, beside those that the configuration names; what is asked of others goes over."""
+        wanted = {*self._named, *addresses}
+        for address in self._replicas.keys() - wanted:
+            _log.info("the replica at %s has left", address)
+            closing = asyncio.create_task(self._replicas.pop(address).channel.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        for address in sorted(wanted - self._replicas.keys()):
+            _log.info("a replica at %s has joined", address)
+            self._replicas[address] = _Replica(address)
 
     async def close(self) -> None:
         """Close all channels."""
-        await asyncio.gather(*(replica.channel.close() for replica in self._replicas))
+        await asyncio.gather(*(replica.channel.close() for replica in self._replicas.values()), *self._closing)
 
     async def _act(
-        self, request: inference_pb2.ActRequest, home: int, images_for: Callable[[int], Sequence[common_pb2.Image]]
-    ) -> tuple[int, inference_pb2.ActResponse]:
-        """Ask `home`, then the others in turn, until one answers; also says which one did."""
+        self,
+        request: inference_pb2.ActRequest,
+        episode_id: str,
+        images_for: Callable[[str], Sequence[common_pb2.Image]],
+    ) -> tuple[str, inference_pb2.ActResponse]:
+        """Ask the episode's home, then the others in turn, until one answers; also says which one did."""
         deadline_s = time.monotonic() + self._timeout_s
         pauses = Pauses()
-        reason = "no time"
+        reason = "that there is no replica"
         while (left_s := deadline_s - time.monotonic()) > 0:
-            number = self._choose(home)
-            replica = self._replicas[number]
+            replica = self._choose(episode_id)
+            if replica is None:
+                await pauses.take()
+                continue
             del request.images[:]
-            request.images.extend(images_for(number))
+            request.images.extend(images_for(replica.address))
             try:
-                return number, await replica.stub.Act(request, timeout=left_s)
+                return replica.address, await replica.stub.Act(request, timeout=left_s)
             except grpc.aio.AioRpcError as error:
                 reason = f"{replica.address}: {error.code().name}: {error.details()}"
                 if error.code() in rpc.DISTRUST:
@@ -90,22 +108,29 @@ class PolicyClient:
             await pauses.take()
         raise InferenceFailed(f"no action within {self._timeout_s:g} s; the last answer was {reason}")
 
-    def _choose(self, home: int) -> int:
-        """The home replica, or the next one that has not failed just now; home again if all have."""
+    def _choose(self, episode_id: str) -> _Replica | None:
+        """The episode's home, or the next one that has not failed just now; home again if all have; None if none is.
+
+        Each episode has an order of its own over all replicas, which one that joins or leaves does not change: most
+        episodes keep their home, and with it their prefix and screenshots.
+        """
         now_s = time.monotonic()
-        order = [(home + i) % len(self._replicas) for i in range(len(self._replicas))]
-        return min(order, key=lambda number: max(self._replicas[number].avoided_until_s - now_s, 0.0))
+
+        def preference(replica: _Replica) -> tuple[float, int]:
+            return max(replica.avoided_until_s - now_s, 0.0), ids.derive_seed("replica", episode_id, replica.address)
+
+        return min(self._replicas.values(), key=preference, default=None)
 
 
 class PolicySession:
     """Actions of one episode. Remembers which replica was sent which screenshot; the server may still forget."""
 
-    def __init__(self, client: PolicyClient, home: int, temperature: float) -> None:
+    def __init__(self, client: PolicyClient, episode_id: str, temperature: float) -> None:
         self._client = client
-        self._home = home
+        self._episode_id = episode_id
         self._temperature = temperature
         self._images: dict[str, common_pb2.Image] = {}
-        self._sent: set[tuple[int, str]] = set()
+        self._sent: set[tuple[str, str]] = set()
 
     async def act(
         self, messages: Sequence[inference_pb2.ChatMessage], screenshot: common_pb2.Image, seed: int
@@ -132,20 +157,20 @@ class PolicySession:
             seed=seed,
         )
         for _ in range(_MAX_ROUNDS):
-            number, response = await self._client._act(request, self._home, self._unsent)
-            self._sent.update((number, name) for name in named)
+            address, response = await self._client._act(request, self._episode_id, self._unsent)
+            self._sent.update((address, name) for name in named)
             if response.WhichOneof("outcome") == "action":
                 return response.action
             missing = set(response.missing_images.hashes)
             if not missing <= self._images.keys():
                 raise InferenceFailed(f"asked for screenshots that the conversation lacks: {missing - named}")
             # All of them go again: a full cache may have dropped one for another, and this way it needs none.
-            self._sent -= {(number, name) for name in named}
+            self._sent -= {(address, name) for name in named}
         raise InferenceFailed(f"screenshots were still missing after they were sent {_MAX_ROUNDS - 1} times")
 
-    def _unsent(self, number: int) -> list[common_pb2.Image]:
-        """The screenshots that replica `number` is not known to hold."""
-        return [image for name, image in self._images.items() if (number, name) not in self._sent]
+    def _unsent(self, address: str) -> list[common_pb2.Image]:
+        """The screenshots that a replica is not known to hold."""
+        return [image for name, image in self._images.items() if (address, name) not in self._sent]
 
 
 def _named_images(messages: Sequence[inference_pb2.ChatMessage]) -> set[str]:

@@ -21,8 +21,10 @@ CALLERS = {
     "deskrl.proto.v1.ReplayService": frozenset({"learner", "operator"}),
     "deskrl.proto.v1.InferenceService": frozenset({"actor", "learner", "operator"}),
     "deskrl.proto.v1.WeightService": frozenset({"learner"}),
+    "deskrl.proto.v1.DirectoryService": frozenset({"actor", "learner", "operator"}),
+    "deskrl.proto.v1.DirectoryService/Announce": frozenset({"inference"}),
 }
-"""Who may call a service; what is not named here (health, reflection) is for every role."""
+"""Who may call a service, or one method of it; what is not named here (health, reflection) is for every role."""
 
 
 class Doorkeeper(grpc.aio.ServerInterceptor):
@@ -40,17 +42,19 @@ class Doorkeeper(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        service = handler_call_details.method.split("/")[1]
-        return _guarded(handler, lambda context: self._admit(service, context))
+        method = handler_call_details.method.removeprefix("/")
+        return _guarded(handler, lambda context: self._admit(method, context))
 
-    async def _admit(self, service: str, context: Context) -> None:
+    async def _admit(self, method: str, context: Context) -> None:
         metadata = dict(context.invocation_metadata() or ())
         token = metadata.get("authorization", "")
         if not hmac.compare_digest(token.encode() if isinstance(token, str) else token, self._expected):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is another one")
         role = b"".join(context.auth_context().get("x509_common_name", ())).decode(errors="replace")
-        if service in CALLERS and role not in CALLERS[service]:
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{service} is not for the role {role}")
+        service = method.partition("/")[0]
+        allowed = CALLERS.get(method, CALLERS.get(service))
+        if allowed is not None and role not in allowed:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"{method} is not for the role {role}")
 
 
 def _guarded(handler: Handler, admit: Callable[[Context], Awaitable[None]]) -> Handler:

@@ -37,7 +37,8 @@ PositiveSeconds = Annotated[float, Field(gt=0)]
 Device = Annotated[int, Field(ge=0)]
 
 
-def _host_and_port(value: str) -> str:
+def refuse_no_address(value: str) -> str:
+    """The value, if it is `host:port`; raises ValueError if not."""
     host, _, port = value.rpartition(":")
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise ValueError(f"{value} is no host:port such as 127.0.0.1:7411")
@@ -50,7 +51,7 @@ def _off_or_above_1(value: float) -> float:
     return value
 
 
-Address = Annotated[str, AfterValidator(_host_and_port)]
+Address = Annotated[str, AfterValidator(refuse_no_address)]
 DualClip = Annotated[float, AfterValidator(_off_or_above_1)]
 
 
@@ -291,8 +292,10 @@ class InferenceConfig(Section):
     """Where others find the gRPC service, and where it listens; replicas count the port up."""
     listen_host: str | None = None
     """Where it listens, if not at the host of `address`."""
-    num_replicas: PositiveInt = 1
-    """Data-parallel replicas."""
+    num_replicas: Annotated[int, Field(ge=0)] = 1
+    """Data-parallel replicas that the launcher starts; 0: only those that join."""
+    join: bool = False
+    """This replica is none of those: it is found at its own `address`, which it announces at replay."""
     openai_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Port of the OpenAI-compatible endpoint of the first replica, counting up; 0: none."""
     openai_host: str = "127.0.0.1"

@@ -37,6 +37,8 @@ class Endpoint(NamedTuple):
 def refuse_bad_input(config: RunConfig) -> None:
     """Raise UserError for whatever can be known to be wrong by now; changes nothing."""
     refuse_contradictions(config)
+    if config.inference.num_replicas == 0:
+        raise UserError("inference.num_replicas = 0 starts no policy that could act", "set it to 1 or more")
     refuse_ports(config)
     refuse_full_disk(RunFolder(config.folder))
     refuse_missing_packages(config)

@@ -46,6 +46,7 @@ _RETRIED = {
         "CommitBatch",
         "GetReplayStatus",
     ],
+    "deskrl.proto.v1.DirectoryService": ["ListReplicas"],
     "deskrl.proto.v1.InferenceService": ["Act", "GetModelInfo"],
     "deskrl.proto.v1.WeightService": ["GetWeightStatus"],
 }

@@ -69,8 +69,9 @@ def run(config: RunConfig, replica: int = 0) -> int:
 
 def temporary_folder(config: RunConfig, replica: int) -> Path:
     """Where vLLM may leave its sockets; named so that a start clears away what a replica that was killed left there."""
-    digest = hashlib.sha256(str(config.folder).encode()).hexdigest()[:10]
-    return Path(tempfile.gettempdir(), f"deskrl-inference-{digest}-{replica}")
+    identity = f"{config.folder} {config.inference.replica_address(replica)}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:10]
+    return Path(tempfile.gettempdir(), f"deskrl-inference-{digest}")
 
 
 def _end_at_once(folder: Path) -> NoReturn:
@@ -136,6 +137,7 @@ async def _serve_engine(
 ) -> int:
     """Serve an engine that runs until it is time to stop; 1 if that was because it died."""
     from deskrl.inference.acting import InferenceServicer, Prompter
+    from deskrl.inference.joining import announced
     from deskrl.inference.updating import WeightServicer
     from deskrl.proto.v1 import inference_pb2_grpc, weights_pb2_grpc
 
@@ -165,6 +167,9 @@ async def _serve_engine(
         weights_pb2_grpc.add_WeightServiceServicer_to_server(updating, server)
         health = await rpc.start_server(server, address, _SERVICES)
         _LOG.info("serving on %s", address)
+        if config.inference.join:
+            found_at = config.inference.replica_address(replica)
+            await stack.enter_async_context(announced(config.replay.address, found_at, lambda: engine.version))
         await stop.wait_async()
         await health.enter_graceful_shutdown()
         await server.stop(grace=0)

@@ -23,6 +23,7 @@ from deskrl.learner import grpo, metrics, stopping
 from deskrl.learner.checkpoint import checkpoint_name
 from deskrl.learner.evaluation import evaluation_record, mismatch_rows
 from deskrl.learner.imitation import demonstration, image_sizes, imitate
+from deskrl.learner.joined import follow_joined
 from deskrl.learner.parts import Parts, assemble
 from deskrl.learner.plan import DEMO, TRAIN, eval_queue
 from deskrl.learner.records import add_counts, pending_commit, update_record, weights_record
@@ -82,6 +83,7 @@ class Learner:
             self._save()
         self._phase("publishing")
         if self._is_first:
+            follow_joined(self._parts.replay.joined_replicas, self._parts.publisher.set_joined, self._parts.stop)
             self._parts.publisher.wait_for_replicas()
         self._publish()
         self._announce_version()

@@ -48,6 +48,7 @@ class Parts:
     checkpoints: CheckpointStore
     canary: CanaryProbe
     publisher: Publisher
+    stop: StopEvent
     results: Results
     tracker: Tracker | None
     """Of rank 0."""
@@ -126,6 +127,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
             stop,
             on_outcome,
         ),
+        stop=stop,
         results=Results(folder, tasks),
         tracker=Tracker(config) if engine.rank == 0 else None,
     )

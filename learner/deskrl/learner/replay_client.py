@@ -14,7 +14,7 @@ from deskrl.core import rpc
 from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
 from deskrl.learner import stopping
-from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc
+from deskrl.proto.v1 import common_pb2, directory_pb2, directory_pb2_grpc, replay_pb2, replay_pb2_grpc
 
 WAIT_S = 2.0
 """How long one TakeGroup waits on the server."""
@@ -40,6 +40,7 @@ class ReplayClient:
         self._address = address
         self._channel = rpc.connect_sync(address)
         self._stub = replay_pb2_grpc.ReplayServiceStub(self._channel)
+        self._directory = directory_pb2_grpc.DirectoryServiceStub(self._channel)
         self._peer = rpc.peer("learner", name)
         self._stop = stop
         self._images: dict[str, bytes] = {}
@@ -127,6 +128,12 @@ class ReplayClient:
     def num_closed_train_groups(self) -> int:
         """Planned groups of the training queue that faults have closed: they will never be taken."""
         return int(self.status().dropped.get("faults", 0))
+
+    def joined_replicas(self) -> list[str]:
+        """Where the inference replicas are that have joined the job; raises grpc.RpcError where replay is away."""
+        request = directory_pb2.ListReplicasRequest(peer=self._peer)
+        listed: directory_pb2.ListReplicasResponse = self._directory.ListReplicas(request, timeout=rpc.UNARY_TIMEOUT_S)
+        return [replica.address for replica in listed.replicas]
 
     def close(self) -> None:
         """End the connection."""

@@ -9,8 +9,9 @@ from deskrl.core import lifetime, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.exposition import expose
 from deskrl.core.runfolder import RunFolder
-from deskrl.proto.v1 import replay_pb2_grpc, rollout_pb2_grpc
+from deskrl.proto.v1 import directory_pb2_grpc, replay_pb2_grpc, rollout_pb2_grpc
 from deskrl.replay.coordinator import Coordinator
+from deskrl.replay.directory_service import DirectoryServicer
 from deskrl.replay.metrics import Metrics
 from deskrl.replay.replay_service import ReplayServicer
 from deskrl.replay.rollout_service import RolloutServicer
@@ -18,7 +19,7 @@ from deskrl.replay.store import Store
 
 _log = logging.getLogger("deskrl.replay")
 
-SERVICES = ("deskrl.proto.v1.RolloutService", "deskrl.proto.v1.ReplayService")
+SERVICES = tuple(f"deskrl.proto.v1.{name}Service" for name in ("Rollout", "Replay", "Directory"))
 _STOP_GRACE_S = 2.0
 
 
@@ -44,6 +45,7 @@ async def _serve(config: RunConfig, store: Store, metrics: Metrics, stop: lifeti
     server = rpc.make_server()
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(RolloutServicer(coordinator), server)
     replay_pb2_grpc.add_ReplayServiceServicer_to_server(ReplayServicer(coordinator), server)
+    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(), server)
     await coordinator.open()
     expose(config.security.metrics_host, config.replay.metrics_port, "replay.metrics_port", metrics.registry)
     await rpc.start_server(server, config.replay.listen_address, SERVICES)
