@@ -33,6 +33,7 @@ class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
     """The receiving end of weights.proto over transformers."""
 
     def __init__(self, address: str, model_folder: Path, scratch: Path) -> None:
+        self.address = address
         self._model_folder = model_folder
         self._scratch = scratch
         self.policy: ToyPolicy | None = None

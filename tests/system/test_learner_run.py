@@ -18,11 +18,13 @@ from learner_kit import TASKS, ToyPolicy, build_model
 from learner_player import ToyPlayer, ToyReplica
 from replay_kit import ReplayProcess, free_port
 
+from deskrl.core import rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.presets import PRESETS
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.scores import read_scores
 from deskrl.core.trajectory import decode_step
+from deskrl.proto.v1 import directory_pb2, directory_pb2_grpc
 
 _DEADLINE_S = 240.0
 
@@ -81,6 +83,19 @@ class World:
             assert learner.poll() is None, learner.communicate()[1][-3000:]
             assert time.monotonic() < deadline, "it did not come to be"
             time.sleep(0.02)
+
+    def join(self) -> ToyReplica:
+        """A replica that the configuration does not name."""
+        self.replicas.append(ToyReplica(f"127.0.0.1:{free_port()}", self.config.model_folder, self.config.runs))
+        return self.replicas[-1]
+
+    def announce(self, replica: ToyReplica, is_leaving: bool = False) -> None:
+        """What a replica that joined says again and again."""
+        request = directory_pb2.AnnounceRequest(
+            peer=rpc.peer("inference", "toy"), address=replica.address, is_leaving=is_leaving
+        )
+        with rpc.connect_sync(self.config.replay.address) as channel:
+            directory_pb2_grpc.DirectoryServiceStub(channel).Announce(request, timeout=20)
 
     def stop_playing(self) -> None:
         if self.player is not None:
@@ -269,6 +284,28 @@ def test_a_replica_that_fails_is_quarantined_and_catches_up(world: Callable[...,
     assert "canary differs" in log
     assert all(line["ok"] for line in run.metrics("weights") if line["replica"] == 0)
     assert len(run.metrics("update")) == 2, "the run goes on with the other"
+
+
+def test_replicas_join_and_leave_while_it_learns(world: Callable[..., World]) -> None:
+    run = world(grpo=GRPO)
+    stays, leaves = (run.join() for _ in range(2))
+    learner = run.start()
+
+    def both_have_weights() -> bool:
+        run.announce(stays)
+        run.announce(leaves)
+        return bool(stays.versions and leaves.versions)
+
+    run.wait_for(both_have_weights, learner)
+    run.announce(leaves, is_leaving=True)
+    leaves.close()
+    while learner.poll() is None:
+        run.announce(stays)
+        time.sleep(0.2)
+    log = run.finish(learner)
+    assert f"{leaves.address} has left" in log and "quarantined" not in log
+    assert stays.versions[-1] == run.replicas[0].versions[-1], "it ends with what the others have"
+    assert len(run.metrics("update")) == GRPO["num_updates"]
 
 
 def test_the_only_replica_may_be_away_for_a_while(world: Callable[..., World]) -> None:

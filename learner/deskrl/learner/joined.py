@@ -12,14 +12,13 @@ from deskrl.core.lifetime import StopEvent
 POLL_S = 1.0
 
 
-
 def follow_joined(
     list_joined: Callable[[], Collection[str]], set_joined: Callable[[Collection[str]], None], stop: StopEvent
 ) -> None:
-    """Keep telling `set_joined` who has joined, from a thread of its own; while the list cannot be had, nothing changes.
+    """Keep telling `set_joined` who has joined, from a thread of its own.
 
     Args:
-        list_joined: addresses of all who have joined and not left; raises grpc.RpcError where nobody can be asked.
+        list_joined: addresses of all who have joined and not left; where it raises grpc.RpcError, nothing changes.
         set_joined: takes them over.
         stop: ends it.
     """
