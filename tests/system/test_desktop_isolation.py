@@ -3,6 +3,9 @@
 import asyncio
 import os
 import socket
+import sys
+import textwrap
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
@@ -155,3 +158,169 @@ def test_a_desktop_whose_server_was_killed_is_gone_and_says_so(run_root: Path) -
             assert await desktop.is_alive()
 
     asyncio.run(scenario())
+
+
+ESCAPES = {
+    # What is tried, as a program that prints `out` if it got there; anything else is a wall.
+    "the cloud's metadata": """
+        import socket
+        for address in (("169.254.169.254", 80), ("fd00:ec2::254", 80)):
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            attempt = socket.socket(family)
+            attempt.settimeout(2)
+            attempt.connect(address)
+            print("out")
+    """,
+    "a name server": """
+        import socket
+        socket.getaddrinfo("example.com", 80)
+        print("out")
+    """,
+    "a datagram to the network": """
+        import socket
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("10.0.0.1", 53))
+        print("out")
+    """,
+    "raw packets": """
+        import socket
+        socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3)
+        print("out")
+    """,
+    "the virtual machine's host": """
+        import socket
+        attempt = socket.socket(40)  # AF_VSOCK
+        attempt.settimeout(2)
+        attempt.connect((2, 22))
+        print("out")
+    """,
+    "the machine's secrets": """
+        open("/etc/shadow").read()
+        print("out")
+    """,
+    "the machine's sockets": """
+        import pathlib, socket
+        found = [path for folder in ("/run", "/var", "/tmp") for path in pathlib.Path(folder).rglob("*.sock")]
+        for path in [pathlib.Path("/var/run/docker.sock"), *found]:
+            socket.socket(socket.AF_UNIX).connect(str(path))
+            print("out")
+    """,
+    "a way up through /proc": """
+        import os
+        for process in filter(str.isdecimal, os.listdir("/proc")):
+            if os.path.exists(f"/proc/{process}/root/BESIDE"):
+                print("out")
+    """,
+    "the kernel's switches": """
+        open("/proc/sys/kernel/core_pattern", "w").write("|/bin/true")
+        print("out")
+    """,
+    "the kernel's trigger": """
+        open("/proc/sysrq-trigger", "w").write("s")
+        print("out")
+    """,
+    "the machine's memory": """
+        open("/dev/mem", "rb").read(1)
+        print("out")
+    """,
+    "a disk": """
+        import os
+        os.mknod("/tmp/disk", 0o060600, os.makedev(8, 0))
+        open("/tmp/disk", "rb").read(1)
+        print("out")
+    """,
+    "devices": """
+        import os
+        if set(os.listdir("/dev")) - {"null", "zero", "full", "random", "urandom", "tty", "pts", "ptmx", "console",
+                                      "shm", "mqueue", "fd", "stdin", "stdout", "stderr", "core"}:
+            print("out")
+    """,
+    "a mount": """
+        import ctypes
+        if ctypes.CDLL(None).mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0:
+            print("out")
+    """,
+    "another root": """
+        import os
+        os.chroot("/tmp")
+        print("out")
+    """,
+    "control groups": """
+        import pathlib
+        for path in pathlib.Path("/sys/fs/cgroup").rglob("cgroup.procs"):
+            path.write_text("0")
+            print("out")
+    """,
+    "a module": """
+        import ctypes
+        if ctypes.CDLL(None).syscall(313, -1, b"", 0) == 0:  # finit_module
+            print("out")
+    """,
+    "the clock": """
+        import time
+        time.clock_settime(time.CLOCK_REALTIME, time.time())
+        print("out")
+    """,
+    "a program of root's": """
+        import subprocess
+        print(subprocess.run(["su", "-c", "echo out"], capture_output=True, text=True, input="").stdout)
+    """,
+    "the keys of the kernel": """
+        import ctypes
+        if ctypes.CDLL(None).syscall(250, 11, -3, 0, 0, 0) > 0:  # keyctl: read the session's keyring
+            print("out")
+    """,
+}
+
+
+def test_no_way_out_is_open(run_root: Path) -> None:
+    beside = Path(f"/deskrl-{os.getpid()}")
+
+    async def scenario() -> dict[str, str]:
+        async with running_desktop(CONFIG, run_root) as desktop:
+            said = {}
+            for name, program in ESCAPES.items():
+                program = textwrap.dedent(program).replace("/BESIDE", str(beside))
+                said[name] = (await desktop.execute(["/usr/bin/python3", "-c", program])).stdout.strip()
+            assert (await desktop.execute(["/usr/bin/python3", "-c", "print('out')"])).stdout == "out\n", "they can run"
+            return said
+
+    beside.mkdir()
+    try:
+        said = asyncio.run(scenario())
+    finally:
+        beside.rmdir()
+    assert set(said.values()) == {""}, {name: text for name, text in said.items() if text}
+
+
+def test_processes_of_the_machine_are_out_of_sight_and_reach(run_root: Path) -> None:
+    async def scenario() -> None:
+        async with running_desktop(CONFIG, run_root) as desktop:
+            marker = f"deskrl-bystander-{os.getpid()}"
+            bystander = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", marker, stdin=PIPE)
+            try:
+                listing = (await desktop.execute("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", shell=True)).stdout
+                assert marker not in listing
+                await desktop.execute(["kill", "-9", str(bystander.pid)])
+                assert bystander.returncode is None
+            finally:
+                bystander.kill()
+                await bystander.wait()
+
+    asyncio.run(scenario())
+
+
+def test_nothing_secret_of_the_actor_is_inside(run_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not its environment, and none of its open files."""
+    monkeypatch.setenv("DESKRL_TEST_SECRET", "swordfish")
+
+    async def scenario() -> None:
+        async with running_desktop(CONFIG, run_root) as desktop:
+            environments = (await desktop.execute("cat /proc/[0-9]*/environ 2>/dev/null", shell=True)).stdout
+            assert "PATH=" in environments
+            assert "swordfish" not in environments
+            files = (await desktop.execute("ls -l /proc/[0-9]*/fd 2>/dev/null", shell=True)).stdout
+            assert Path(__file__).name not in files
+
+    with open(__file__, "rb") as opened:
+        os.set_inheritable(opened.fileno(), True)
+        asyncio.run(scenario())

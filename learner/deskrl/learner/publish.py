@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from itertools import count
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -36,6 +37,8 @@ RECOVERY_S = 300.0
 """How long an update waits for a replica to come back when none could be reached."""
 RETRY_S = 2.0
 _POLL_S = 0.2
+_MAX_AT_ONCE = 32
+"""Replicas that are updated at the same time."""
 
 _log = logging.getLogger("deskrl.learner")
 
@@ -59,7 +62,9 @@ class Weights(Protocol):
 
 
 class Publisher:
-    """Publishes to all replicas of a run. All ranks have one and call `publish`; the rest is rank 0's alone.
+    """Publishes to all replicas of a run, those that join it later included.
+
+    All ranks have one and call `publish`; the rest is rank 0's alone.
 
     Args:
         config: of inference: where the replicas are, and how weights go to them.
@@ -77,14 +82,15 @@ class Publisher:
         stop: StopEvent,
         on_outcome: Callable[[Outcome], None],
     ) -> None:
-        self._replicas = [
-            Replica(index, address, config.weight_transfer, tolerance, sender)
-            for index, address in enumerate(config.replica_addresses)
-        ]
+        self._config = config
         self._sender = sender
+        self._tolerance = tolerance
+        self._replicas = dict(enumerate(map(self._connect, range(config.num_replicas), config.replica_addresses)))
+        self._joined: dict[str, Replica] = {}
+        self._left: list[Replica] = []
         self._stop = stop
         self._on_outcome = on_outcome
-        self._pool = ThreadPoolExecutor(config.num_replicas, thread_name_prefix="publish")
+        self._pool = ThreadPoolExecutor(_MAX_AT_ONCE, thread_name_prefix="publish")
         self._newest: Snapshot | None = None
         self._lock = threading.Lock()
         self._catching_up: set[int] = set()
@@ -99,8 +105,9 @@ class Publisher:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             stopping.check(self._stop)
-            healthy = [replica for replica in self._replicas if rpc.check_health(replica.address)]
-            if len(healthy) == len(self._replicas) or (healthy and time.monotonic() > deadline):
+            replicas = self._known()
+            healthy = [replica for replica in replicas if rpc.check_health(replica.address)]
+            if healthy and (len(healthy) == len(replicas) or time.monotonic() > deadline):
                 break
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no inference replica has come up in {START_TIMEOUT_S:.0f} s")
@@ -135,7 +142,8 @@ class Publisher:
     def _open(self, announcement: Announcement) -> tuple[list[DirectUpdate], list[Outcome], list[Replica]]:
         """Ask every replica that is not catching up: those that wait for buckets, failed, or want a stream."""
         with self._lock:
-            current = [replica for replica in self._replicas if replica.index not in self._catching_up]
+            self._newest = None  # what it was is old by now: nobody has caught up by it
+            current = [replica for index, replica in self._replicas.items() if index not in self._catching_up]
         if self._sender is not None:
             self._sender.prepare(announcement.specs)
         opened, outcomes, streaming = [], [], []
@@ -174,7 +182,7 @@ class Publisher:
         for outcome in outcomes:
             self._on_outcome(outcome)
             if not outcome.ok:
-                self._quarantine(self._replicas[outcome.replica], outcome)
+                self._quarantine(outcome)
         if any(outcome.ok for outcome in outcomes):
             return
         if all(outcome.may_recover for outcome in outcomes) and self._one_recovers():
@@ -189,6 +197,37 @@ class Publisher:
             stopping.check(self._stop)
         return [future.result() for future in pending]
 
+    def set_joined(self, addresses: Collection[str]) -> None:
+        """These replicas have joined, and no others. A new one is brought the newest weights from a thread of its own.
+
+        Weights that went directly from GPU to GPU are kept nowhere: then it gets the next ones, as a stream.
+        """
+        joined = set(addresses).difference(self._config.replica_addresses)
+        with self._lock:
+            left = [self._joined.pop(address) for address in self._joined.keys() - joined]
+            for replica in left:
+                del self._replicas[replica.index]
+                self._catching_up.discard(replica.index)
+            self._left += left
+            first = len(self._replicas) + len(self._left)
+            new = list(map(self._connect, count(first), sorted(joined - self._joined.keys())))
+            self._joined |= {replica.address: replica for replica in new}
+            self._replicas |= {replica.index: replica for replica in new}
+            self._catching_up |= {replica.index for replica in new}
+        for replica in left:
+            _log.info("replica %d at %s has left", replica.index, replica.address)
+        for replica in new:
+            _log.info("replica %d at %s has joined", replica.index, replica.address)
+            self._start_catching_up(replica)
+
+    def _connect(self, index: int, address: str) -> Replica:
+        return Replica(index, address, self._config.weight_transfer, self._tolerance, self._sender)
+
+    def _known(self) -> list[Replica]:
+        """All that there are now: threads add and remove some."""
+        with self._lock:
+            return list(self._replicas.values())
+
     def num_quarantined(self) -> int:
         """Replicas that do not serve the newest weights."""
         with self._lock:
@@ -196,7 +235,7 @@ class Publisher:
 
     def close(self) -> None:
         """End all connections; streams under way break off, and the replicas keep what they have."""
-        for replica in self._replicas:
+        for replica in (*self._known(), *self._left):
             replica.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -210,20 +249,25 @@ class Publisher:
             self._stop.wait(_POLL_S)
         return True
 
-    def _quarantine(self, replica: Replica, outcome: Outcome) -> None:
-        _log.error("replica %d is quarantined: %s", replica.index, outcome.error)
+    def _quarantine(self, outcome: Outcome) -> None:
+        _log.error("replica %d is quarantined: %s", outcome.replica, outcome.error)
         with self._lock:
+            replica = self._replicas.get(outcome.replica)
+            if replica is None:
+                return  # it has left
             self._catching_up.add(replica.index)
+        self._start_catching_up(replica)
+
+    def _start_catching_up(self, replica: Replica) -> None:
         name = f"catch-up-{replica.index}"
         threading.Thread(target=self._catch_up, args=(replica,), name=name, daemon=True).start()
 
     def _catch_up(self, replica: Replica) -> None:
-        """Bring the newest weights until it has them and none newer have come meanwhile."""
-        while not self._stop.wait(RETRY_S):
-            if not rpc.is_healthy(replica.address):
-                continue
+        """Bring the newest weights until it has them and none newer have come meanwhile, or it has left."""
+        while replica.index in self._replicas and not self._stop.wait(RETRY_S):
             snapshot = self._newest
-            assert snapshot is not None
+            if snapshot is None or not rpc.is_healthy(replica.address):
+                continue
             outcome = replica.stream(snapshot, late=True)
             self._on_outcome(outcome)
             with self._lock:

@@ -170,6 +170,8 @@ def _start(spec: SandboxSpec, passed: dict[str, int]) -> subprocess.Popen[bytes]
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=tuple(passed.values()),
+            # Its init keeps what it is started with, for every process inside to read: none of the actor's secrets.
+            env={"PATH": os.environ.get("PATH", os.defpath)},
         )
 
 

@@ -19,6 +19,7 @@ from deskrl.actor.guest.desk import Desk
 from deskrl.actor.guest.fast import fast_routes
 from deskrl.actor.guest.hands import Hands
 from deskrl.actor.guest.http import Server
+from deskrl.actor.guest.keyring import leave_keyring
 from deskrl.actor.guest.osworld import osworld_routes
 from deskrl.actor.guest.screen import Screen
 from deskrl.actor.guest.session import DISPLAY, Limits, Session
@@ -30,6 +31,7 @@ _BACKGROUND = 0x2E5266
 def main() -> None:
     """Start everything, serve for ever."""
     options = json.loads(sys.argv[1])
+    leave_keyring()
     limits = Limits(options["max_processes"], options["max_data_bytes"])
     session = Session(options["width"], options["height"], limits)
     framebuffer = session.wait_for_x_server()
