@@ -6,6 +6,7 @@ Knows the format and its limits, nothing of who writes it. Token ids and logprob
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,11 +93,28 @@ def decode_step(data: bytes, *, with_ids: bool = True) -> Step:
         record["images"] = tuple(record["images"])
         record["spans"] = tuple(Span(**span) for span in record["spans"])
         record["messages"] = tuple(record["messages"])
-        return Step(**record)
+        step = Step(**record)
+        _refuse_other_types(step)
+        return step
     except CodecError:
         raise
     except Exception as error:  # msgpack and malformed records fail in many ways; all mean one thing here
         raise CodecError(f"not a step: {error}") from error
+
+
+def _refuse_other_types(step: Step) -> None:
+    """Raise CodecError where a field holds a value of another type than its annotation: nobody checks it later."""
+    values: tuple[tuple[type, Iterable[object]], ...] = (
+        (int, (step.index, *(number for span in step.spans for number in (span.step, span.start, span.end)))),
+        (str, (step.screenshot, step.text, step.processor_hash, *step.images, *(span.lineage for span in step.spans))),
+        (bytes, step.messages),
+        (dict, (step.action, step.timings_ms)),
+    )
+    if not all(type(one) is kind for kind, of_kind in values for one in of_kind):
+        raise CodecError("a field of the step is of another type")
+    numbers = (step.temperature, *step.timings_ms.values())
+    if not all(type(number) in (int, float) for number in numbers):
+        raise CodecError("a temperature or a timing is no number")
 
 
 def _num_items(array: Any) -> int:
