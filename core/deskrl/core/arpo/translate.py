@@ -243,6 +243,10 @@ def _machine(values: ArpoValues, result: Translation) -> None:
     _devices(num_gpus, values["worker.rollout.tensor_parallel_size"], result)
     # FSDP shards parameters too, or gradients and optimizer states alone.
     result.values["learner.zero_stage"] = 3 if values["worker.actor.fsdp.enable_full_shard"] else 2
+    if values["worker.actor.model.enable_gradient_checkpointing"]:
+        result.values["learner.activations"] = "layers"
+    if values["worker.actor.offload.offload_optimizer"] or values["worker.actor.fsdp.enable_cpu_offload"]:
+        result.values["learner.offload_optimizer"] = True
     if num_gpus == 0:
         result.values |= {"learner.dtype": "float32", "inference.dtype": "float32"}
         result.values["inference.kv_cache_bytes"] = _CPU_KV_CACHE_BYTES

@@ -17,6 +17,12 @@ from deskrl.core.explain.shape import ModelShape
 
 _HIDDEN_KEPT, _INTERMEDIATE_KEPT = 8, 4
 _HIDDEN_KEPT_ONLY = {"attention": 2, "layers": 1}
+_LOGITS_AT_ONCE = 1024
+"""Action tokens whose distribution is there in float32 at a time: logits, logprobs and gradient."""
+_BUCKET_ELEMENTS = 250_000_000
+"""Gradients on their way between ranks, or to the host."""
+_LIVE_PARAMETERS = 1_000_000_000
+"""What DeepSpeed gathers at most of parted weights."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,20 @@ def learner_memory(config: RunConfig, shape: ModelShape, rows: Rows) -> LearnerM
     # ZeRO keeps master weights of its own, in float32 too; two moments beside them.
     states = 8 if stage == 0 and width == 4 else 12
     optimizer = states * trained // (ranks if stage >= 1 else 1)
+    weights = width * shape.num_parameters
+    if stage == 3:
+        weights = weights // ranks + width * min(_LIVE_PARAMETERS, shape.num_parameters)
+    # Whole ones add up in the type of the forward pass, parted ones in float32.
+    gradients = 4 * trained // ranks + width * min(_BUCKET_ELEMENTS, trained) if stage >= 2 else width * trained
+    if stage >= 2 and learner.offload_optimizer:
+        gradients = width * min(_BUCKET_ELEMENTS, trained)
+    at_once = min(_LOGITS_AT_ONCE, micro.targets)
     return LearnerMemory(
-        weights=width * shape.num_parameters // (ranks if stage == 3 else 1),
-        gradients=width * trained // (ranks if stage >= 2 else 1),
+        weights=weights,
+        gradients=gradients,
         optimizer=0 if learner.offload_optimizer else optimizer,
         activations=activation_bytes(learner, shape, micro),
-        logits=3 * 4 * micro.targets * shape.vocab,
+        logits=(2 * width * micro.targets + 3 * 4 * at_once) * shape.vocab,
     )
 
 
@@ -108,7 +122,7 @@ def replica_memory(config: RunConfig, shape: ModelShape, gpu_bytes: int | None) 
     """Of one GPU of a replica; `gpu_bytes` is its size."""
     inference = config.inference
     width = _width(inference.dtype)
-    workers = int(inference.engine_args.get("tensor_parallel_size", 1))
+    workers = inference.num_workers
     weights = width * shape.num_parameters // workers
     cache = inference.kv_cache_bytes
     if cache is None and gpu_bytes is not None:

@@ -128,15 +128,21 @@ def learning_seconds(config: RunConfig, batches: Batches, rows: Rows, shape: Mod
 
 
 def update_flops(config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape) -> float:
-    """Forward and backward of every row, and the forward pass that scores the later optimizer steps' rows before."""
+    """Forward and backward of every row, and the forward pass that scores the later optimizer steps' rows before.
+
+    What is computed anew in the backward pass is not counted; it lowers the share of the rate that is progress.
+    """
+    learner = config.learner
     targets = rows.steps * rows.action_tokens / rows.rows_per_trajectory
     mean_tokens = rows.tokens_per_trajectory / rows.rows_per_trajectory
     language = shape.language_flops(round(mean_tokens), round(targets)) * rows.rows_per_trajectory
-    vision = shape.vision_flops(rows.patches_per_image) * rows.images_per_trajectory
     later = 1 - 1 / batches.optimizer_steps_per_update
-    passes = 3 + later
-    vision_passes = 1 + later if config.learner.freeze_vision else passes
-    return batches.episodes_per_update * (passes * language + vision_passes * vision)
+    num_images, vision_passes = rows.images_per_trajectory, 3 + later
+    if learner.freeze_vision:
+        keeps_features = learner.feature_cache_bytes > 0 and learner.zero_stage < 3
+        num_images, vision_passes = (rows.steps, 1.0) if keeps_features else (num_images, 1 + later)
+    vision = shape.vision_flops(rows.patches_per_image) * num_images
+    return batches.episodes_per_update * ((3 + later) * language + vision_passes * vision)
 
 
 def _slowest(num: int, spread: float) -> float:
