@@ -1,12 +1,15 @@
 """Screenshots are what their names say, and are kept while there is room."""
 
+import asyncio
 import io
 
 import pytest
+import torch
 from PIL import Image
 
 from deskrl.core.ids import image_hash
-from deskrl.inference.images import ImageCache, ImageError, decode_image
+from deskrl.inference.images import ImageError, PatchCache, Screenshots, decode_image
+from deskrl.inference.pixels import Patches
 
 
 def png(shade: int, mode: str = "RGB") -> bytes:
@@ -33,19 +36,67 @@ def test_bytes_that_are_no_image_are_refused(data: bytes) -> None:
         decode_image(image_hash(data), data)
 
 
+def patches(num_bytes: int = 300) -> Patches:
+    return Patches(torch.zeros(1, num_bytes, dtype=torch.uint8), torch.ones(3, dtype=torch.long), num_tokens=1)
+
+
 def test_the_least_recently_used_image_makes_room() -> None:
-    images = [Image.new("RGB", (10, 10), shade) for shade in range(3)]
-    cache = ImageCache(max_bytes=2 * 300)
-    cache.put("a", images[0])
-    cache.put("b", images[1])
-    assert cache.get("a") is images[0]
-    cache.put("c", images[2])
-    assert (cache.get("a"), cache.get("b"), cache.get("c")) == (images[0], None, images[2])
+    entries = [patches() for _ in range(3)]
+    cache = PatchCache(max_bytes=2 * 300)
+    cache.put("a", entries[0])
+    cache.put("b", entries[1])
+    assert cache.get("a") is entries[0]
+    cache.put("c", entries[2])
+    assert (cache.get("a"), cache.get("b"), cache.get("c")) == (entries[0], None, entries[2])
     assert (len(cache), cache.num_bytes) == (2, 600)
 
 
 def test_an_image_put_twice_takes_room_once() -> None:
-    cache = ImageCache(max_bytes=1000)
+    cache = PatchCache(max_bytes=1000)
     for _ in range(2):
-        cache.put("a", Image.new("RGB", (10, 10)))
+        cache.put("a", patches())
     assert cache.num_bytes == 300
+
+
+def test_a_screenshot_that_several_requests_bring_is_made_ready_once_and_kept() -> None:
+    made: list[Image.Image] = []
+
+    def make(image: Image.Image) -> Patches:
+        made.append(image)
+        return patches()
+
+    async def scenario() -> None:
+        screenshots = Screenshots(make, max_bytes=1000)
+        name = image_hash(png(7))
+        together = await asyncio.gather(*(screenshots.add(name, png(7)) for _ in range(3)))
+        later = await screenshots.add(name, png(7))
+        assert {id(one) for one in [*together, later, screenshots.get(name)]} == {id(later)}
+
+    asyncio.run(scenario())
+    assert len(made) == 1
+
+
+def test_what_cannot_be_shown_is_refused_and_not_kept() -> None:
+    def refuse(image: Image.Image) -> Patches:
+        raise ValueError("too thin")
+
+    async def scenario() -> None:
+        screenshots = Screenshots(refuse, max_bytes=1000)
+        name = image_hash(png(7))
+        for _ in range(2):
+            with pytest.raises(ImageError, match="cannot be shown to the policy: too thin"):
+                await screenshots.add(name, png(7))
+        assert screenshots.get(name) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_is_given_up_does_not_take_the_work_from_another() -> None:
+    async def scenario() -> None:
+        screenshots = Screenshots(lambda _: patches(), max_bytes=1000)
+        first, second = (asyncio.ensure_future(screenshots.add(image_hash(png(7)), png(7))) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert (await second).num_tokens == 1
+
+    asyncio.run(scenario())

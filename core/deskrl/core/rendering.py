@@ -168,14 +168,30 @@ def expand_images(ids: Sequence[int], image_token_id: int, tokens_per_image: Seq
     Raises:
         ValueError: the numbers of image tokens and of screenshots differ.
     """
+    return place_images(ids, image_token_id, tokens_per_image)[0]
+
+
+def place_images(
+    ids: Sequence[int], image_token_id: int, tokens_per_image: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """`expand_images`, and where each screenshot's tokens begin.
+
+    Raises:
+        ValueError: the numbers of image tokens and of screenshots differ.
+    """
     num_images = sum(1 for token in ids if token == image_token_id)
     if num_images != len(tokens_per_image):
         raise ValueError(f"{num_images} image tokens for {len(tokens_per_image)} screenshots")
     counts = iter(tokens_per_image)
     expanded: list[int] = []
+    starts: list[int] = []
     for token in ids:
-        expanded += [token] * next(counts) if token == image_token_id else [token]
-    return expanded
+        if token == image_token_id:
+            starts.append(len(expanded))
+            expanded += [token] * next(counts)
+        else:
+            expanded.append(token)
+    return expanded, starts
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

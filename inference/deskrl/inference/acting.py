@@ -13,8 +13,9 @@ from deskrl.core import rendering
 from deskrl.core.config import RunConfig
 from deskrl.core.rpc import protocol_refusal, service_status
 from deskrl.inference import metrics
-from deskrl.inference.engine import Engine, EngineDead, Prompt, Sampled
-from deskrl.inference.images import ImageCache, ImageError, decode_image
+from deskrl.inference.engine import Engine, EngineDead, ModelFacts, Prompt, Sampled
+from deskrl.inference.images import ImageError, Screenshots
+from deskrl.inference.pixels import PixelProcessor
 from deskrl.inference.versions import Version, span_messages
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from PIL.Image import Image
     from transformers import PreTrainedTokenizerFast
+
+    from deskrl.inference.pixels import Patches
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -40,12 +42,16 @@ class RequestRefused(Exception):
 
 
 class PromptFormat:
-    """How the served model is spoken to: its tokenizer, its image sizes, its hash, its suppressed tokens."""
+    """How the served model is spoken to: its tokenizer, its image processor, their hash, its suppressed tokens."""
 
     def __init__(self, model_folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.sizing = rendering.image_sizing_of(model_folder)
-        self.suppressed_ids = rendering.suppressed_ids(tokenizer, rendering.vocab_size_of(model_folder))
+        self.pixels = PixelProcessor(model_folder)
+        self.facts = ModelFacts(
+            image_token_id=rendering.image_token_id(tokenizer),
+            suppressed_ids=rendering.suppressed_ids(tokenizer, rendering.vocab_size_of(model_folder)),
+            float_table=self.pixels.float_table(),
+        )
         self.processor_hash = rendering.processor_hash(model_folder, tokenizer)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -55,13 +61,13 @@ class PromptFormat:
 
 
 class Prompter:
-    """Makes engine prompts of conversations: verifies and finds the screenshots, renders the text."""
+    """Makes engine prompts of conversations: finds the screenshots, renders the text."""
 
     def __init__(self, config: RunConfig, prompt_format: PromptFormat) -> None:
         self._max_images = config.inference.max_images
         self._max_tokens = config.inference.max_model_len
         self._format = prompt_format
-        self._cache = ImageCache(config.inference.image_cache_bytes)
+        self._screenshots = Screenshots(prompt_format.pixels.patches, config.inference.image_cache_bytes)
 
     async def prompt(
         self,
@@ -74,28 +80,27 @@ class Prompter:
         Raises:
             RequestRefused: images or messages are malformed, or it is all too long.
         """
+        # Under way before anything else: threads make the screenshots ready while this one renders the text.
+        making = {image.hash: asyncio.ensure_future(self._screenshots.add(image.hash, image.data)) for image in images}
         try:
-            # Decoding takes milliseconds, which belong to no other request.
-            sent = {image.hash: await asyncio.to_thread(decode_image, image.hash, image.data) for image in images}
             rendered = rendering.render(list(messages), self._format.tokenizer)
+            # What came with this very request is at hand even where there is too little room to keep it.
+            sent = dict(zip(making, await asyncio.gather(*making.values()), strict=True))
         except (ImageError, rendering.RenderingError) as error:
+            await asyncio.gather(*making.values(), return_exceptions=True)
             raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
-        for name, fresh in sent.items():
-            self._cache.put(name, fresh)
-        metrics.IMAGE_BYTES.set(self._cache.num_bytes)
-        # What came with this very request is at hand even where the cache is too small for it.
-        found = {name: sent.get(name) or self._cache.get(name) for name in rendered.image_hashes}
-        if missing := [name for name, image in found.items() if image is None]:
+        found = {name: sent.get(name) or self._screenshots.get(name) for name in rendered.image_hashes}
+        if missing := [name for name, patches in found.items() if patches is None]:
             return missing
-        pairs = [(name, image) for name in rendered.image_hashes if (image := found[name]) is not None]
-        self._check_length(rendered.ids, [image for _, image in pairs], num_new_tokens)
+        pairs = [(name, patches) for name in rendered.image_hashes if (patches := found[name]) is not None]
+        self._check_length(rendered.ids, [patches for _, patches in pairs], num_new_tokens)
         return Prompt(rendered.ids, pairs)
 
-    def _check_length(self, ids: tuple[int, ...], images: list[Image], num_new_tokens: int) -> None:
+    def _check_length(self, ids: tuple[int, ...], images: list[Patches], num_new_tokens: int) -> None:
         if len(images) > self._max_images:
             message = f"{len(images)} screenshots; inference.max_images is {self._max_images}"
             raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, message)
-        image_tokens = sum(self._format.sizing.num_tokens(*image.size) - 1 for image in images)
+        image_tokens = sum(patches.num_tokens - 1 for patches in images)
         if len(ids) + image_tokens + num_new_tokens > self._max_tokens:
             message = (
                 f"a prompt of {len(ids) + image_tokens} tokens and an action of {num_new_tokens}; "
@@ -128,6 +133,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             self._check(request)
             prompt = await self._prompter.prompt(request.messages, request.images, request.max_tokens)
+            image_ms = (time.perf_counter() - started) * 1e3
             if isinstance(prompt, list):
                 metrics.ACTS.labels("missing_images").inc()
                 return inference_pb2.ActResponse(missing_images=inference_pb2.MissingImages(hashes=prompt))
@@ -153,7 +159,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         metrics.PROMPT_TOKENS.inc(len(sampled.prompt_ids))
         metrics.CACHED_PROMPT_TOKENS.inc(sampled.num_cached_tokens)
         metrics.ACTION_TOKENS.inc(len(sampled.action_ids))
-        return inference_pb2.ActResponse(action=self._action(sampled))
+        return inference_pb2.ActResponse(action=self._action(sampled, image_ms))
 
     async def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: Context
@@ -192,7 +198,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             names = ", ".join(str(version) for version in sorted(served))
             raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, f"pinned to {pinned}, but {names} is served")
 
-    def _action(self, sampled: Sampled) -> inference_pb2.SampledAction:
+    def _action(self, sampled: Sampled, image_ms: float) -> inference_pb2.SampledAction:
         return inference_pb2.SampledAction(
             prompt_ids=sampled.prompt_ids,
             action_ids=sampled.action_ids,
@@ -201,6 +207,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             text=self._format.decode(sampled.action_ids),
             processor_hash=self._format.processor_hash,
             stopped=sampled.stopped,
+            image_ms=image_ms,
             queue_ms=sampled.queue_ms,
             prefill_ms=sampled.prefill_ms,
             decode_ms=sampled.decode_ms,

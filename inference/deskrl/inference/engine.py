@@ -1,31 +1,38 @@
 """The engine: vLLM's AsyncLLM behind the few calls that deskrl makes of it.
 
-Knows vLLM, token ids, images, labels and files; knows no conversation, no gRPC and no learner.
+Knows vLLM, token ids, screenshots as patches, labels and files; knows no conversation, no gRPC and no learner.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deskrl.core import lifetime
+from deskrl.core import lifetime, rendering
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.inference.versions import INITIAL, Span, SpanCounter, Version
 from deskrl.inference.weights import Received, merge_received
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from vllm import RequestOutput
+    from vllm.inputs import MultiModalInput, TokensInput
+    from vllm.multimodal.inputs import MultiModalKwargsItem
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from deskrl.inference.pixels import FloatTable, Patches
     from deskrl.proto.v1.weights_pb2 import TensorSpec
+
 
 TRANSFER_BACKEND = "deskrl"
 """Name of the weight-transfer engine that `transfer` registers with vLLM."""
+
+PATCHES_KEY = "deskrl_patches"
+"""What a screenshot's bytes are called on their way to `worker`. Another name than that of the floats that vLLM's own
+processor makes for its OpenAI endpoint, because vLLM batches what has the same names."""
 
 
 class EngineDead(Exception):
@@ -37,7 +44,19 @@ class Prompt:
     """Token ids with one image token per screenshot, and the screenshots by hash in the same order."""
 
     ids: Sequence[int]
-    images: Sequence[tuple[str, Image]]
+    images: Sequence[tuple[str, Patches]]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the engine needs to know of the policy beyond its weights."""
+
+    image_token_id: int
+    """Stands for a part of a screenshot."""
+    suppressed_ids: Sequence[int]
+    """Never sampled."""
+    float_table: FloatTable
+    """What the bytes of screenshots become."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +78,25 @@ class Sampled:
 class Engine:
     """One vLLM engine. `version` is what new tokens are sampled under."""
 
-    def __init__(self, llm: AsyncLLM, suppressed_ids: Sequence[int], *, trust_engine_versions: bool = True) -> None:
+    def __init__(self, llm: AsyncLLM, image_token_id: int) -> None:
         """Wrap an engine that runs.
 
         Args:
             llm: the engine.
-            suppressed_ids: never sampled.
-            trust_engine_versions: take token versions from vLLM where it counts them (0.32 and later), not from us.
+            image_token_id: stands for a part of a screenshot.
         """
         from vllm.outputs import CompletionOutput
 
         self.llm = llm
         self.version = INITIAL
-        # Infinite, where an OpenAI client would say -100: the learner masks the same logits with the same value.
-        self._logit_bias = dict.fromkeys(suppressed_ids, float("-inf"))
-        self._engine_counts = trust_engine_versions and "weight_versions" in CompletionOutput.__dataclass_fields__
+        self._image_token_id = image_token_id
+        # From 0.32 on vLLM itself says which token was sampled under which label.
+        self._engine_counts = "weight_versions" in CompletionOutput.__dataclass_fields__
         self._numbers = itertools.count()
-        self._num_running = 0
+        self._counters: dict[str, SpanCounter] = {}
 
     @classmethod
-    async def start(cls, config: RunConfig, suppressed_ids: Sequence[int]) -> Engine:
+    async def start(cls, config: RunConfig, facts: ModelFacts) -> Engine:
         """Start vLLM's processes, and wait until they can sample.
 
         Raises:
@@ -87,6 +105,7 @@ class Engine:
         _set_environment(_ENVIRONMENT)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if current_platform.is_cpu():
@@ -94,11 +113,17 @@ class Engine:
         # Who the processes below follow is this role, which follows its own supervisor.
         os.environ |= lifetime.supervised_environment()
         try:
-            engine_config = AsyncEngineArgs(**engine_arguments(config)).create_engine_config()
+            # As a server: vLLM's batches are larger then than it makes them where it knows nothing of its use.
+            usage = UsageContext.OPENAI_API_SERVER
+            engine_config = AsyncEngineArgs(**engine_arguments(config)).create_engine_config(usage_context=usage)
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"vLLM refuses these settings: {reason}", "mend the inference section") from error
-        engine = cls(AsyncLLM.from_vllm_config(engine_config), suppressed_ids)
+        engine = cls(AsyncLLM.from_vllm_config(engine_config), facts.image_token_id)
+        table = facts.float_table
+        await engine.llm.collective_rpc(
+            "deskrl_set_up_policy", args=(list(facts.suppressed_ids), table.values, table.num_frames)
+        )
         await engine.set_version(INITIAL)
         return engine
 
@@ -112,7 +137,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Requests that were begun and have not ended."""
-        return self._num_running
+        return len(self._counters)
 
     async def sample(self, prompt: Prompt, *, temperature: float, max_tokens: int, seed: int, name: str) -> Sampled:
         """Sample one action.
@@ -121,36 +146,29 @@ class Engine:
             EngineDead: there is no engine left to sample with.
         """
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
+        # Suppressed tokens are masked by the worker, for all requests alike.
         params = SamplingParams(
             temperature=temperature,
             max_tokens=max_tokens,
             seed=seed,
             logprobs=0,  # of the sampled token only
-            logit_bias=self._logit_bias,
             detokenize=False,
-            # Versions are counted by watching tokens come; an engine that counts them itself need not stream.
-            output_kind=RequestOutputKind.FINAL_ONLY if self._engine_counts else RequestOutputKind.DELTA,
         )
-        counter = SpanCounter()
-        action_ids: list[int] = []
-        logprobs: list[float] = []
-        async for output in self._generate(prompt, params, name):
-            completion = output.outputs[0]
-            counter.add(self.version, len(completion.token_ids))
-            action_ids += completion.token_ids
-            logprobs += [at[token].logprob for token, at in zip(completion.token_ids, completion.logprobs, strict=True)]
-        labelled = completion.weight_versions if self._engine_counts else None
-        spans = (
-            counter.spans()
-            if labelled is None
-            else tuple(Span(Version.from_label(span.version), span.start, span.end) for span in labelled)
+        output, spans = await self._generate(prompt, params, name)
+        completion = output.outputs[0]
+        if self._engine_counts and (labelled := completion.weight_versions) is not None:
+            spans = tuple(Span(Version.from_label(span.version), span.start, span.end) for span in labelled)
+        pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+        return Sampled(
+            prompt_ids=output.prompt_token_ids,
+            action_ids=list(completion.token_ids),
+            logprobs=[at[token].logprob for token, at in pairs],
+            spans=spans,
+            stopped=completion.finish_reason == "stop",
+            num_cached_tokens=output.num_cached_tokens or 0,
+            **_timings_ms(output.metrics),
         )
-        stopped = completion.finish_reason == "stop"
-        num_cached = output.num_cached_tokens or 0
-        timings_ms = _timings_ms(output.metrics)
-        return Sampled(output.prompt_token_ids, action_ids, logprobs, spans, stopped, num_cached, *timings_ms)
 
     async def score(self, prompt: Prompt, continuation_ids: Sequence[int], name: str) -> list[float]:
         """Logprobs of a given continuation at temperature 1, with nothing suppressed."""
@@ -158,33 +176,51 @@ class Engine:
 
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         whole = Prompt([*prompt.ids, *continuation_ids], prompt.images)
-        async for output in self._generate(whole, params, name):
-            scored = output
+        scored, _ = await self._generate(whole, params, name)
         tail = scored.prompt_logprobs[-len(continuation_ids) :]
         return [at[token].logprob for token, at in zip(continuation_ids, tail, strict=True)]
 
-    async def _generate(self, prompt: Prompt, params: object, name: str) -> AsyncIterator[RequestOutput]:
+    async def _generate(self, prompt: Prompt, params: Any, name: str) -> tuple[RequestOutput, tuple[Span, ...]]:
+        """The finished output of one request, and which of its tokens were sampled under which version."""
+        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        inputs: dict[str, Any] = {"prompt_token_ids": list(prompt.ids)}
-        if prompt.images:
-            inputs["multi_modal_data"] = {"image": [image for _, image in prompt.images]}
-            # Caches of processed pixels and of encoder outputs go by these names, so a screenshot is processed once.
-            inputs["multi_modal_uuids"] = {"image": [name for name, _ in prompt.images]}
-        self._num_running += 1
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        own_name = f"{name}#{next(self._numbers)}"
+        counter = self._counters[own_name] = SpanCounter()
         try:
-            async for output in self.llm.generate(inputs, params, f"{name}#{next(self._numbers)}"):
-                yield output
+            async for output in self.llm.generate(self._input(prompt), params, own_name):
+                finished = output
         except EngineDeadError as error:
             raise EngineDead("vLLM's engine process died") from error
         finally:
-            self._num_running -= 1
+            del self._counters[own_name]
+        counter.count_to(self.version, len(finished.outputs[0].token_ids))
+        return finished, counter.spans()
+
+    def _input(self, prompt: Prompt) -> MultiModalInput | TokensInput:
+        """A prompt as vLLM's own processing would leave it, so that vLLM has nothing left to process."""
+        from vllm.inputs import mm_input, tokens_input
+        from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+
+        if not prompt.images:
+            return tokens_input(list(prompt.ids))
+        counts = [patches.num_tokens for _, patches in prompt.images]
+        ids, starts = rendering.place_images(prompt.ids, self._image_token_id, counts)
+        names = {"image": [name for name, _ in prompt.images]}
+        items: dict[str, list[MultiModalKwargsItem | None]] = {
+            "image": [_item(patches) for _, patches in prompt.images]
+        }
+        # vLLM keeps screenshots by name beside the model: what lies there already becomes None here, and is not sent.
+        self.llm.input_processor.inject_into_mm_cache(names, items)
+        places = [PlaceholderRange(offset=start, length=count) for start, count in zip(starts, counts, strict=True)]
+        return mm_input(ids, MultiModalKwargsItems(items), names, {"image": places})
 
     async def pause(self) -> int:
         """Stop sampling, keeping the requests; how many were kept."""
         # Caches are cleared by `clear_caches`, which knows what the new weights leave valid.
         await self.llm.pause_generation(mode="keep", clear_cache=False)
-        return self._num_running
+        return self.num_running
 
     async def load(self, path: str) -> None:
         """Load all weights from a safetensors file while paused."""
@@ -239,6 +275,10 @@ class Engine:
         """Say which weights are in place; of weights that were loaded, while paused."""
         if self._engine_counts:
             await self.llm.update_weight_version(str(version))
+        # Nothing is sampled while the label changes: what there is of each action was sampled under the old version.
+        for state in self.llm.output_processor.request_states.values():
+            if (counter := self._counters.get(state.external_req_id)) is not None:
+                counter.count_to(self.version, state.detokenizer.num_output_tokens())
         self.version = version
 
     def shutdown(self) -> None:
@@ -251,6 +291,7 @@ class Engine:
 def engine_arguments(config: RunConfig) -> dict[str, Any]:
     """vLLM's engine arguments for a run; what `inference.engine_args` says wins."""
     from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
     inference = config.inference
@@ -269,8 +310,11 @@ def engine_arguments(config: RunConfig) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "use_tqdm_on_load": False,
         "weight_transfer_config": WeightTransferConfig(backend=TRANSFER_BACKEND),
-        "worker_extension_cls": "deskrl.inference.transfer.TransferExtension",
+        "worker_extension_cls": "deskrl.inference.worker.WorkerExtension",
     }
+    if "mm_device_do_normalize" in AsyncEngineArgs.__dataclass_fields__:
+        # vLLM 0.32 expects bytes in place of floats then, and does its own arithmetic on whatever it gets.
+        arguments["mm_device_do_normalize"] = False
     if current_platform.is_cpu():
         # One process beside this one, as on a single GPU: a worker of its own would start 8 s later, cost half a
         # gigabyte, and spin on a core while it waits.
@@ -296,10 +340,25 @@ def _set_environment(defaults: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
-def _timings_ms(metrics: Any) -> tuple[float, float, float]:
+def _item(patches: Patches) -> MultiModalKwargsItem:
+    """A screenshot as vLLM carries it to the worker."""
+    from transformers import BatchFeature
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+
+    data = BatchFeature({PATCHES_KEY: patches.levels_ND, "image_grid_thw": patches.grid_thw_3[None]})
+    fields = {
+        PATCHES_KEY: MultiModalFieldConfig.flat("image", [slice(0, len(patches.levels_ND))]),
+        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+    }
+    return MultiModalKwargsItems.from_hf_inputs(data, fields)["image"][0]
+
+
+def _timings_ms(metrics: Any) -> dict[str, float]:
     """Time in queue, to the first token and from there to the last; all zero where vLLM keeps no such figures."""
     if metrics is None or not metrics.first_token_ts:
-        return 0.0, 0.0, 0.0
-    queue_s = metrics.scheduled_ts - metrics.queued_ts
-    prefill_s = metrics.first_token_ts - metrics.scheduled_ts
-    return queue_s * 1e3, prefill_s * 1e3, (metrics.last_token_ts - metrics.first_token_ts) * 1e3
+        return {"queue_ms": 0.0, "prefill_ms": 0.0, "decode_ms": 0.0}
+    return {
+        "queue_ms": (metrics.scheduled_ts - metrics.queued_ts) * 1e3,
+        "prefill_ms": (metrics.first_token_ts - metrics.scheduled_ts) * 1e3,
+        "decode_ms": (metrics.last_token_ts - metrics.first_token_ts) * 1e3,
+    }

@@ -1,16 +1,29 @@
-"""Screenshots by hash: verified, decoded once, kept until room is needed. Knows no engine and no wire format.
+"""Screenshots by hash: verified, made ready once, kept until room is needed. Knows no engine and no wire format.
 
 A cache, not a session: whoever asks for a screenshot that was evicted is told so and sends it again.
 """
 
 from __future__ import annotations
 
+import asyncio
 import io
+import os
+import time
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from deskrl.core.ids import image_hash
+from deskrl.inference import metrics
+
+if TYPE_CHECKING:
+    from deskrl.inference.pixels import Patches
+
+_MAX_THREADS = 8
+"""Screenshots made ready at a time, at most: eight cores make about 500 a second, more than a GPU can look at."""
 
 
 class ImageError(ValueError):
@@ -31,34 +44,79 @@ def decode_image(name: str, data: bytes) -> Image.Image:
         raise ImageError(f"image {name} cannot be decoded: {error}") from error
 
 
-class ImageCache:
-    """Decoded screenshots by hash, the least recently used one evicted first."""
+class Screenshots:
+    """Makes screenshots ready for the engine in threads, once each, and keeps them.
+
+    Decoding and scaling release the interpreter, so they take no time from the event loop. Call from one event loop.
+    """
+
+    def __init__(self, patches_of: Callable[[Image.Image], Patches], max_bytes: int) -> None:
+        """Keep up to `max_bytes` of what `patches_of` makes."""
+        self._patches_of = patches_of
+        self._cache = PatchCache(max_bytes)
+        self._threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "screenshots")
+        self._under_way: dict[str, asyncio.Future[Patches]] = {}
+
+    def get(self, name: str) -> Patches | None:
+        """The screenshot of this hash, or None if it is not (or no longer) here."""
+        return self._cache.get(name)
+
+    async def add(self, name: str, data: bytes) -> Patches:
+        """The screenshot that these bytes encode; made ready once, however many requests bring it at a time.
+
+        Raises:
+            ImageError: the name is not the hash of the bytes, or the bytes are no image that the policy could see.
+        """
+        if name not in self._under_way:
+            if (ready := self._cache.get(name)) is not None:
+                return ready
+            work = asyncio.get_running_loop().run_in_executor(self._threads, self._make, name, data)
+            self._under_way[name] = work
+            work.add_done_callback(lambda done: self._keep(name, done))
+        # Another request may wait for the same work: it goes on if this one is cancelled.
+        return await asyncio.shield(self._under_way[name])
+
+    def _make(self, name: str, data: bytes) -> Patches:
+        started_s = time.perf_counter()
+        image = decode_image(name, data)
+        try:
+            patches = self._patches_of(image)
+        except ValueError as error:
+            raise ImageError(f"image {name} cannot be shown to the policy: {error}") from error
+        metrics.IMAGE_SECONDS.observe(time.perf_counter() - started_s)
+        return patches
+
+    def _keep(self, name: str, done: asyncio.Future[Patches]) -> None:
+        del self._under_way[name]
+        if not done.cancelled() and done.exception() is None:
+            self._cache.put(name, done.result())
+            metrics.IMAGE_BYTES.set(self._cache.num_bytes)
+
+
+class PatchCache:
+    """Screenshots by hash, the least recently used one evicted first."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._images: OrderedDict[str, Image.Image] = OrderedDict()
+        self._entries: OrderedDict[str, Patches] = OrderedDict()
         self.num_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._entries)
 
-    def put(self, name: str, image: Image.Image) -> None:
+    def put(self, name: str, patches: Patches) -> None:
         """Keep a screenshot, at the price of older ones."""
-        if name not in self._images:
-            self.num_bytes += _num_bytes(image)
-        self._images[name] = image
-        self._images.move_to_end(name)
+        if name not in self._entries:
+            self.num_bytes += patches.num_bytes
+        self._entries[name] = patches
+        self._entries.move_to_end(name)
         while self.num_bytes > self._max_bytes:
-            _, evicted = self._images.popitem(last=False)
-            self.num_bytes -= _num_bytes(evicted)
+            _, evicted = self._entries.popitem(last=False)
+            self.num_bytes -= evicted.num_bytes
 
-    def get(self, name: str) -> Image.Image | None:
+    def get(self, name: str) -> Patches | None:
         """The screenshot of this hash, or None if it is not (or no longer) here."""
-        image = self._images.get(name)
-        if image is not None:
-            self._images.move_to_end(name)
-        return image
-
-
-def _num_bytes(image: Image.Image) -> int:
-    return image.width * image.height * len(image.getbands())
+        patches = self._entries.get(name)
+        if patches is not None:
+            self._entries.move_to_end(name)
+        return patches

@@ -118,7 +118,7 @@ async def _serve(config: RunConfig, replica: int, address: str) -> int:
     started_s = time.perf_counter()
     shapes = checkpoint_shapes(config.model_folder)
     prompt_format = PromptFormat(config.model_folder, _load_tokenizer(config.model_folder))
-    engine = await Engine.start(config, prompt_format.suppressed_ids)
+    engine = await Engine.start(config, prompt_format.facts)
     try:
         await _warm_up(engine, prompt_format)
         _LOG.info("the engine is up after %.1f s", time.perf_counter() - started_s)
@@ -197,5 +197,5 @@ async def _warm_up(engine: Engine, prompt_format: PromptFormat) -> None:
 
     contents = [pb.Content(image_hash="warm-up"), pb.Content(text="warm-up")]
     prompt = render([pb.ChatMessage(role=pb.MESSAGE_ROLE_USER, contents=contents)], prompt_format.tokenizer)
-    image = Image.new("RGB", (224, 224))
+    image = prompt_format.pixels.patches(Image.new("RGB", (224, 224)))
     await engine.sample(Prompt(prompt.ids, [("warm-up", image)]), temperature=1.0, max_tokens=2, seed=0, name="warm-up")

@@ -49,19 +49,19 @@ class Span:
 
 
 class SpanCounter:
-    """Counts spans where the engine does not: told after each token (or few) which version sampled them."""
+    """Counts spans of one action where the engine does not: told how far it is whenever the version changes."""
 
     def __init__(self) -> None:
         self._starts: list[tuple[Version, int]] = []
         self._num_tokens = 0
 
-    def add(self, version: Version, num_tokens: int) -> None:
-        """`num_tokens` more were sampled under `version`."""
-        if not num_tokens:
+    def count_to(self, version: Version, num_tokens: int) -> None:
+        """There are `num_tokens` now, and those not yet counted were sampled under `version`."""
+        if num_tokens == self._num_tokens:
             return
         if not self._starts or self._starts[-1][0] != version:
             self._starts.append((version, self._num_tokens))
-        self._num_tokens += num_tokens
+        self._num_tokens = num_tokens
 
     def spans(self) -> tuple[Span, ...]:
         """Spans that cover all tokens without gap or overlap."""
