@@ -1,8 +1,8 @@
 """`Act` over gRPC against the bare engine: the same conversations with screenshots, the same sampled tokens.
 
-The bare side is vLLM's AsyncLLM in this process, with deskrl's own engine settings, given token ids, and screenshots as
-they come off the wire, decoded beside it in threads. The other side is a replica of its own, given conversations and
-encoded screenshots as an actor sends them. Turns alternate; every turn has screenshots that neither side has seen.
+The bare side is vLLM's AsyncLLM in this process, at the same settings, given token ids, and screenshots as they come
+off the wire, decoded beside it in threads. The other side is a replica of its own, given conversations and encoded
+screenshots as an actor sends them. Turns alternate; every turn has screenshots that neither side has seen.
 Prints one JSON line; `ratio` is the replica's throughput over the bare engine's, median of the turns.
 
     python tests/bench/act.py [--turns 5] [--requests 48] [--concurrency 16] [--model FOLDER]
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
 import json
 import os
 import statistics
@@ -27,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
 
 from inference_kit import act_request, system, temporary_replica, user
-from PIL import Image
+from screenshots_kit import desktop_picture
+from vllm_peer import Peer
 
 from deskrl.core import ids, rendering, rpc
 from deskrl.core.config import RunConfig
-from deskrl.inference.engine import Engine
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 MAX_TOKENS = 24
@@ -57,14 +56,6 @@ class Turn:
     num_tokens: int
 
 
-def make_screenshot(seed: int, size: tuple[int, int]) -> bytes:
-    """A picture with large plain areas, as desktops have, that no other seed makes."""
-    picture = Image.effect_mandelbrot(size, (-2.0 + seed * 1e-4, -1.2, 1.0, 1.2), 64).convert("RGB")
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def make_cases(config: RunConfig, first_seed: int, num: int, size: tuple[int, int]) -> list[Case]:
     """Requests of conversations with `SCREENSHOTS` new screenshots each."""
     from transformers import AutoTokenizer
@@ -73,7 +64,7 @@ def make_cases(config: RunConfig, first_seed: int, num: int, size: tuple[int, in
     sizing = rendering.image_sizing_of(config.model_folder)
     cases = []
     for seed in range(first_seed, first_seed + num):
-        shots = [make_screenshot(seed * SCREENSHOTS + index, size) for index in range(SCREENSHOTS)]
+        shots = [desktop_picture(seed * SCREENSHOTS + index, size) for index in range(SCREENSHOTS)]
         images = [common_pb2.Image(hash=ids.image_hash(data), data=data) for data in shots]
         messages = [system("You use a computer."), user(f"Task {seed}.", *images)]
         rendered = rendering.render(messages, tokenizer)
@@ -110,34 +101,12 @@ async def run_turn(cases: Sequence[Case], concurrency: int, answer: Callable[[Ca
     return Turn(len(cases) / (time.perf_counter() - started_s), latencies_s, num_tokens)
 
 
-def decode(image: common_pb2.Image) -> Image.Image:
-    """The pixels of a screenshot."""
-    return Image.open(io.BytesIO(image.data)).convert("RGB")
-
-
-def bare_answer(engine: Engine, suppressed_ids: Sequence[int]) -> Callable[[Case], Any]:
+def bare_answer(peer: Peer) -> Callable[[Case], Any]:
     """Asks vLLM itself."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
 
     async def answer(case: Case) -> int:
-        params = SamplingParams(
-            temperature=1.0,
-            max_tokens=MAX_TOKENS,
-            seed=case.seed,
-            logprobs=0,
-            logit_bias=dict.fromkeys(suppressed_ids, float("-inf")),
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        inputs = {
-            "prompt_token_ids": case.prompt_ids,
-            "multi_modal_data": {"image": [await asyncio.to_thread(decode, image) for image in case.images]},
-            "multi_modal_uuids": {"image": [image.hash for image in case.images]},
-        }
-        async for output in engine.llm.generate(inputs, params, f"bare-{case.seed}"):
-            num_tokens = len(output.outputs[0].token_ids)
-        return num_tokens
+        params = {"temperature": 1.0, "max_tokens": MAX_TOKENS, "seed": case.seed}
+        return len((await peer.sample(case.prompt_ids, case.images, params, f"bare-{case.seed}")).action_ids)
 
     return answer
 
@@ -158,12 +127,12 @@ async def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, A
 
     tokenizer = AutoTokenizer.from_pretrained(config.model_folder)
     suppressed_ids = rendering.suppressed_ids(tokenizer, rendering.vocab_size_of(config.model_folder))
-    engine = await Engine.start(config, suppressed_ids)
+    peer = Peer(config, suppressed_ids)
     sides: dict[str, list[Turn]] = {"bare": [], "act": []}
     try:
         async with rpc.connect(config.inference.address) as channel:
             answers = {
-                "bare": bare_answer(engine, suppressed_ids),
+                "bare": bare_answer(peer),
                 "act": act_answer(inference_pb2_grpc.InferenceServiceStub(channel)),
             }
             size = (options.width, options.height)
@@ -174,7 +143,7 @@ async def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, A
                     if turn >= 0:
                         sides[side].append(result)
     finally:
-        engine.shutdown()
+        peer.shutdown()
     return describe(sides, options)
 
 

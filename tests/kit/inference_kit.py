@@ -222,10 +222,16 @@ class Replica:
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
-def replica_config(folder: Path, port: int, **inference: Any) -> RunConfig:
-    """A run whose replica serves the tiny model, which is built if it is not there."""
-    model = folder / "model"
-    if not model.exists():
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def replica_config(folder: Path, port: int, model: Path | None = None, **inference: Any) -> RunConfig:
+    """A run whose replica serves a model; without one the tiny model, which is built if it is not there."""
+    if model is None and not (model := folder / "model").exists():
         build_tiny_model(model, seed=0, image_size=IMAGE_SIZE, corpus=CORPUS * 20)
     settings: dict[str, Any] = {
         "address": f"127.0.0.1:{port}",
@@ -285,12 +291,7 @@ def _wait_until_serving(address: str, process: subprocess.Popen[bytes], log: Pat
 @contextmanager
 def temporary_replica(model: Path | None, max_concurrent: int) -> Iterator[RunConfig]:
     """A replica in a folder of its own, of the given model or the tiny one; the configuration that it serves by."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        config = replica_config(Path(folder), port, max_concurrent=max_concurrent)
-        if model is not None:
-            config = config.model_copy(update={"model": ModelConfig(path=model)})
+        config = replica_config(Path(folder), free_port(), model, max_concurrent=max_concurrent)
         with running_replica(config, Path(folder) / "replica.log"):
             yield config

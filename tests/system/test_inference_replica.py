@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import socket
 import stat
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from inference_kit import (
     Reference,
     Replica,
     act_request,
+    free_port,
     replica_config,
     running_replica,
     sampled,
@@ -47,17 +47,11 @@ DEPENDS_ON_THE_BATCH = torch.cuda.is_available()
 INSTRUCTION = [system("You use a computer."), user("Open the editor.")]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     """One replica for all of these tests: its engine takes most of a minute to start on a busy machine."""
     folder = tmp_path_factory.mktemp("inference")
-    config = replica_config(folder, _free_port(), openai_port=_free_port())
+    config = replica_config(folder, free_port(), openai_port=free_port())
     with running_replica(config, folder / "replica.log") as running:
         processes = running.descendants()
         yield running

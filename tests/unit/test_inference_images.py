@@ -25,9 +25,14 @@ def test_an_image_becomes_three_channels(mode: str) -> None:
     assert (image.mode, image.size) == ("RGB", (10, 10))
 
 
-def test_bytes_of_another_name_are_refused() -> None:
-    with pytest.raises(ImageError, match="other bytes"):
-        decode_image(image_hash(b"another"), png(7))
+def test_bytes_of_another_name_are_refused_even_where_the_screenshot_is_known() -> None:
+    async def scenario() -> None:
+        screenshots = Screenshots(lambda _: patches(), max_bytes=1000)
+        await screenshots.add(image_hash(png(7)), png(7))
+        with pytest.raises(ImageError, match="other bytes"):
+            await screenshots.add(image_hash(png(7)), png(8))
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", png(7)[:40]], ids=["empty", "text", "cut short"])

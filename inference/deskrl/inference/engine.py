@@ -102,14 +102,11 @@ class Engine:
         Raises:
             UserError: vLLM refuses the model or the settings.
         """
-        _set_environment(_ENVIRONMENT)
+        set_environment()
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        if current_platform.is_cpu():
-            _set_environment(_CPU_ENVIRONMENT)
         # Who the processes below follow is this role, which follows its own supervisor.
         os.environ |= lifetime.supervised_environment()
         try:
@@ -334,8 +331,16 @@ _CPU_ENVIRONMENT = {
 }
 
 
-def _set_environment(defaults: Mapping[str, str]) -> None:
-    """Set what vLLM reads from the environment; the user's own settings win."""
+def set_environment() -> None:
+    """Set what vLLM reads from the environment, before it is first imported; the user's own settings win."""
+    _set_defaults(_ENVIRONMENT)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _set_defaults(_CPU_ENVIRONMENT)
+
+
+def _set_defaults(defaults: Mapping[str, str]) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

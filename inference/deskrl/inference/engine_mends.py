@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from vllm.model_executor.layers.attention import mm_encoder_attention
 from vllm.v1.core.sched import output
+
+from deskrl.inference.window_attention import window_attention
 
 
 def _keep_all(mm_features: Any, *_: Any, **__: Any) -> Any:
@@ -19,3 +23,17 @@ def _keep_all(mm_features: Any, *_: Any, **__: Any) -> Any:
 # test_inference_replica: a later step of an episode goes on under new vision weights.
 if hasattr(output, "strip_covered_mm_data"):
     output.strip_covered_mm_data = _keep_all
+
+
+_one_by_one = mm_encoder_attention.vit_torch_sdpa_wrapper
+
+
+def _together(q: Any, k: Any, v: Any, scale: Any = None, cu_seqlens: Any = None, enable_gqa: bool = False) -> Any:
+    attention = _one_by_one if torch.compiler.is_compiling() else window_attention
+    return attention(q, k, v, scale, cu_seqlens, enable_gqa)
+
+
+# Where a vision tower attends by PyTorch's kernels (`TORCH_SDPA`: on CPUs, and where FlashAttention is not installed),
+# vLLM 0.26 to 0.32 calls one kernel for each window of each layer, and waits for the device in each layer: most of the
+# time of a new screenshot. test_inference_window_attention: the same numbers; tests/bench/gpu_inference.py: the time.
+mm_encoder_attention.vit_torch_sdpa_wrapper = _together

@@ -1,0 +1,356 @@
+"""New screenshots a second, and known ones: `Act` over gRPC against bare vLLM, for many desktops at a time.
+
+Each turn has as many requests as there are desktops, all at once: a short task and one screenshot that nobody has seen.
+Both sides answer them, then the very same requests again (prompts and screenshots are then cached; an actor sends no
+bytes of what it sent before). Turns alternate which side goes first. The peers are vLLM's AsyncLLM in this process, so
+without any transport, at the run's settings (batches and memory as ours) and vLLM's documented ones for images:
+
+    cached    processor cache and the cache beside the model, one renderer thread: vLLM's default
+    parallel  eight renderer threads, which vLLM allows without these caches only
+
+all with a hash for each screenshot, decoding in threads, the renderer in its own threads, and the encoder attention
+that the first working one of vLLM's own list gives on this machine. Prints progress, and one JSON line at the end:
+`ratio` is the median over the turns of our new screenshots a second over those of the best peer, `warm_ratio` the same
+for known ones. `logprob_gap` is how far logprobs of the same sampled tokens lie apart between the sides, and
+`logprob_noise` how far between a peer's own two passes: the sampled distribution is the same if they are alike.
+
+    python tests/bench/gpu_inference.py [--turns 5] [--desktops 256] [--peers cached,parallel] [--budget-s 420]
+    python tests/bench/gpu_inference.py --model tiny --device cpu     # the program itself, on any machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
+
+from inference_kit import CORPUS, act_request, free_port, replica_config, running_replica, system, user
+from screenshots_kit import desktop_picture
+from vllm_peer import Answer, Peer
+
+from deskrl.core import ids, rendering, rpc
+from deskrl.core.config import RunConfig
+from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
+
+KIT = Path(__file__).resolve().parent.parent / "kit"
+PEERS: dict[str, dict[str, Any]] = {
+    "cached": {},
+    "parallel": {"renderer_num_workers": 8, "mm_processor_cache_gb": 0},
+}
+SIZE = {"7b": (1280, 720), "tiny": (504, 280)}
+ENCODER_ATTENTION = ("FLASH_ATTN", "TRITON_ATTN", "TORCH_SDPA")
+"""In the order in which vLLM prefers them on CUDA."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request in both forms."""
+
+    request: inference_pb2.ActRequest
+    prompt_ids: list[int]
+    image: common_pb2.Image
+    params: dict[str, Any]
+
+
+@dataclass
+class Pass:
+    """One side's answers to the cases of a turn."""
+
+    requests_per_s: float
+    answers: list[Answer]
+
+
+@dataclass
+class Side:
+    """One of those that are compared."""
+
+    name: str
+    answer: Callable[[Case, bool], Awaitable[Answer]]
+    new: list[Pass] = field(default_factory=list)
+    warm: list[Pass] = field(default_factory=list)
+
+
+STARTED_S = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(f"[{time.monotonic() - STARTED_S:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+class CaseMaker:
+    """Makes requests that nobody has seen."""
+
+    def __init__(self, model_folder: Path, size: tuple[int, int], max_tokens: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        self.suppressed_ids = rendering.suppressed_ids(self.tokenizer, rendering.vocab_size_of(model_folder))
+        self._num_tokens = rendering.image_sizing_of(model_folder).num_tokens(*size)
+        self._size = size
+        self._max_tokens = max_tokens
+
+    def make(self, seeds: Sequence[int]) -> list[Case]:
+        """One for each seed."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self._make, seeds))
+
+    def _make(self, seed: int) -> Case:
+        data = desktop_picture(seed, self._size)
+        image = common_pb2.Image(hash=ids.image_hash(data), data=data)
+        messages = [system("You use a computer."), user(f"Task {seed}: open the editor and type hello.", image)]
+        rendered = rendering.render(messages, self.tokenizer)
+        params: dict[str, Any] = {"temperature": 1.0, "max_tokens": self._max_tokens, "seed": seed}
+        return Case(
+            request=act_request(messages, [image], **params),
+            prompt_ids=rendering.expand_images(
+                rendered.ids, rendering.image_token_id(self.tokenizer), [self._num_tokens]
+            ),
+            image=image,
+            params=params,
+        )
+
+
+def act_side(stub: inference_pb2_grpc.InferenceServiceStub, stages_ms: dict[str, list[float]]) -> Side:
+    """Asks the replica; notes where the time of new screenshots went."""
+
+    async def answer(case: Case, known: bool) -> Answer:
+        request = case.request
+        if known:
+            request = inference_pb2.ActRequest()
+            request.CopyFrom(case.request)
+            del request.images[:]
+        started_s = time.perf_counter()
+        action = (await stub.Act(request, timeout=300)).action
+        total_ms = (time.perf_counter() - started_s) * 1e3
+        if not known:
+            parts = {name: getattr(action, f"{name}_ms") for name in ("image", "queue", "prefill", "decode")}
+            parts["transport"] = total_ms - sum(parts.values())
+            for name, part_ms in parts.items():
+                stages_ms.setdefault(name, []).append(part_ms)
+        return Answer(list(action.action_ids), list(action.logprobs))
+
+    return Side("deskrl", answer)
+
+
+def peer_side(name: str, peer: Peer) -> Side:
+    """Asks a bare engine."""
+    numbers = itertools.count()
+
+    async def answer(case: Case, known: bool) -> Answer:
+        return await peer.sample(case.prompt_ids, [case.image], case.params, f"bare-{next(numbers)}")
+
+    return Side(name, answer)
+
+
+async def run_pass(side: Side, cases: Sequence[Case], *, known: bool) -> Pass:
+    """All cases at once."""
+    started_s = time.perf_counter()
+    answers = await asyncio.gather(*(side.answer(case, known) for case in cases))
+    result = Pass(len(cases) / (time.perf_counter() - started_s), list(answers))
+    num_tokens = sum(len(answer.action_ids) for answer in answers)
+    kind = "known" if known else "new"
+    say(f"{side.name:9} {kind:5} {result.requests_per_s:7.2f} requests/s, {num_tokens} tokens sampled")
+    return result
+
+
+async def run_turns(sides: Sequence[Side], maker: CaseMaker, options: argparse.Namespace) -> None:
+    """All turns, as many of them as there is time for."""
+    first = maker.make(range(min(32, options.desktops)))
+    for side in sides:  # warms up; not counted
+        await run_pass(side, first, known=False)
+    pending = asyncio.create_task(asyncio.to_thread(maker.make, _seeds(0, options)))
+    for turn in range(options.turns):
+        cases = await pending
+        if turn + 1 < options.turns:
+            # Made while the clock runs they would take cores from both sides: only between turns.
+            pending = asyncio.create_task(asyncio.to_thread(maker.make, _seeds(turn + 1, options)))
+            await asyncio.wait([pending])
+        turn_started_s = time.monotonic()
+        for side in sides if turn % 2 == 0 else sides[::-1]:
+            side.new.append(await run_pass(side, cases, known=False))
+            side.warm.append(await run_pass(side, cases, known=True))
+        turn_s = time.monotonic() - turn_started_s
+        if time.monotonic() + turn_s - STARTED_S > options.budget_s:
+            say(
+                f"{turn + 1} of {options.turns} turns: another would pass the {options.budget_s:.0f} s that it may take"
+            )
+            break
+    await asyncio.wait([pending])
+
+
+def _seeds(turn: int, options: argparse.Namespace) -> range:
+    first = 1000 + turn * options.desktops
+    return range(first, first + options.desktops)
+
+
+def describe(sides: Sequence[Side], stages_ms: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    """The line that is printed."""
+    ours, *peers = sides
+    line: dict[str, Any] = {
+        "bench": "gpu_inference",
+        "ratio": _ratio(ours.new, [peer.new for peer in peers]),
+        "warm_ratio": _ratio(ours.warm, [peer.warm for peer in peers]),
+        "model": options.model,
+        "desktops": options.desktops,
+        "max_tokens": options.max_tokens,
+        "turns": len(ours.new),
+        "encoder_attention": options.encoder_attention,
+        "logprob_gap": gap(ours.new, peers[0].new),
+        "logprob_noise": gap(peers[0].new, peers[0].warm),
+        "stages_ms": {name: round(statistics.median(parts)) for name, parts in stages_ms.items()},
+    }
+    for side in sides:
+        for kind, passes in (("new", side.new), ("warm", side.warm)):
+            line[f"{side.name}_{kind}_per_s"] = [round(one.requests_per_s, 2) for one in passes]
+    return line
+
+
+def _ratio(ours: Sequence[Pass], peers: Sequence[Sequence[Pass]]) -> float:
+    """Median over the turns of ours over the best peer's."""
+    best = [max(one.requests_per_s for one in turn) for turn in zip(*peers, strict=True)]
+    ratios = [mine.requests_per_s / other for mine, other in zip(ours, best, strict=True)]
+    return round(statistics.median(ratios), 3)
+
+
+def gap(one: Sequence[Pass], other: Sequence[Pass]) -> dict[str, float]:
+    """How far logprobs of the same tokens lie apart, up to where an action takes another course."""
+    gaps: list[float] = []
+    num_tokens = 0
+    for left, right in zip(one, other, strict=True):
+        for mine, theirs in zip(left.answers, right.answers, strict=True):
+            num_tokens += len(mine.action_ids)
+            same = itertools.takewhile(
+                lambda row: row[0] == row[1],
+                zip(mine.action_ids, theirs.action_ids, mine.logprobs, theirs.logprobs, strict=False),
+            )
+            gaps += [abs(row[2] - row[3]) for row in same]
+    return {
+        "mean": round(statistics.fmean(gaps), 5) if gaps else float("nan"),
+        "max": round(max(gaps, default=float("nan")), 5),
+        "same_tokens": round(len(gaps) / num_tokens, 3),
+    }
+
+
+def build_model(name: str, folder: Path) -> None:
+    """A model folder, unless it lies there from an earlier run."""
+    if (folder / "config.json").exists():
+        say(f"the model in {folder} is used")
+        return
+    from deskrl.learner.shaped_model import UI_TARS_7B, build_shaped_model
+    from deskrl.learner.tiny_model import build_tiny_model
+
+    say(f"building the model in {folder}")
+    if name == "tiny":
+        build_tiny_model(folder, 0, SIZE[name], CORPUS * 20)
+    else:
+        build_shaped_model(folder, 0, UI_TARS_7B, max(SIZE[name]), CORPUS * 20)
+
+
+def working_attention() -> str:
+    """The first of vLLM's encoder attentions that runs here and agrees with PyTorch's own."""
+    for name in ENCODER_ATTENTION[:-1]:
+        probe = subprocess.run(
+            [sys.executable, str(KIT / "attention_probe.py"), name], capture_output=True, text=True, check=False
+        )
+        if probe.returncode == 0:
+            return name
+        say(f"{name} does not run here: {(probe.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    return ENCODER_ATTENTION[-1]
+
+
+def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
+    """What replica and peers have in common."""
+    on_gpu = options.device == "cuda"
+    engine_args = json.loads(options.engine_args)
+    if on_gpu:
+        engine_args.setdefault("mm_encoder_attn_backend", options.encoder_attention)
+    return replica_config(
+        folder,
+        free_port(),
+        options.folder,
+        dtype="bfloat16" if on_gpu else "float32",
+        max_model_len=8192 if on_gpu else 2048,
+        max_images=2,
+        max_concurrent=options.desktops,
+        max_action_tokens=options.max_tokens,
+        gpu_memory_fraction=0.28,
+        kv_cache_bytes=int(options.kv_gib * 1024**3),
+        image_cache_bytes=8 * 1024**3 if on_gpu else 256 * 1024**2,
+        engine_args=engine_args,
+    )
+
+
+@contextlib.contextmanager
+def running_sides(config: RunConfig, log: Path, maker: CaseMaker, names: Sequence[str]) -> Iterator[list[Side]]:
+    """The replica, and the bare engines beside it; which are given back."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        say("starting the replica")
+        replica = pool.submit(stack.enter_context, running_replica(config, log))
+        peers = []
+        for name in names:
+            say(f"starting vLLM ({name})")
+            peer = Peer(config, maker.suppressed_ids, **PEERS[name])
+            stack.callback(peer.shutdown)
+            peers.append(peer_side(name, peer))
+        replica.result()
+        say("all engines are up")
+        yield peers
+
+
+async def measure(config: RunConfig, peers: Sequence[Side], maker: CaseMaker, options: argparse.Namespace) -> str:
+    """All turns; the line."""
+    stages_ms: dict[str, list[float]] = {}
+    async with rpc.connect(config.inference.address) as channel:
+        ours = act_side(inference_pb2_grpc.InferenceServiceStub(channel), stages_ms)
+        await run_turns([ours, *peers], maker, options)
+    return json.dumps(describe([ours, *peers], stages_ms, options))
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(SIZE), default="7b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--folder", type=Path, help="the model's folder; built if it is not there")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--desktops", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--peers", default="cached,parallel")
+    parser.add_argument("--encoder-attention", choices=("auto", *ENCODER_ATTENTION), default="auto")
+    parser.add_argument("--engine-args", default="{}", help="vLLM's, for all sides, as JSON")
+    parser.add_argument("--kv-gib", type=float, help="KV cache of each engine")
+    parser.add_argument("--budget-s", type=float, default=420, help="no turn begins that would end later")
+    options = parser.parse_args()
+    options.kv_gib = options.kv_gib or (21 if options.device == "cuda" else 0.25)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(KIT), os.environ.get("PYTHONPATH", "")])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options.folder = options.folder or folder / "model"
+        build_model(options.model, options.folder)
+        if options.device == "cuda" and options.encoder_attention == "auto":
+            options.encoder_attention = working_attention()
+            say(f"encoder attention: {options.encoder_attention}")
+        maker = CaseMaker(options.folder, SIZE[options.model], options.max_tokens)
+        config = run_config(options, folder)
+        with running_sides(config, folder / "replica.log", maker, options.peers.split(",")) as peers:
+            print(asyncio.run(measure(config, peers, maker, options)))
+
+
+if __name__ == "__main__":
+    main()
