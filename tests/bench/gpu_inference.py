@@ -1,20 +1,22 @@
 """New screenshots a second, and known ones: `Act` over gRPC against bare vLLM, for many desktops at a time.
 
-Each turn has as many requests as there are desktops, all at once: a short task and one screenshot that nobody has seen.
+Each turn has as many requests as there are desktops, all at once: a short task and a screenshot that nobody has seen.
 Both sides answer them, then the very same requests again (prompts and screenshots are then cached; an actor sends no
 bytes of what it sent before). Turns alternate which side goes first. The peers are vLLM's AsyncLLM in this process, so
 without any transport, at the run's settings (batches and memory as ours) and vLLM's documented ones for images:
 
-    cached    processor cache and the cache beside the model, one renderer thread: vLLM's default
+    cached    the processor cache and the cache beside the model, one renderer thread: vLLM's default
     parallel  eight renderer threads, which vLLM allows without these caches only
+    sdpa      as cached, with PyTorch's attention in the vision tower: vLLM where FlashAttention is not installed
 
-all with a hash for each screenshot, decoding in threads, the renderer in its own threads, and the encoder attention
-that the first working one of vLLM's own list gives on this machine. Prints progress, and one JSON line at the end:
-`ratio` is the median over the turns of our new screenshots a second over those of the best peer, `warm_ratio` the same
-for known ones. `logprob_gap` is how far logprobs of the same sampled tokens lie apart between the sides, and
-`logprob_noise` how far between a peer's own two passes: the sampled distribution is the same if they are alike.
+all with a hash for each screenshot, decoding in threads, the renderer in its own threads, and, but for the last, the
+encoder attention that comes first of those in vLLM's list that run on this machine; ours has the same. Prints progress,
+and one JSON line at the end: `ratio` is the median over the turns of our new screenshots a second over the best
+peer's, `warm_ratio` the same for known ones. `logprob_gap` is how far logprobs of the same sampled tokens lie apart
+between the sides, and `logprob_noise` how far between a peer's own two passes: the sampled distribution is the same if
+they are alike. `stages_ms` is where the time of an Act with a new screenshot went, median.
 
-    python tests/bench/gpu_inference.py [--turns 5] [--desktops 256] [--peers cached,parallel] [--budget-s 420]
+    python tests/bench/gpu_inference.py [--turns 5] [--desktops 256] [--peers cached,sdpa] [--budget-s 420]
     python tests/bench/gpu_inference.py --model tiny --device cpu     # the program itself, on any machine
 """
 
@@ -51,6 +53,7 @@ KIT = Path(__file__).resolve().parent.parent / "kit"
 PEERS: dict[str, dict[str, Any]] = {
     "cached": {},
     "parallel": {"renderer_num_workers": 8, "mm_processor_cache_gb": 0},
+    "sdpa": {"mm_encoder_attn_backend": "TORCH_SDPA"},
 }
 SIZE = {"7b": (1280, 720), "tiny": (504, 280)}
 ENCODER_ATTENTION = ("FLASH_ATTN", "TRITON_ATTN", "TORCH_SDPA")
@@ -223,7 +226,7 @@ def describe(sides: Sequence[Side], stages_ms: dict[str, list[float]], options: 
 
 def _ratio(ours: Sequence[Pass], peers: Sequence[Sequence[Pass]]) -> float:
     """Median over the turns of ours over the best peer's."""
-    best = [max(one.requests_per_s for one in turn) for turn in zip(*peers, strict=True)]
+    best: list[float] = [max(one.requests_per_s for one in turn) for turn in zip(*peers, strict=True)]
     ratios = [mine.requests_per_s / other for mine, other in zip(ours, best, strict=True)]
     return round(statistics.median(ratios), 3)
 
@@ -331,7 +334,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--desktops", type=int, default=256)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--peers", default="cached,parallel")
+    parser.add_argument("--peers", default="cached", help="of " + ", ".join(PEERS) + "; parted by commas")
     parser.add_argument("--encoder-attention", choices=("auto", *ENCODER_ATTENTION), default="auto")
     parser.add_argument("--engine-args", default="{}", help="vLLM's, for all sides, as JSON")
     parser.add_argument("--kv-gib", type=float, help="KV cache of each engine")

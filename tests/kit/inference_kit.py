@@ -34,7 +34,7 @@ from deskrl.proto.v1 import inference_pb2 as pb
 
 IMAGE_SIZE = (280, 168)
 CORPUS = ["Action: click(start_box='(100,80)')", "Thought: I type the word hello. Action: type(content='hello')"]
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 600.0
 PEER = rpc.peer("actor", "test")
 LEARNER = rpc.peer("learner", "test")
 
