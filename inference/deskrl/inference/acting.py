@@ -133,7 +133,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             self._check(request)
             prompt = await self._prompter.prompt(request.messages, request.images, request.max_tokens)
-            image_ms = (time.perf_counter() - started) * 1e3
             if isinstance(prompt, list):
                 metrics.ACTS.labels("missing_images").inc()
                 return inference_pb2.ActResponse(missing_images=inference_pb2.MissingImages(hashes=prompt))

@@ -22,7 +22,9 @@ class WorkerExtension(TransferExtension):
     model_runner: Any
     vllm_config: Any
 
-    def deskrl_set_up_policy(self, suppressed_ids: Sequence[int], levels: Sequence[Sequence[float]], num_frames: int) -> None:
+    def deskrl_set_up_policy(
+        self, suppressed_ids: Sequence[int], levels: Sequence[Sequence[float]], num_frames: int
+    ) -> None:
         """Make the model take screenshots as bytes, and the sampler leave suppressed tokens out.
 
         Args:
