@@ -288,7 +288,7 @@ def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
         free_port(),
         options.folder,
         dtype="bfloat16" if on_gpu else "float32",
-        max_model_len=8192 if on_gpu else 2048,
+        max_model_len=32768 if on_gpu else 2048,
         max_images=2,
         max_concurrent=options.desktops,
         max_action_tokens=options.max_tokens,
