@@ -41,7 +41,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
-from inference_kit import CORPUS, act_request, free_port, replica_config, running_replica, system, user
+from inference_kit import CORPUS, act_request, replica_config, running_replica, system, user
+from replay_kit import free_port
 from screenshots_kit import desktop_picture
 from vllm_peer import Answer, Peer
 

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import psutil
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
+from replay_kit import free_port
 from safetensors.torch import load_file
 
 from deskrl.core import rendering, rpc
@@ -220,13 +220,6 @@ class Replica:
     def descendants(self) -> list[psutil.Process]:
         """The engine's processes."""
         return psutil.Process(self.process.pid).children(recursive=True)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def replica_config(folder: Path, port: int, model: Path | None = None, **inference: Any) -> RunConfig:

@@ -21,7 +21,6 @@ from inference_kit import (
     Reference,
     Replica,
     act_request,
-    free_port,
     replica_config,
     running_replica,
     sampled,
@@ -31,6 +30,7 @@ from inference_kit import (
     update_events,
     user,
 )
+from replay_kit import free_port
 
 from deskrl.core import rpc
 from deskrl.core.direct import host_name
