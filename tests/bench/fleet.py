@@ -69,8 +69,7 @@ def ideal_lock_step_per_min(num_desktops: int) -> float:
     rounds_s = []
     for _ in range(_IDEAL_ROUNDS):
         turns = [LENGTHS.draw(random.getrandbits(32)) for _ in range(num_desktops)]
-        # The last turn finishes and acts no more, unless the step limit comes first.
-        actions = [num if num == LENGTHS.longest else num - 1 for num in turns]
+        actions = [num - 1 for num in turns]  # the last turn says that it has finished
         round_s = max(latencies.reset_s() for _ in turns) + max(latencies.evaluation_s() for _ in turns)
         for turn in range(max(turns)):
             acting = [latencies.action_s() for num in actions if num > turn]

@@ -186,10 +186,14 @@ class Wires:
         desktop = self.config.desktop
         make_desktop = partial(PaintedDesktop, desktop, "painted")
         worker = Worker(replay, policy, make_agent(self.config.agent), make_desktop, desktop)
-        working = asyncio.create_task(worker.run())
+        tasks = {
+            asyncio.create_task(worker.run()),
+            asyncio.create_task(replay.keep_alive(self.config.replay.lease_ttl_s)),
+        }
         group = await asyncio.to_thread(learner.take_group, queue, queue, 0, [], lambda: None)
-        working.cancel()
-        await asyncio.wait({working})
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         await worker.close()
         await asyncio.gather(replay.close(), policy.close())
         (episode,) = decode_group(group).members
