@@ -126,7 +126,7 @@ class ResendingPolicy(PolicyClient):
 
     def open_session(self, episode_id: str, temperature: float) -> PolicySession:
         """A session that resends."""
-        return ResendingSession(self, 0, temperature)
+        return ResendingSession(self, episode_id, temperature)
 
 
 class Wires:
@@ -190,7 +190,7 @@ class Wires:
             asyncio.create_task(worker.run()),
             asyncio.create_task(replay.keep_alive(self.config.replay.lease_ttl_s)),
         }
-        group = await asyncio.to_thread(learner.take_group, queue, queue, 0, [], lambda: None)
+        group = await asyncio.to_thread(next, learner.take_groups(queue, queue, [0], list, lambda: None))
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)

@@ -34,3 +34,31 @@ def test_a_screenshot_is_asked_for_once_while_there_is_room(
             learner.fetch_images([second])
     finally:
         learner.close()
+
+
+def test_groups_come_in_the_order_of_their_places_and_what_is_dropped_is_told_with_the_next(
+    start_replay: StartReplay,
+) -> None:
+    replay = start_replay(staleness=0, groups_per_batch=2)
+    actor = replay.client()
+    for number in range(8):
+        actor.plan(f"train/{number}")
+    for _ in range(4):  # two groups of two: as many as may be played before something is learnt or dropped
+        actor.play(actor.acquire(), reward=0.0)
+    assert not actor.acquire().lease_id
+    learner = ReplayClient(replay.config.replay.address, "test", StopEvent())
+    taken: list[str] = []
+
+    def play_on() -> None:
+        """What is told as dropped makes room for other work."""
+        while (lease := actor.acquire()).lease_id:
+            actor.play(lease, reward=1.0)
+
+    try:
+        for group in learner.take_groups("train", "train/1", range(6), lambda: taken, play_on):
+            assert group.group_id not in taken
+            taken.append(group.group_id)
+        assert [actor.take("train", "train/1", place).group_id for place in range(6)] == taken  # type: ignore[union-attr]
+        assert len(taken) == 6
+    finally:
+        learner.close()

@@ -459,7 +459,7 @@ def test_a_learner_of_another_protocol_version_is_refused(
     monkeypatch.setattr(rpc, "PROTOCOL", 2)
     client = ReplayClient(replay.config.replay.address, "rank-0", StopEvent())
     with pytest.raises(UserError, match="speaks protocol 2, this service 1; install the same version"):
-        client.take_group("train", "train/0", 0, [], while_waiting=lambda: None)
+        next(client.take_groups("train", "train/0", [0], dropped=list, while_waiting=lambda: None))
     client.close()
 
 

@@ -246,10 +246,10 @@ class Learner:
         """Plan groups on a queue of their own and wait for all of them."""
         if self._is_first:
             self._parts.replay.plan(plans)
-        return [
-            decode_group(self._parts.replay.take_group(queue, queue, ordinal, [], while_waiting=lambda: None))
-            for ordinal in range(len(plans))
-        ]
+        messages = self._parts.replay.take_groups(
+            queue, queue, range(len(plans)), dropped=list, while_waiting=lambda: None
+        )
+        return [decode_group(message) for message in messages]
 
     # What is written down.
 

@@ -5,7 +5,9 @@ A replay service that restarts is waited for; while waiting, a stop is noticed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -22,6 +24,8 @@ RESTART_S = 60.0
 """How long a replay service may be away."""
 KEPT_IMAGE_BYTES = 1024**3
 """Of screenshots, as they came: about what a batch of 256 episodes shows."""
+NUM_ASKED_AHEAD = 4
+"""Groups on their way at once: replay binds the next ones, on its disk, while one is decoded here."""
 _POLL_S = 0.2
 _REFUSALS = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED}
 """Another protocol version, a store that contradicts this learner, a full disk: a person has to see to it."""
@@ -57,31 +61,51 @@ class ReplayClient:
         request = replay_pb2.SetPolicyVersionRequest(version=version, num_updates=num_updates)
         self._call(self._stub.SetPolicyVersion, request)
 
-    def take_group(
-        self, queue: str, batch_id: str, ordinal: int, dropped: Sequence[str], while_waiting: Callable[[], None]
-    ) -> replay_pb2.Group:
-        """The group at a place of a batch; waits for it as long as it takes.
+    def take_groups(
+        self,
+        queue: str,
+        batch_id: str,
+        ordinals: Iterable[int],
+        dropped: Callable[[], Sequence[str]],
+        while_waiting: Callable[[], None],
+    ) -> Iterator[replay_pb2.Group]:
+        """The groups at places of a batch, in order; waits for each as long as it takes.
 
         Args:
             queue: to take from.
             batch_id: of the batch.
-            ordinal: place in the batch.
-            dropped: groups of this batch that are known to be dropped, all of them.
-            while_waiting: called whenever no group has come for `WAIT_S`.
+            ordinals: places in the batch, all of which will be needed: a few are asked for ahead.
+            dropped: groups of this batch that are known to be dropped by now, all of them.
+            while_waiting: called whenever the next group has not come for `WAIT_S`.
         """
-        request = replay_pb2.TakeGroupRequest(
-            peer=self._peer,
-            queue=queue,
-            batch_id=batch_id,
-            ordinal=ordinal,
-            wait_s=WAIT_S,
-            dropped_group_ids=dropped,
-        )
-        while True:
-            response: replay_pb2.TakeGroupResponse = self._call(self._stub.TakeGroup, request)
-            if response.HasField("group"):
-                return response.group
-            while_waiting()
+
+        def ask(ordinal: int) -> tuple[int, Any]:
+            request = replay_pb2.TakeGroupRequest(
+                peer=self._peer,
+                queue=queue,
+                batch_id=batch_id,
+                ordinal=ordinal,
+                wait_s=WAIT_S,
+                dropped_group_ids=dropped(),
+            )
+            return ordinal, self._begin(self._stub.TakeGroup, request)
+
+        places = iter(ordinals)
+        asked = deque(ask(ordinal) for ordinal in islice(places, NUM_ASKED_AHEAD))
+        try:
+            while asked:
+                ordinal, call = asked[0]
+                response: replay_pb2.TakeGroupResponse = self._result(call)
+                if not response.HasField("group"):
+                    while_waiting()
+                    asked[0] = ask(ordinal)
+                    continue
+                asked.popleft()
+                yield response.group
+                asked.extend(ask(following) for following in islice(places, 1))
+        finally:
+            for _, call in asked:
+                call.cancel()
 
     def commit(
         self,
@@ -141,13 +165,18 @@ class ReplayClient:
 
     def _call(self, method: Any, request: Any) -> Any:
         """A unary call that a restart of the service delays, and a stop ends."""
-        future = method.future(request, timeout=RESTART_S, wait_for_ready=True)
+        return self._result(self._begin(method, request))
+
+    def _begin(self, method: Any, request: Any) -> Any:
+        return method.future(request, timeout=RESTART_S, wait_for_ready=True)
+
+    def _result(self, call: Any) -> Any:
         while True:
             try:
-                return future.result(timeout=_POLL_S)
+                return call.result(timeout=_POLL_S)
             except grpc.FutureTimeoutError:
                 if self._stop.is_set():
-                    future.cancel()
+                    call.cancel()
                     raise stopping.Stopped from None
             except grpc.RpcError as error:
                 if error.code() in rpc.DISTRUST:

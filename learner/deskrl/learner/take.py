@@ -78,19 +78,22 @@ class BatchTaker:
         batch = TakenBatch(batch_id=f"{TRAIN}/{state.num_updates + 1:06d}")
         size = self._grpo.groups_per_batch
         while len(batch.kept) < size and len(batch.groups) < MOST_GROUPS * size:
+            # So many are needed whatever becomes of them; what is planned by now is enough for as many.
             self._plan_ahead(state, len(batch.kept))
-            message = self._replay.take_group(
+            num_taken = len(batch.groups)
+            messages = self._replay.take_groups(
                 TRAIN,
                 batch.batch_id,
-                len(batch.groups),
-                [selection.group_id for selection in batch.selections if selection.dropped_because],
+                range(num_taken, min(num_taken + size - len(batch.kept), MOST_GROUPS * size)),
+                dropped=lambda: [chosen.group_id for chosen in batch.selections if chosen.dropped_because],
                 while_waiting=lambda: self._plan_ahead(state, len(batch.kept)),
             )
-            state.num_taken += 1
-            group = decode_group(message)
-            self.check_processor(group)
-            batch.groups.append(group)
-            batch.selections.append(select(group, distance, self._config.replay.success_above, self._grpo))
+            for message in messages:
+                state.num_taken += 1
+                group = decode_group(message)
+                self.check_processor(group)
+                batch.groups.append(group)
+                batch.selections.append(select(group, distance, self._config.replay.success_above, self._grpo))
         return batch
 
     def check_processor(self, group: TaskGroup) -> None:
