@@ -17,6 +17,7 @@ from typing import NamedTuple
 from deskrl.core import devices, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError, missing_package
+from deskrl.core.explain import facts, fitting
 from deskrl.core.runfolder import RunFolder
 
 MIN_FREE_BYTES = 64 * 1024**2
@@ -50,7 +51,13 @@ def refuse_bad_input(config: RunConfig) -> None:
         importlib.import_module("deskrl.inference.main").check_model_folder(config.model.path)
     else:
         importlib.import_module("deskrl.learner.build_model").refuse_unfit(config)
+    _refuse_what_does_not_fit(config)
     importlib.import_module("deskrl.learner.checkpoint").refuse_unreadable(config)
+
+
+def _refuse_what_does_not_fit(config: RunConfig) -> None:
+    _, _, sizing = facts.model_of(config, [])
+    fitting.refuse_what_does_not_fit(config, sizing.num_tokens(*config.image_size))
 
 
 def refuse_contradictions(config: RunConfig) -> None:

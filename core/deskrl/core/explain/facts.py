@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import textwrap
 from dataclasses import dataclass
 
 from deskrl.core.config import RunConfig
@@ -18,6 +19,7 @@ from deskrl.core.rendering import ImageSizing, image_sizing_of
 _CHARACTERS_PER_TOKEN = 4.0
 _INSTRUCTION_CHARACTERS = 140
 """Of a typical OSWorld task."""
+_REMARK_CHARACTERS = 160
 _QWEN_SIZING = ImageSizing(patch_size=14, merge_size=2, min_pixels=3136, max_pixels=12845056)
 
 
@@ -41,14 +43,15 @@ def gather(config: RunConfig) -> Facts:
         UserError: the model's folder or a task that is here is damaged.
     """
     remarks: list[str] = []
-    model, shape, sizing = _model(config, remarks)
+    model, shape, sizing = model_of(config, remarks)
     num_tasks = _count_tasks(config, remarks)
     characters = importlib.import_module("deskrl.actor.agent").prompt_characters(config.agent)
     prompt_tokens = round((characters + _INSTRUCTION_CHARACTERS) / _CHARACTERS_PER_TOKEN)
     return Facts(model, shape, sizing, prompt_tokens, num_tasks, remarks)
 
 
-def _model(config: RunConfig, remarks: list[str]) -> tuple[str, ModelShape | None, ImageSizing]:
+def model_of(config: RunConfig, remarks: list[str]) -> tuple[str, ModelShape | None, ImageSizing]:
+    """A run's model: what it is called, its shape, and how its processor scales; adds to `remarks` what is not here."""
     path = config.model.path
     if path is None:
         return _built(config)
@@ -94,7 +97,8 @@ def _count_tasks(config: RunConfig, remarks: list[str]) -> int | None:
     try:
         prepare.load(config)
     except UserError as error:
-        remarks.append(f"on this machine `deskrl up` would refuse: {error.message}")
+        told = textwrap.shorten(error.message, _REMARK_CHARACTERS, placeholder=" …")
+        remarks.append(f"on this machine `deskrl up` would refuse: {told}")
     return num_tasks
 
 

@@ -11,11 +11,11 @@ from dataclasses import asdict
 
 from deskrl.core.arpo.translate import Note
 from deskrl.core.config import RunConfig
-from deskrl.core.errors import UserError
 from deskrl.core.explain.batches import Batches, Rows, count_batches, count_rows
 from deskrl.core.explain.differences import differences
 from deskrl.core.explain.explanation import Explanation
 from deskrl.core.explain.facts import gather, sizing_of_screens
+from deskrl.core.explain.fitting import refuse_what_does_not_fit
 from deskrl.core.explain.memory import LearnerMemory, ReplicaMemory, learner_memory, replica_memory
 from deskrl.core.explain.show import show
 from deskrl.core.explain.timing import Assumptions, Timing, predict
@@ -47,10 +47,10 @@ def explain_run(config: RunConfig, notes: Sequence[Note], assumed: Assumptions) 
     refuse_contradictions(config)
     facts = gather(config)
     size, patches, tokens = sizing_of_screens(config, facts.sizing)
+    refuse_what_does_not_fit(config, tokens)
     action_tokens = min(assumed.action_tokens, config.inference.max_action_tokens)
     batches = count_batches(config, facts.num_tasks)
     rows = count_rows(config, size, patches, tokens, facts.prompt_tokens, action_tokens)
-    _refuse_what_does_not_fit(config, batches, rows)
     shape = facts.shape
     learner = replica = None
     if shape is not None:
@@ -76,24 +76,6 @@ def explain_run(config: RunConfig, notes: Sequence[Note], assumed: Assumptions) 
         arpo_keys=list(notes),
         remarks=remarks,
     )
-
-
-def _refuse_what_does_not_fit(config: RunConfig, batches: Batches, rows: Rows) -> None:
-    """Raise UserError for what the numbers rule out: a prompt too long for the policy, more steps than episodes."""
-    limit = config.inference.max_model_len
-    if rows.images_per_row * rows.tokens_per_image > limit:
-        raise UserError(
-            f"{rows.images_per_row} screenshots of {rows.tokens_per_image} tokens are "
-            f"{rows.images_per_row * rows.tokens_per_image}, and inference.max_model_len = {limit}",
-            "raise that, or show fewer (agent.context, agent.window_images, tasks.max_steps) or smaller ones "
-            "(agent.image_width, agent.image_height)",
-        )
-    if config.learner.grpo.minibatches > batches.episodes_per_update:
-        raise UserError(
-            f"learner.grpo.minibatches = {config.learner.grpo.minibatches} optimizer steps share "
-            f"{batches.episodes_per_update} episodes (learner.grpo.groups_per_batch x tasks.rollouts)",
-            "lower the first",
-        )
 
 
 def _remarks_on_memory(config: RunConfig, learner: LearnerMemory, replica: ReplicaMemory, gpu_gib: float) -> list[str]:
