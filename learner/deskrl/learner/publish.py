@@ -125,6 +125,7 @@ class Publisher:
 
         Raises:
             RuntimeError: no replica serves them.
+            UserError: NCCL does not connect learner and replicas, the first time that it should.
         """
         is_first = weights.rank == 0
         opened, outcomes, streaming = self._open(announcement) if is_first else ([], [], [])

@@ -138,6 +138,7 @@ class Replica:
         self._channel = rpc.connect_sync(address)
         self._stub = weights_pb2_grpc.WeightServiceStub(self._channel)
         self._nccl: NcclChannel | None = None
+        self._has_joined = False
 
     def negotiate(self) -> weights_pb2.GetWeightStatusResponse | None:
         """Settle how weights go to the replica as it is now: `transfer`; what it said of itself, if it was asked.
@@ -178,7 +179,11 @@ class Replica:
             talk.end()
 
     def open(self, announcement: Announcement) -> DirectUpdate | Outcome | None:
-        """Begin a direct update, up to the point where buckets may be sent; None if weights go as a stream."""
+        """Begin a direct update, up to the point where buckets may be sent; None if weights go as a stream.
+
+        Raises:
+            UserError: NCCL has never connected learner and replica, and does not now.
+        """
         transfer = self.transfer
         try:
             status = self.negotiate()
@@ -188,8 +193,13 @@ class Replica:
             return self._open(announcement, status)
         except grpc.RpcError as error:
             return self.failed(announcement, _reason(error), transfer, may_recover=error.code() in _PASSING)
-        except (GaveUp, OSError, RuntimeError, UserError) as error:
+        except UserError as error:  # it was another one, with other GPUs, when weights first went to it
             return self.failed(announcement, str(error), transfer)
+        except (GaveUp, OSError, RuntimeError) as error:
+            if transfer == "nccl" and not self._has_joined:
+                mend = 'see what NCCL_DEBUG=INFO says, or set inference.weight_transfer = "stream"'
+                raise UserError(f"NCCL does not connect learner and replica {self.index}: {error}", mend) from error
+            return self.failed(announcement, str(error), transfer, may_recover=True)
 
     def _open(self, announcement: Announcement, status: weights_pb2.GetWeightStatusResponse) -> DirectUpdate:
         assert self._sender is not None
@@ -210,6 +220,7 @@ class Replica:
                 channel.is_possible = talk.is_active
                 if channel.communicator_id != status.communicator_id:
                     channel.join()
+                    self._has_joined = True
             return DirectUpdate(self, announcement, talk, channel, begin_ms=talk.elapsed_ms())
         except BaseException:
             talk.end()
