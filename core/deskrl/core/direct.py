@@ -27,7 +27,10 @@ _LINE_BYTES = 16384
 
 def host_name() -> str:
     """This host, as all processes of one boot of one machine name it, containers of it included."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except FileNotFoundError:  # not every sandbox's kernel has one
+        return socket.gethostname()
 
 
 def join_nccl(pynccl: ModuleType, communicator_id: bytes, rank: int, world_size: int, device: Any) -> Any:
