@@ -292,7 +292,7 @@ def configure(options: argparse.Namespace, scratch: Path, model: Path) -> RunCon
     if big:
         settings |= {
             "dtype": "bfloat16",
-            "max_model_len": 8192,
+            "max_model_len": 32768,
             "kv_cache_bytes": 24 * 1024**3,
             "image_cache_bytes": 1024**3,
             "gpu_memory_fraction": 0.4 if options.engine == "ipc" else 0.85,
