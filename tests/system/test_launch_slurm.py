@@ -1,0 +1,115 @@
+"""deploy/slurm on Debian's Slurm, a cluster of one node: start, scale, drain, stop, with certificates.
+
+The jobs of learner and inference wait (`--hold`): a test plans and takes the work, and scripts play it.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from replay_kit import ReplayClient, free_port
+from slurm_kit import slurm, why_no_slurm
+
+from deskrl.core import rpc
+from deskrl.core.certificates import make_certificates
+from deskrl.core.config import load_config
+
+LAUNCH = Path(__file__).parents[2] / "deploy" / "slurm" / "launch.sh"
+pytestmark = pytest.mark.skipif(bool(why_no_slurm()), reason=f"Slurm: {why_no_slurm()}")
+_PATIENCE_S = 120.0
+
+
+class Job:
+    """A run under Slurm, as a person at the login node has it."""
+
+    def __init__(self, root: Path, environment: dict[str, str]) -> None:
+        self._environment = environment | {"SBATCH_LEARNER": "--hold", "SBATCH_INFERENCE": "--hold"}
+        make_certificates(root / "certificates", [socket.gethostname()], 1)
+        (root / "model").mkdir()
+        self.config = root / "run.toml"
+        self._text = f"""
+            name = "slurm"
+            runs = "{root / "runs"}"
+            model.path = "{root / "model"}"
+            security.folder = "{root / "certificates"}"
+            replay.address = "127.0.0.1:{free_port()}"
+            actor.desktops_per_actor = 1
+            desktop.provider = "simulated"
+            desktop.num_envs = NUM
+        """
+        self.set_num_envs(2)
+
+    def set_num_envs(self, num_envs: int) -> None:
+        """Turn the knob."""
+        self.config.write_text(self._text.replace("NUM", str(num_envs)))
+
+    def launch(self, command: str) -> str:
+        """`launch.sh COMMAND run.toml`."""
+        done = subprocess.run(
+            ["bash", LAUNCH, command, self.config], capture_output=True, text=True, env=self._environment, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def running(self, role: str) -> set[str]:
+        """Array indices of the role's jobs that run."""
+        name = f"--name=deskrl-slurm-{role}"
+        listed = subprocess.run(
+            ["squeue", "--noheader", "--array", "--states=RUNNING", "--format=%K", name],
+            capture_output=True,
+            text=True,
+            env=self._environment,
+        )
+        return set(listed.stdout.split())
+
+    def logs(self) -> str:
+        """All that the roles wrote."""
+        folder = load_config(self.config).folder / "logs"
+        return "".join(f"{path.name}: {path.read_text()}" for path in folder.glob("*.log"))
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Until Slurm has done it."""
+        deadline = time.monotonic() + _PATIENCE_S
+        while not condition():
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    with slurm(tmp_path / "slurm") as environment:
+        job = Job(tmp_path, environment)
+        yield job
+        job.launch("stop")
+    rpc.identify(None)
+
+
+def test_start_scale_drain_and_stop(job: Job, tmp_path: Path) -> None:
+    job.launch("start")
+    job.wait_for(lambda: job.running("actor") == {"0", "1"})
+    rpc.identify_as("operator", tmp_path / "certificates")
+    found_at = load_config(job.config).folder / "addresses" / "replay"
+    job.wait_for(found_at.exists)
+    address = found_at.read_text().strip()
+    assert address.startswith(socket.gethostname())
+    job.wait_for(lambda: rpc.check_health(address))
+    with closing(ReplayClient(address)) as client:
+        job.wait_for(lambda: client.status().num_actors == 2)
+        job.set_num_envs(4)
+        assert "2 submitted, 0 draining" in job.launch("scale")
+        job.wait_for(lambda: job.running("actor") == {"0", "1", "2", "3"} and client.status().num_actors == 4)
+        job.set_num_envs(1)
+        assert "0 submitted, 3 draining" in job.launch("scale")
+        job.wait_for(lambda: job.running("actor") == {"0"})
+        job.launch("drain")
+        job.wait_for(lambda: job.running("actor") == set())
+        assert job.running("replay"), "nothing else is touched"
+    job.launch("stop")
+    job.wait_for(lambda: job.running("replay") == set())
+    assert "Traceback" not in job.logs()
