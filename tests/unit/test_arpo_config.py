@@ -106,6 +106,15 @@ def test_several_gpus_are_halved_between_learning_and_serving(folder: Path) -> N
     assert load(folder, "trainer.n_gpus_per_node=1").learner.devices == ()
 
 
+def test_what_became_of_each_stated_key_is_told_with_its_value(folder: Path) -> None:
+    arguments = ["--desktop.num_envs", "3", "env.num_envs=2", "worker.rollout.name=vllm", "worker.ref.strategy=fsdp"]
+    became = {note.key: note.became for note in load_arpo(folder / "configs" / "small.yaml", arguments)[1]}
+    assert became["env.num_envs"] == "desktop.num_envs = 3"
+    assert became["worker.actor.optim.lr_warmup_ratio"] == "learner.grpo.warmup_updates = 12"
+    assert became["worker.rollout.name"] == "as it is: vLLM serves the policy"
+    assert became["worker.ref.strategy"] == "unused: without KL there is no reference model"
+
+
 def test_every_offending_key_is_named_with_its_mend_at_once(folder: Path) -> None:
     told = refusal_of(folder, "worker.rollout.n=1", "env.remote_server_url=http://h:15001", "worker.rollout.top_p=0.9")
     assert "worker.rollout.n = 1: one rollout a group has no advantage (mend: worker.rollout.n=2)" in told
@@ -177,6 +186,20 @@ def test_every_key_that_is_carried_exists_and_every_fixed_value_is_arpos_kind() 
         target = rule.to if isinstance(rule, Carried) else rule.sets if isinstance(rule, Read) else ""
         assert not target or exists(schema, target), (key, target)
         assert not isinstance(rule, Fixed) or rule.accepted
+
+
+def test_every_key_that_is_said_to_be_read_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: set[str] = set()
+    value_of = ArpoValues.__getitem__
+
+    def noting(self: ArpoValues, key: str) -> Any:
+        read.add(key)
+        return value_of(self, key)
+
+    monkeypatch.setattr(ArpoValues, "__getitem__", noting)
+    load(folder)
+    # That one names a folder, which `load` looks for.
+    assert {key for key, rule in KEYS.items() if isinstance(rule, Read)} - read == {"trainer.load_checkpoint_path"}
 
 
 def exists(schema: dict[str, Any], key: str) -> bool:

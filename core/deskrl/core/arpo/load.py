@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from deskrl.core.config import RunConfig, load_values, overridden_keys
 from deskrl.core.errors import UserError
 from deskrl.core.runfolder import RunFolder
 
+_CHECKPOINT = "trainer.load_checkpoint_path"
 _OVERRIDE = re.compile(r"\w+(\.\w+)+=")
 
 
@@ -43,12 +45,22 @@ def load_arpo(file: Path, arguments: Sequence[str] = (), *, must_resume: bool = 
     config = load_values(translation.tree(), str(file), arguments)
     num_tasks = importlib.import_module("deskrl.actor.prepare").count(config)
     later = schedule(stated, num_tasks, overridden)
-    path = stated.get("trainer.load_checkpoint_path")
-    if path is not None:
+    if (path := stated.get(_CHECKPOINT)) is not None:
         _resume(str(path), config, later, must_resume)
     _refuse(later, file)
     translation.values |= later.values
-    return load_values(translation.tree(), str(file), arguments), translation.notes + later.notes
+    config = load_values(translation.tree(), str(file), arguments)
+    return config, [_with_value(note, config) for note in translation.notes] + later.notes
+
+
+def _with_value(note: Note, config: RunConfig) -> Note:
+    """A note that names a key of the run, with the value that it has there."""
+    place: Any = config.model_dump()
+    for part in note.became.split("."):
+        if not isinstance(place, dict) or part not in place:
+            return note
+        place = place[part]
+    return replace(note, became=f"{note.became} = {'unset' if place is None else place}")
 
 
 def _refuse(translation: Translation, file: Path) -> None:
@@ -61,7 +73,7 @@ def _resume(path: str, config: RunConfig, result: Translation, must_resume: bool
     """A checkpoint to go on from: the run's own newest, which it takes by itself, or the weights of another's."""
     own = RunFolder(config.folder).checkpoints
     place = next((place for place in (config.folder / path, Path(path)) if place.is_dir()), None)
-    key = "trainer.load_checkpoint_path"
+    key = _CHECKPOINT
     if place is None:
         if must_resume:
             why = f"there is no such checkpoint here nor in {config.folder}"

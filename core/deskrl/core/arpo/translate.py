@@ -158,7 +158,8 @@ def _translate_key(key: str, value: Any, rule: Rule | None, result: Translation)
     elif isinstance(rule, Carried):
         result.notes.append(Note(key, value, rule.to))
     elif isinstance(rule, Read):
-        result.notes.append(Note(key, value, rule.sets or "read with others"))
+        if rule.sets:
+            result.notes.append(Note(key, value, rule.sets))
     elif any(_same(value, accepted) for accepted in rule.accepted):
         result.notes.append(Note(key, value, f"as it is: {rule.why}"))
     else:

@@ -38,7 +38,8 @@ def _batch(config: RunConfig) -> str:
     grpo = config.learner.grpo
     tasks, rollouts = grpo.groups_per_batch, config.tasks.rollouts
     step = tasks * rollouts / grpo.minibatches
-    return f"{tasks} tasks x {rollouts} = {tasks * rollouts}; {grpo.minibatches} optimizer steps of {step:g}"
+    steps = "step" if grpo.minibatches == 1 else "steps"
+    return f"{tasks} tasks x {rollouts} = {tasks * rollouts}; {grpo.minibatches} optimizer {steps} of {step:g}"
 
 
 def _reward(config: RunConfig) -> str:

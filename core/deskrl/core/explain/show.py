@@ -139,6 +139,8 @@ def _differences(explanation: Explanation) -> Table:
 
 def _arpo_keys(explanation: Explanation) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for note in explanation.arpo_keys:
         table.add_row(note.key, str(note.value), note.became)
     return table
