@@ -7,7 +7,7 @@ deskrl: `grpo.learn` as the learner calls it, from encoded screenshots to the ch
 frozen vision tower, AdamW in float32). Every step meets new screenshots, so each goes through the vision tower.
 Peer: the same model, kernels, loss and kept activations; every step of an episode is a row of its own with its
 screenshots, rows of like length go together, padded to the longest, and logits are made at every position. Forward and
-backward only: what it would need for an optimizer step is left out, in its favour.
+backward only: what it would need for an optimizer step, and for decoding screenshots, is left out, in its favour.
 Both sides learn from the same useful tokens: those of the episodes, each counted once. The device cannot hold both
 sides' memory, so they run one after another, the peer first.
 
@@ -38,6 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_sizing_of, suppressed_ids
 from deskrl.core.trajectory import Span, Step
 from deskrl.learner import activations, attention, grpo
+from deskrl.learner.batch import MicroBatch
 from deskrl.learner.engine import Engine
 from deskrl.learner.feed import Feed
 from deskrl.learner.images import ImageCache
@@ -145,6 +147,8 @@ class World:
         activations.keep(model.model.language_model, options.activations)
         self.shots: dict[str, bytes] = {}
         self.feed = Feed(make_collator(self.policy, self.processor, self._fetch), 0, 1, options.tokens, lambda: None)
+        with self.without_features():
+            self.pixel_collator = make_collator(self.policy, self.processor, self._fetch)
         self._generator = random.Random(0)
 
     def case(self, num_episodes: int) -> Case:
@@ -153,6 +157,13 @@ class World:
         trajectories = [self._episode(shots, reward=float(index % 2)) for index in range(num_episodes)]
         self.shots = shots
         return Case(trajectories, shots)
+
+    @contextmanager
+    def without_features(self) -> Iterator[None]:
+        """What a vision tower has made is not kept meanwhile, nor used."""
+        features, self.policy.features = self.policy.features, None
+        yield
+        self.policy.features = features
 
     def synchronise(self) -> float:
         """The time when everything that was asked for is done."""
@@ -165,6 +176,7 @@ class World:
         if self.device.type != "cuda":
             return 0
         peak = torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return int(peak)
 
@@ -220,14 +232,16 @@ def padded_batches(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
     yield batch
 
 
-def padded_logprobs(world: World, rows: Sequence[Row]) -> Tensor:
-    """Logprobs of the action tokens of padded rows, by way of logits at every position."""
+def pad(world: World, rows: Sequence[Row]) -> MicroBatch:
+    """A micro-batch of rows that are all as long as the longest."""
     length = max(len(row.token_ids) for row in rows)
-    collator = make_collator(world.policy, world.processor, world._fetch)
-    world.policy.features = None  # one row, one forward pass of its screenshots
-    padding = [0] * length
-    padded = [replace(row, token_ids=(*row.token_ids, *padding[len(row.token_ids) :])) for row in rows]
-    micro = collator.collate(padded).to(world.device)
+    padded = [replace(row, token_ids=(*row.token_ids, *[0] * (length - len(row.token_ids)))) for row in rows]
+    return world.pixel_collator.collate(padded)
+
+
+def padded_logprobs(world: World, micro: MicroBatch) -> Tensor:
+    """Logprobs of the action tokens, by way of logits at every position; every screenshot goes through the tower."""
+    micro = micro.to(world.device)
     policy, body = world.policy, world.policy.model.model
     hidden_LD = body.language_model(
         inputs_embeds=policy._embed(micro)[None],
@@ -243,30 +257,27 @@ def padded_logprobs(world: World, rows: Sequence[Row]) -> Tensor:
 def run_peer(world: World) -> Side:
     """Forward and backward over padded rows."""
     side = Side([], [], 0)
-    features = world.policy.features
-    for turn in range(world.options.turns + 1):
+    for turn in range(world.options.turns):  # the comparison before has warmed up all that needs it
         case = world.case(world.options.peer_episodes)
+        batches = [pad(world, rows) for rows in padded_batches(case.rows(share=False), world.options.tokens)]
         began = world.synchronise()
-        for rows in padded_batches(case.rows(share=False), world.options.tokens):
-            (-padded_logprobs(world, rows).sum() / 1000.0).backward()
-        seconds = world.synchronise() - began
-        if turn:  # the first is for warming up
-            side.seconds.append(seconds)
-            side.useful_tokens.append(sum(len(row.token_ids) for row in case.rows()))
-        say(f"peer, turn {turn}: {seconds:.1f} s")
+        with world.without_features():
+            for micro in batches:
+                (-padded_logprobs(world, micro).sum() / 1000.0).backward()
+        side.seconds.append(world.synchronise() - began)
+        side.useful_tokens.append(sum(len(row.token_ids) for row in case.rows()))
+        say(f"peer, turn {turn}: {side.seconds[-1]:.1f} s")
         world.policy.zero_grad(set_to_none=True)
-    world.policy.features = features
     return replace(side, peak_bytes=world.peak_bytes())
 
 
 def compare(world: World) -> float:
     """Mean difference between both sides' logprobs of one episode's action tokens."""
     case = world.case(1)
-    with torch.no_grad():
-        features, (micro,) = world.policy.features, list(world.feed.batches([case.rows()]))
-        packed = world.policy(micro.to(world.device), 1.0).logprobs_N.float()
-        padded = torch.cat([padded_logprobs(world, [row]) for row in case.rows(share=False)]).float()
-        world.policy.features = features
+    with torch.no_grad(), world.without_features():
+        micro = world.pixel_collator.collate(case.rows())
+        packed = world.policy(micro.to(world.device), 1.0).logprobs_N
+        padded = torch.cat([padded_logprobs(world, pad(world, [row])) for row in case.rows(share=False)])
     return float((packed - padded).abs().mean())
 
 
@@ -361,11 +372,15 @@ def attention_rates(world: World) -> dict[str, float]:
         def work() -> None:
             scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
 
-        with torch.nn.attention.sdpa_kernel(backend):
-            began = world.synchronise()
-            work()
-            first_s = world.synchronise() - began
-            rates[backend.name.lower()] = round(count / timed(world, work, 3) / 1e12, 1)
+        began = world.synchronise()
+        try:
+            with torch.nn.attention.sdpa_kernel(backend):
+                work()
+                first_s = world.synchronise() - began
+                rates[backend.name.lower()] = round(count / timed(world, work, 3) / 1e12, 1)
+        except RuntimeError as error:  # torch has it, this machine has not
+            say(f"{backend.name}: {error}")
+            continue
         say(f"{backend.name}: {rates[backend.name.lower()]} Tflop/s, first call {first_s:.2f} s")
     return rates
 

@@ -7,9 +7,11 @@ neither rows nor the model.
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 PIXEL_CACHE_BYTES = 512 * 1024**2
+_NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 4))
+"""Screenshots decoded and scaled at a time: 60 ms each, and an episode of them must not keep a GPU waiting."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +99,17 @@ class Screenshots:
     ) -> None:
         self._process = image_processor
         self._fetch = fetch
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="screenshots")
         self._caches = (ImageCache(max_bytes),) if features is None else (features, ImageCache(max_bytes))
 
     def get(self, names: Collection[str]) -> list[ProcessedImage]:
         """Screenshots in the order of `names`: as features where these are known, else as pixels."""
         found = {name: image for name in names if (image := self._known(name)) is not None}
         missing = [name for name in names if name not in found]
-        for name, data in self._fetch(missing).items() if missing else ():
-            found[name] = self._process_one(name, data)
-            self._caches[-1].put(found[name])
+        fetched = self._fetch(missing) if missing else {}
+        for image in self._pool.map(lambda item: self._process_one(*item), fetched.items()):
+            found[image.name] = image
+            self._caches[-1].put(image)
         return [found[name] for name in names]
 
     def _known(self, name: str) -> ProcessedImage | None:
