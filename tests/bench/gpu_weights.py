@@ -20,7 +20,6 @@ import io
 import itertools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 import torch
 from inference_kit import CORPUS, IMAGE_SIZE, act_request, replica_config, running_replica, user
 from PIL import Image
+from replay_kit import free_port
 from torch import Tensor
 from weights_kit import Changing, load_changing
 
@@ -256,13 +256,6 @@ def measure_window(load: Load, world: World, window_s: float) -> dict[str, Any]:
 
 
 # The program.
-
-
-def free_port() -> int:
-    """Of the loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def gpu(number: int) -> str:

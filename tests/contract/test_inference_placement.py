@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from pathlib import Path
 
 import torch
 from inference_kit import CORPUS, IMAGE_SIZE
+from replay_kit import free_port
 from safetensors.torch import load_file
 
 from deskrl.core.buckets import plan_buckets
@@ -33,11 +33,8 @@ def place_and_compare(folder: Path, results: multiprocessing.Queue[list[str]]) -
     config = EngineArgs(
         model=str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=512
     ).create_engine_config()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
-        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)
         model = initialize_model(vllm_config=config)
         model.load_weights(weights.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from inference_kit import IMAGE_SIZE, Replica, replica_config, running_replica
+from replay_kit import free_port
 from weights_kit import Changing, load_changing
 
 from deskrl.core.errors import UserError
@@ -62,11 +62,8 @@ def running(transfer: str, folder: Path) -> Iterator[World]:
     """A world whose replica shares this process's GPU (`ipc`) or has another (`nccl`)."""
     if transfer == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("NCCL needs two GPUs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # The tiny model is small enough to share whatever is left of a GPU.
-    config = replica_config(folder, port, weight_transfer="auto", gpu_memory_fraction=0.2)
+    config = replica_config(folder, free_port(), weight_transfer="auto", gpu_memory_fraction=0.2)
     quick = {"mm_encoder_attn_backend": "TORCH_SDPA", "enforce_eager": True}
     arguments = quick | json.loads(os.environ.get("DESKRL_TEST_ENGINE_ARGS", "{}"))
     inference = config.inference.model_copy(update={"engine_args": arguments})

@@ -167,6 +167,7 @@ class Layerwise:
     def finish(self) -> None:
         """See `Placement`."""
         finish_reload(self._model, self._model_config)
+        self._begun = False
 
 
 def make_placement(
