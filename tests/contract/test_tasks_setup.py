@@ -54,6 +54,14 @@ def task(*steps: Step) -> Task:
     )
 
 
+LIST_TABS = """
+import json, urllib.request
+tabs = json.load(urllib.request.urlopen("http://localhost:1337/json/list"))
+json.dump([tab["url"] for tab in tabs if tab["type"] == "page"], open("/home/user/tabs.json", "w"))
+"""
+"""A program of the desktop that writes the addresses of the browser's tabs to a file."""
+
+
 def test_files_are_uploaded_inline_as_text_or_base64_or_from_a_local_path(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "local.txt").write_bytes(b"local")
     files = [
@@ -114,6 +122,20 @@ def test_a_file_is_opened_with_its_application(stage: Stage) -> None:
     assert "letter.txt" in stage.titles()
 
 
+def test_tabs_of_the_browser_are_opened_in_place_of_its_first_and_closed(stage: Stage) -> None:
+    pages = [f"file:///home/user/{name}.html" for name in ("one", "two", "three")]
+    files = [{"path": page.removeprefix("file://"), "content": "<p>"} for page in pages]
+    stage.set_up(
+        ("upload_file", {"files": files}),
+        ("launch", {"command": ["google-chrome", "--remote-debugging-port=1337"]}),
+        ("chrome_open_tabs", {"urls_to_open": pages}),
+        ("chrome_close_tabs", {"urls_to_close": [pages[1]]}),
+        ("execute", {"command": ["python3", "-c", LIST_TABS]}),
+        ("command", {"command": "pkill chrome", "shell": True}),
+    )
+    assert sorted(json.loads(stage.read("~/tabs.json"))) == sorted([pages[0], pages[2]])
+
+
 def test_a_download_comes_from_the_local_copy(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     url = "https://example.org/files/a.txt"
@@ -126,7 +148,7 @@ def test_a_download_comes_from_the_local_copy(stage: Stage, tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("step", "reason"),
     [
-        (("chrome_open_tabs", {}), "step 0 has the unknown type chrome_open_tabs"),
+        (("googledrive", {}), "step 0 has the unknown type googledrive"),
         (("launch", {}), "step 0 (launch): KeyError: 'command'"),
         (("sleep", {"seconds": "long"}), "step 0 (sleep): ValueError"),
         (("upload_file", {"files": [{"path": "x", "base64": "%"}]}), "step 0 (upload_file)"),

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from deskrl.actor.chrome_tabs import close_tabs, open_tabs
 from deskrl.actor.desktops.base import CommandResult, Desktop
 from deskrl.actor.tasks import Task, TypedItem
 
@@ -200,6 +201,14 @@ async def _download(context: SetupContext, parameters: dict[str, Any]) -> None:
         await context.desktop.write_file(file["path"], read_asset(context.task_id, file["url"]))
 
 
+async def _chrome_open_tabs(context: SetupContext, parameters: dict[str, Any]) -> None:
+    await open_tabs(context.desktop, parameters["urls_to_open"])
+
+
+async def _chrome_close_tabs(context: SetupContext, parameters: dict[str, Any]) -> None:
+    await close_tabs(context.desktop, parameters["urls_to_close"])
+
+
 STEPS: dict[str, Callable[[SetupContext, dict[str, Any]], Awaitable[None]]] = {
     "launch": _launch,
     "execute": _execute,
@@ -211,5 +220,7 @@ STEPS: dict[str, Callable[[SetupContext, dict[str, Any]], Awaitable[None]]] = {
     "close_window": _close_window,
     "upload_file": _upload_file,
     "download": _download,
+    "chrome_open_tabs": _chrome_open_tabs,
+    "chrome_close_tabs": _chrome_close_tabs,
 }
 """The setup steps that are built in, by type."""
