@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from learner_player import ToyPlayer, ToyReplica
 from replay_kit import ReplayProcess, free_port
 
 from deskrl.core import rpc
+from deskrl.core.cli import main
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.presets import PRESETS
 from deskrl.core.runfolder import RunFolder
@@ -130,9 +132,17 @@ GRPO = {"num_updates": 3, "groups_per_batch": 2, "learning_rate": 1e-3, "max_sta
 WARM_START = {"demos_per_task": 2, "stop_likelihood": 0.2, "max_updates": 60}
 
 
-def test_a_run_from_demonstrations_to_results(world: Callable[..., World]) -> None:
-    run = world(grpo=GRPO, warm_start=WARM_START, eval={"episodes": 8})
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A run from demonstrations to results, over."""
+    run = World(tmp_path_factory.mktemp("learnt"), grpo=GRPO, warm_start=WARM_START, eval={"episodes": 8})
     run.finish(run.start())
+    yield run
+    run.close()
+
+
+def test_a_run_from_demonstrations_to_results(learnt: World) -> None:
+    run = learnt
     phases = [line["phase"] for line in run.metrics("phase")]
     assert phases == [
         "loading",
@@ -163,6 +173,30 @@ def test_a_run_from_demonstrations_to_results(world: Callable[..., World]) -> No
     check_results(run)
     check_checkpoints(run)
     check_scores(run, updates[-1])
+
+
+def test_a_run_learns_again_what_it_has_learnt_bit_for_bit(
+    learnt: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints after updates 1, 2 and 3 are kept, so 2 and 3 can be; a record that was tampered with is found."""
+    run = learnt
+    run.stop_playing()
+    run.replay.stop()
+    entropy = run.metrics("update")[-1]["entropy"]
+    recorded = run.folder.metrics.read_text().replace(repr(entropy), repr(entropy + 1e-9))
+    run.folder.metrics.write_text(recorded)
+    before = {path: path.stat().st_mtime_ns for path in run.folder.checkpoints.rglob("*")}
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the learner had: other sums of floats come of other threads
+    assert main(["replay-run", str(run.folder.root)]) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"│ 2 +│ epoch_0_update_1 .* bit for bit │ +│\n", told), told
+    assert re.search(r"│ 3 +│ epoch_0_update_1 .* no ", told), told
+    assert f"entropy {entropy + 1e-9!r}, {entropy!r}" in told
+    assert told.count(" loss ") == 1, "in the title: no loss differs"
+    assert "not learnt again: update 1: no checkpoint before it is kept (learner.keep_checkpoints)" in told
+    assert {path: path.stat().st_mtime_ns for path in run.folder.checkpoints.rglob("*")} == before
+    assert run.folder.metrics.read_text() == recorded
 
 
 def test_arpos_preset_keeps_every_group_and_learns_in_lock_step(world: Callable[..., World]) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deskrl.core.arpo import Note
 
 _ROLES = ("replay", "learner", "inference", "actor")
-_ROLE_OF = {"model": "learner", "prove-checkpoint": "learner", "tasks": "actor"}
+_ROLE_OF = {"model": "learner", "prove-checkpoint": "learner", "learn-again": "learner", "tasks": "actor"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -145,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
         "--role", action="append", choices=_ROLES, help="that is to run here; again for more; none: all"
     )
 
+    again = add("replay-run", "learn again from a run's recorded batches: the same numbers, bit for bit?")
+    again.add_argument("run", type=Path, help="folder of a run that is not running")
+    again.set_defaults(takes_overrides=False)
+    repeat = add("learn-again", "learn again what a run has learnt, beside its replay service")
+    repeat.add_argument("config", type=Path, help="the run's resolved configuration")
+    repeat.add_argument("outcome", type=Path, help="file for the outcome (JSON)")
+
     certificates = add("certificates", "make the certificates and the token of a run whose roles are on several hosts")
     certificates.add_argument("folder", type=Path, help="folder for them; its authority and token are kept")
     certificates.add_argument("--host", action="append", default=[], help="name or address of a server; again for more")
@@ -250,6 +257,10 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from deskrl.core.top import top
 
         return top(options.run, options.interval, options.frames)
+    if options.command == "replay-run":
+        from deskrl.core.again import replay_run
+
+        return replay_run(options.run)
     if options.command == "doctor":
         return _examine(options, rest)
     if options.command == "view":
@@ -270,6 +281,8 @@ def _perform(options: argparse.Namespace, rest: Sequence[str]) -> int:
     _identified(config, _ROLE_OF.get(options.command, options.command))
     if options.command == "model":
         return int(importlib.import_module("deskrl.learner.build_model").main(config))
+    if options.command == "learn-again":
+        return _learn_again(config, options, rest)
     if options.command == "prove-checkpoint":
         return int(importlib.import_module("deskrl.learner.proof").main(config, options.outcome))
     return _run_role(options, config, rest)
@@ -358,19 +371,29 @@ def _read(path: Path, overrides: Sequence[str]) -> RunConfig:
 def _run_role(options: argparse.Namespace, config: RunConfig, overrides: Sequence[str]) -> int:
     role, index = options.command, getattr(options, "index", None)
     logs.setup(role if index is None else f"{role}-{index}")
-    if role == "learner" and config.learner.num_processes > 1 and "RANK" not in os.environ:
-        return _run_ranks(config, options.config, overrides)
+    if role == "learner" and _needs_ranks(config):
+        return _run_ranks(config, ["learner", str(options.config), *overrides])
     run = importlib.import_module(f"deskrl.{role}.main").run
     return int(run(config, index) if "index" in options else run(config))
 
 
-def _run_ranks(config: RunConfig, path: Path, overrides: Sequence[str]) -> int:
-    """Have torchrun start the ranks, each as `deskrl learner` again."""
+def _learn_again(config: RunConfig, options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    logs.setup("learner")
+    if _needs_ranks(config):
+        return _run_ranks(config, ["learn-again", str(options.config), str(options.outcome), *overrides])
+    return int(importlib.import_module("deskrl.learner.again").main(config, options.outcome))
+
+
+def _needs_ranks(config: RunConfig) -> bool:
+    return config.learner.num_processes > 1 and "RANK" not in os.environ
+
+
+def _run_ranks(config: RunConfig, command: Sequence[str]) -> int:
+    """Have torchrun start the ranks, each with the same command again."""
     port = config.learner.master_port
     rendezvous = [f"--master-port={port}"] if port else ["--standalone"]
     world = [f"--nproc-per-node={config.learner.num_processes}", *rendezvous]
-    command = ["-m", "deskrl.core.cli", "learner", str(path), *overrides]
-    return int(importlib.import_module("deskrl.learner.ranks").main([*world, *command]))
+    return int(importlib.import_module("deskrl.learner.ranks").main([*world, "-m", "deskrl.core.cli", *command]))
 
 
 if __name__ == "__main__":

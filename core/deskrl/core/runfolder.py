@@ -29,6 +29,7 @@ class RunFolder:
         self.logs = root / "logs"
         self.replay = root / "replay"
         self.supervisor = root / "supervisor.json"
+        self.lock = root / ".lock"
 
     def create(self) -> None:
         """Make what is missing."""

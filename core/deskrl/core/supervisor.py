@@ -71,7 +71,7 @@ class Supervisor:
         """
         self._folder = folder
         self.temporary = temporary_folder(folder)
-        self._lock = open(folder.root / ".lock", "w")  # noqa: SIM115 - held as long as the supervisor lives
+        self._lock = open(folder.lock, "w")  # noqa: SIM115 - held as long as the supervisor lives
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -54,14 +54,15 @@ def up(config: RunConfig) -> int:
 def _up(config: RunConfig, folder: RunFolder) -> int:
     stop = stop_event()
     console = Console()
+    num_leftovers = _end_leftovers(folder)
     preflight.refuse_bad_input(config)
     started_unix_s = _open_folder(config, folder, console)
     supervisor = Supervisor(folder)
     if not _has_learnt(folder):  # nobody else is at it by now
         shutil.rmtree(folder.root / "model", ignore_errors=True)
         dump_config(config, folder.config)
-    if supervisor.num_leftovers:
-        console.print(f"removed {supervisor.num_leftovers} leftovers of the run that was killed", highlight=False)
+    if num_leftovers:
+        console.print(f"removed {num_leftovers} leftovers of the run that was killed", highlight=False)
     try:
         proof = _run(config, folder, supervisor, stop, console, started_unix_s)
     except Interrupted:
@@ -73,6 +74,19 @@ def _up(config: RunConfig, folder: RunFolder) -> int:
         raise
     facts = RunFacts(supervisor.num_restarts(), supervisor.close(), proof)
     return _conclude(config, folder, facts, console, started_unix_s)
+
+
+def _end_leftovers(folder: RunFolder) -> int:
+    """End what a killed supervisor left, which may still hold the run's ports; returns how much it was.
+
+    Raises:
+        UserError: the run is supervised by a living process.
+    """
+    if not folder.lock.exists():  # nobody has ever supervised it
+        return 0
+    supervisor = Supervisor(folder)
+    supervisor.close()
+    return supervisor.num_leftovers
 
 
 def report(root: Path) -> int:

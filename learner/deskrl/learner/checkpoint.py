@@ -69,12 +69,16 @@ class CheckpointStore:
         Raises:
             UserError: it cannot be read, or belongs to another model or another layout of ranks.
         """
-        found = [self._read(path) for path in sorted(self._folder.glob("epoch_*")) if path.is_dir()]
+        found = self.found()
         if not found:
             return None
-        newest = max(found, key=lambda checkpoint: checkpoint.num_updates)
-        self._check_whole(newest)
-        return newest
+        self.check_whole(found[-1])
+        return found[-1]
+
+    def found(self) -> list[Checkpoint]:
+        """All checkpoints, oldest first; raises UserError if one is none of a learner."""
+        paths = [path for path in self._folder.glob("epoch_*") if path.is_dir()]
+        return sorted(map(self._read, paths), key=lambda checkpoint: checkpoint.num_updates)
 
     def load(self, checkpoint: Checkpoint, engine: Engine) -> None:
         """Restore weights and optimizer; a collective call.
@@ -149,7 +153,8 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._refusal(path, f"it is no checkpoint of a learner ({_one_line(error)})") from error
 
-    def _check_whole(self, checkpoint: Checkpoint) -> None:
+    def check_whole(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError if a file of it is missing or cut short, or it is of another model or layout of ranks."""
         record = json.loads((checkpoint.path / "learner.json").read_text(encoding="utf-8"))
         for name, num_bytes in record["files"].items():
             file = checkpoint.path / name
@@ -185,8 +190,7 @@ class CheckpointStore:
         self._remove_old()
 
     def _remove_old(self) -> None:
-        found = sorted((self._read(path) for path in self._folder.glob("epoch_*")), key=lambda c: c.num_updates)
-        for checkpoint in found[: -self._keep]:
+        for checkpoint in self.found()[: -self._keep]:
             # First out of sight, so that a half removed one is never taken for a damaged one.
             hidden = self._folder / f".{checkpoint.path.name}.partial"
             os.rename(checkpoint.path, hidden)

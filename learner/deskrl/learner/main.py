@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -181,12 +181,10 @@ class Learner:
 
     def _learn(self, batch: TakenBatch) -> grpo.UpdateReport | None:
         """One batch; None if no group of it tells good from bad."""
-        shuffle_seed = self._config.seed if self._grpo.shuffle_rewards else None
-        learnable = grpo.prepare(batch.kept, self._distance, self._grpo, shuffle_seed)
-        if not learnable.rows:
+        report = learn_batch(self._parts, batch, self._distance, self._config, self._state.num_updates)
+        if report is None:
             _log.warning("batch %s has nothing to learn from: no optimizer step", batch.batch_id)
-            return None
-        return grpo.learn(self._parts.engine, self._parts.feed, learnable, self._grpo, self._state.num_updates)
+        return report
 
     def _publish(self) -> None:
         """Bring the present weights to every replica."""
@@ -288,6 +286,28 @@ def _note_outcome(folder: RunFolder, outcome: Outcome) -> None:
     record = weights_record(outcome)
     folder.append_metrics("weights", **record)
     metrics.note_weights(record)
+
+
+def learn_batch(
+    parts: Parts,
+    batch: TakenBatch,
+    distance: Callable[[Span], int | None],
+    config: RunConfig,
+    num_updates: int,
+) -> grpo.UpdateReport | None:
+    """Learn what was taken; None, and no change, if no group of it tells good from bad.
+
+    Args:
+        parts: of the rank that learns.
+        batch: with what became of each group.
+        distance: versions between a span's policy and the one that learns.
+        config: of the run.
+        num_updates: batches that were learnt before.
+    """
+    grpo_config = config.learner.grpo
+    shuffle_seed = config.seed if grpo_config.shuffle_rewards else None
+    learnable = grpo.prepare(batch.kept, distance, grpo_config, shuffle_seed)
+    return grpo.learn(parts.engine, parts.feed, learnable, grpo_config, num_updates) if learnable.rows else None
 
 
 @contextmanager
