@@ -193,10 +193,9 @@ def test_a_run_learns_again_what_it_has_learnt_bit_for_bit(
     assert re.search(r"│ 2 +│ epoch_0_update_1 .* bit for bit │ +│\n", told), told
     assert re.search(r"│ 3 +│ epoch_0_update_1 .* no ", told), told
     assert f"entropy {entropy + 1e-9!r}, {entropy!r}" in told
-    assert told.count(" loss ") == 1, "in the title: no loss differs"
+    assert "gradient_norm" not in told, "only what differs is named"
     assert "not learnt again: update 1: no checkpoint before it is kept (learner.keep_checkpoints)" in told
     assert {path: path.stat().st_mtime_ns for path in run.folder.checkpoints.rglob("*")} == before
-    assert run.folder.metrics.read_text() == recorded
 
 
 def test_arpos_preset_keeps_every_group_and_learns_in_lock_step(world: Callable[..., World]) -> None:
