@@ -110,11 +110,11 @@ def test_files_are_absent_until_the_asset_cache_has_them(tmp_path: Path, monkeyp
 def test_steps_getters_and_metrics_that_are_not_built_in_are_named() -> None:
     several = {"type": "vm_file", "path": ["a", "b"], "multi": True}
     needing = task(
-        ("chrome_close_tabs", {}),
+        ("update_browse_history", {}),
         evaluator=EVALUATOR | {"func": "compare_table", "result": several, "expected": {"type": "url_dashPart"}},
     )
     needs = task_needs(needing)
-    assert needs.setup_steps == ("chrome_close_tabs",)
+    assert needs.setup_steps == ("update_browse_history",)
     assert needs.getters == ("url_dashPart", "vm_file for several files")
     assert needs.metrics == ("compare_table",)
     assert len(unsupported(needing)) == 4
