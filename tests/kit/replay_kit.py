@@ -128,6 +128,7 @@ class ReplayProcess:
         self.config = config
         self.folder = config.folder / "replay"
         self._config_path = config.folder / "config.json"
+        self._log = config.folder / "replay.log"
         self._clients: list[ReplayClient] = []
         config.folder.mkdir(parents=True, exist_ok=True)
         dump_config(config, self._config_path)
@@ -135,7 +136,8 @@ class ReplayProcess:
 
     def start(self) -> None:
         command = [*self._prefix, sys.executable, "-m", "deskrl.core.cli", "replay", str(self._config_path)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        with open(self._log, "w") as log:  # a pipe that nobody reads would stop a service that has much to say
+            self.process = subprocess.Popen(command, stderr=log)
         with rpc.connect_sync(self.config.replay.address) as channel:
             grpc.channel_ready_future(channel).result(timeout=_DEADLINE_S)
 
@@ -147,13 +149,12 @@ class ReplayProcess:
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def stop(self) -> tuple[int, str]:
         """SIGTERM; returns exit status and what it logged."""
         self.process.terminate()
-        _, log = self.process.communicate(timeout=_DEADLINE_S)
-        return self.process.returncode, log
+        return self.process.wait(_DEADLINE_S), self._log.read_text()
 
     def close(self) -> None:
         for client in self._clients:
