@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -366,3 +367,13 @@ def test_what_episodes_are_looked_up_by_outlives_their_steps(connection: sqlite3
     batches.commit(connection, "demo", "demo", [], common_pb2.PolicyVersion())
     assert retention.remove_oldest(connection, 0) == 1
     assert connection.execute(looked_up).fetchone() == expected
+
+
+def test_a_store_on_a_read_only_disk_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / schema.FILE_NAME
+    with closing(schema.open_database(path)) as connection:
+        plan_group(connection, "demo/0")
+    monkeypatch.setattr(schema.os, "access", lambda folder, mode: False)  # a test that runs as root may write anywhere
+    with closing(schema.open_reader(path)) as reader:
+        assert reader.execute("SELECT count(*) FROM groups").fetchone() == (1,)
+        assert sorted(file.name for file in tmp_path.iterdir()) == [path.name], "nothing was made beside it"

@@ -194,7 +194,10 @@ def is_full_disk(error: Exception) -> bool:
 
 def open_reader(path: Path) -> sqlite3.Connection:
     """A connection that only reads, for use by one thread at a time."""
-    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
+    # Even a reader makes files of the write-ahead log, where a run that was put away on a read-only disk lets it not.
+    is_put_away = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
+    options = "mode=ro&immutable=1" if is_put_away else "mode=ro"
+    connection = sqlite3.connect(f"{path.as_uri()}?{options}", uri=True, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA query_only = 1")
     return connection
 
