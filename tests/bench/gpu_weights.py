@@ -45,8 +45,8 @@ from deskrl.core import ids, rpc
 from deskrl.core.buckets import BUCKET_BYTES, Bucket, plan_buckets
 from deskrl.core.config import ModelConfig, RunConfig
 from deskrl.core.lifetime import StopEvent
+from deskrl.learner.announcements import Outcome, describe
 from deskrl.learner.publish import Publisher
-from deskrl.learner.replicas import Outcome, describe
 from deskrl.learner.sending import Sender
 from deskrl.learner.shaped_model import UI_TARS_7B, build_shaped_model
 from deskrl.proto.v1 import common_pb2, inference_pb2_grpc

@@ -17,7 +17,8 @@ from weights_kit import Changing, load_changing
 
 from deskrl.core.errors import UserError
 from deskrl.learner import replicas, sending
-from deskrl.learner.replicas import DirectUpdate, Outcome
+from deskrl.learner.announcements import Outcome
+from deskrl.learner.replicas import DirectUpdate
 from deskrl.learner.sending import Sender, Sent
 
 pytestmark = [

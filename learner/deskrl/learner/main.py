@@ -20,6 +20,7 @@ from deskrl.core.runfolder import RunFolder
 from deskrl.core.scores import write_scores
 from deskrl.core.trajectory import Span
 from deskrl.learner import grpo, metrics, stopping
+from deskrl.learner.announcements import Announcement, Outcome, describe
 from deskrl.learner.checkpoint import checkpoint_name
 from deskrl.learner.evaluation import evaluation_record, mismatch_rows
 from deskrl.learner.imitation import demonstration, image_sizes, imitate
@@ -27,7 +28,6 @@ from deskrl.learner.joined import follow_joined
 from deskrl.learner.parts import Parts, assemble
 from deskrl.learner.plan import DEMO, TRAIN, eval_queue
 from deskrl.learner.records import add_counts, pending_commit, update_record, weights_record
-from deskrl.learner.replicas import Announcement, Outcome, describe
 from deskrl.learner.state import LearnerState, PendingCommit
 from deskrl.learner.take import TakenBatch
 from deskrl.learner.trajectories import TaskGroup, Trajectory, decode_group

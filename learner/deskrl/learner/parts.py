@@ -15,6 +15,7 @@ from deskrl.core.lifetime import StopEvent
 from deskrl.core.rendering import ImageSizing, image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
 from deskrl.core.runfolder import RunFolder
 from deskrl.learner import activations, metrics, stopping
+from deskrl.learner.announcements import Outcome
 from deskrl.learner.canary import CanaryProbe, make_canary
 from deskrl.learner.checkpoint import CheckpointStore, layout_of
 from deskrl.learner.engine import Engine
@@ -23,7 +24,6 @@ from deskrl.learner.model import load_policy, load_processor, make_collator
 from deskrl.learner.plan import Curriculum
 from deskrl.learner.publish import TOLERANCE_BFLOAT16, TOLERANCE_FLOAT32, Publisher
 from deskrl.learner.replay_client import ReplayClient
-from deskrl.learner.replicas import Outcome
 from deskrl.learner.results import Results
 from deskrl.learner.sending import Sender
 from deskrl.learner.take import BatchTaker

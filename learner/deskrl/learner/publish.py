@@ -23,7 +23,8 @@ from deskrl.core import rpc
 from deskrl.core.config import InferenceConfig
 from deskrl.core.lifetime import StopEvent
 from deskrl.learner import stopping
-from deskrl.learner.replicas import Announcement, DirectUpdate, Outcome, Replica, Snapshot, with_checksums
+from deskrl.learner.announcements import Announcement, Outcome, Snapshot, with_checksums
+from deskrl.learner.replicas import DirectUpdate, Replica
 from deskrl.learner.sending import Sender, follow
 
 T = TypeVar("T")

@@ -5,115 +5,32 @@ Knows the stream of weights.proto from the learner's side; knows nothing of trai
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
-import queue
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import grpc
-import torch
-from torch import Tensor
 
 from deskrl.core import direct, rpc
 from deskrl.core.bounds import GaveUp
 from deskrl.core.buckets import BUCKET_BYTES
 from deskrl.core.errors import UserError
+from deskrl.learner.announcements import Announcement, Outcome, Snapshot, bytes_of
 from deskrl.learner.channels import Channel, IpcChannel, NcclChannel
-from deskrl.learner.checkpoint_names import whole_shape
 from deskrl.learner.negotiation import Side, choose_transfer
 from deskrl.learner.sending import Sender, Sent
-from deskrl.proto.v1 import common_pb2, weights_pb2, weights_pb2_grpc
+from deskrl.learner.talk import Talk
+from deskrl.proto.v1 import weights_pb2, weights_pb2_grpc
 
 STALL_S = 120.0
 """An update that takes longer than this and a second for each `BYTES_PER_S` has stalled."""
 BYTES_PER_S = 50 * 1024**2
 _STATUS_S = 10.0
-_QUEUED = 8
-"""Chunks ahead of the network."""
-_POLL_S = 0.2
 
 _PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
 """What a replica that was killed and is restarted answers; anything else it would answer again."""
 
 _log = logging.getLogger("deskrl.learner")
-
-
-@dataclass(frozen=True)
-class Announcement:
-    """What a replica is told of an update beforehand, and judged by afterwards."""
-
-    version: common_pb2.PolicyVersion
-    specs: tuple[weights_pb2.TensorSpec, ...]
-    canary: weights_pb2.Canary
-    canary_logprobs: tuple[float, ...]
-    """Of the learner's own forward pass."""
-    processor_hash: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(spec.num_bytes for spec in self.specs)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Weights as they are streamed: announced with their checksums, and here on the CPU."""
-
-    announcement: Announcement
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one update of one replica."""
-
-    replica: int
-    version: common_pb2.PolicyVersion
-    ok: bool
-    transfer: str
-    """How the weights went: `stream`, `ipc` or `nccl`."""
-    error: str = ""
-    canary_max_difference: float | None = None
-    receive_ms: float = 0.0
-    total_ms: float = 0.0
-    phases_ms: Mapping[str, float] = field(default_factory=dict)
-    num_requests_kept: int = 0
-    late: bool = False
-    """Brought by the catching-up thread."""
-    may_recover: bool = False
-    """It failed because the replica could not be reached, or went away."""
-
-
-def with_checksums(announcement: Announcement, tensors: Mapping[str, Tensor]) -> Snapshot:
-    """A snapshot of tensors on the CPU, each with the checksum of its bytes."""
-    specs = tuple(
-        weights_pb2.TensorSpec(
-            name=spec.name,
-            dtype=spec.dtype,
-            shape=spec.shape,
-            num_bytes=spec.num_bytes,
-            checksum=hashlib.sha256(_bytes_of(tensors[spec.name])).hexdigest(),
-        )
-        for spec in announcement.specs
-    )
-    return Snapshot(replace(announcement, specs=specs), tensors)
-
-
-def describe(tensors: Mapping[str, Tensor]) -> tuple[weights_pb2.TensorSpec, ...]:
-    """What is announced of tensors, checksums excepted; of those that are sharded, the whole."""
-    return tuple(
-        weights_pb2.TensorSpec(
-            name=name,
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=whole_shape(tensor),
-            num_bytes=torch.Size(whole_shape(tensor)).numel() * tensor.dtype.itemsize,
-        )
-        for name, tensor in tensors.items()
-    )
 
 
 class Replica:
@@ -169,7 +86,7 @@ class Replica:
             talk.send(begin=_begin(announcement))
             talk.expect("ready")
             for tensor in snapshot.tensors.values():
-                data = _bytes_of(tensor)
+                data = bytes_of(tensor)
                 for start in range(0, len(data), rpc.CHUNK_BYTES):
                     talk.send(chunk=bytes(data[start : start + rpc.CHUNK_BYTES]))
             return self.conclude(announcement, talk, weights_pb2.UpdateCommit(), "stream", late)
@@ -315,65 +232,6 @@ class DirectUpdate:
         return self.replica.failed(self.announcement, error, transfer, may_recover=True)
 
 
-class Talk:
-    """The stream of one update, from the learner's end."""
-
-    def __init__(self, stub: weights_pb2_grpc.WeightServiceStub, timeout_s: float) -> None:
-        self._started_s = time.perf_counter()
-        self._requests: queue.Queue[weights_pb2.UpdateWeightsRequest | None] = queue.Queue(_QUEUED)
-        self._call: Any = stub.UpdateWeights(iter(self._requests.get, None), timeout=timeout_s)
-
-    def send(self, **event: Any) -> None:
-        """Send one event; if the stream has ended, what is expected next says why."""
-        self._put(weights_pb2.UpdateWeightsRequest(**event))
-
-    def expect(self, event: str) -> weights_pb2.UpdateWeightsResponse:
-        """The replica's next answer; raises grpc.RpcError if it is not this one."""
-        for response in self._call:
-            if response.WhichOneof("event") == event:
-                answer: weights_pb2.UpdateWeightsResponse = response
-                return answer
-            break
-        raise _EndedEarly
-
-    def is_active(self) -> bool:
-        """Whether the replica still listens."""
-        return bool(self._call.is_active())
-
-    def elapsed_ms(self) -> float:
-        """Since the update began."""
-        return (time.perf_counter() - self._started_s) * 1e3
-
-    def finish(self) -> None:
-        """Nothing more is sent; return when the replica is done with the update, and free for another."""
-        self._put(None)
-        for _ in self._call:
-            break
-
-    def end(self) -> None:
-        """Break off whatever is not finished."""
-        self._call.cancel()
-        self._put(None)
-
-    def _put(self, request: weights_pb2.UpdateWeightsRequest | None) -> None:
-        while True:
-            try:
-                return self._requests.put(request, timeout=_POLL_S)
-            except queue.Full:
-                if not self.is_active():
-                    return None
-
-
-class _EndedEarly(grpc.RpcError):
-    """The replica closed the stream without an answer."""
-
-    def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.ABORTED
-
-    def details(self) -> str:
-        return "the stream ended before the update was committed"
-
-
 def _begin(announcement: Announcement) -> weights_pb2.UpdateBegin:
     return weights_pb2.UpdateBegin(
         peer=rpc.peer("learner", "rank-0"),
@@ -390,8 +248,3 @@ def _reason(error: grpc.RpcError) -> str:
 
 def _gpu_uuids(sender: Sender | None) -> list[str]:
     return [] if sender is None else [sender.gpu_uuid]
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's raw little-endian bytes, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
