@@ -24,7 +24,6 @@ from deskrl.learner.sending import Sender, Sent
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
-    pytest.mark.timeout(600),
 ]
 
 TOLERANCE = 5e-3
