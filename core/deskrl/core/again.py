@@ -39,7 +39,7 @@ def replay_run(root: Path) -> int:
     supervisor = Supervisor(folder)
     temporary = Path(tempfile.mkdtemp(prefix="deskrl-again-"))
     try:
-        start_replay(config, folder, supervisor)
+        start_replay(config, folder.config, supervisor)
         outcome = temporary / "outcome.json"
         supervisor.run_to_end("learn-again", "learn-again", str(folder.config), str(outcome), timeout_s=_LONGEST_S)
         compared: dict[str, Any] = json.loads(outcome.read_text(encoding="utf-8"))

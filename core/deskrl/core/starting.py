@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from deskrl.core import rpc
-from deskrl.core.config import RunConfig
+from deskrl.core.config import RunConfig, SecurityConfig
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.supervisor import USER_ERROR_STATUS, RoleFailed, Supervisor
 from deskrl.proto.v1 import replay_pb2_grpc
@@ -17,9 +18,24 @@ INFERENCE_START_S = 300.0
 _REPLAY_START_S = 30.0
 
 
-def start_replay(config: RunConfig, folder: RunFolder, supervisor: Supervisor) -> None:
+def at_home(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The same run where its folder lies now, with servers on loopback."""
+    replay, inference = config.replay, config.inference
+    local = {"listen_host": None, "metrics_port": 0}
+    return config.model_copy(
+        update={
+            "runs": folder.root.parent,
+            "name": folder.root.name,
+            "security": SecurityConfig(),
+            "replay": replay.model_copy(update={"address": f"127.0.0.1:{replay.address.rpartition(':')[2]}", **local}),
+            "inference": inference.model_copy(update={"address": "127.0.0.1:1", "num_replicas": 0, **local}),
+        }
+    )
+
+
+def start_replay(config: RunConfig, resolved: Path, supervisor: Supervisor) -> None:
     """Start the replay service and wait until it serves; raises RoleFailed if it does not get there."""
-    supervisor.start("replay", "replay", str(folder.config))
+    supervisor.start("replay", "replay", str(resolved))
     wait_healthy(config.replay.address, supervisor, "replay", _REPLAY_START_S)
 
 

@@ -20,7 +20,7 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
-from deskrl.core import devices, preflight, rpc
+from deskrl.core import devices, preflight
 from deskrl.core.acceptance import Criterion, RunFacts, judge
 from deskrl.core.config import ModelConfig, RunConfig, dump_config, read_resolved
 from deskrl.core.errors import UserError
@@ -28,7 +28,7 @@ from deskrl.core.lifetime import StopEvent, stop_event
 from deskrl.core.live import LiveDisplay, clock
 from deskrl.core.progress import ProgressMeter
 from deskrl.core.runfolder import RunFolder, write_json
-from deskrl.core.starting import INFERENCE_START_S, replay_stub, start_replay, tell_failure, wait_healthy
+from deskrl.core.starting import INFERENCE_START_S, at_home, replay_stub, start_replay, tell_failure, wait_healthy
 from deskrl.core.supervisor import RoleFailed, Supervisor
 from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc
 
@@ -90,10 +90,12 @@ def _end_leftovers(folder: RunFolder) -> int:
 
 
 def report(root: Path) -> int:
-    """Write report.html of a run, finished or cut short, with a replay service of its own."""
+    """Write report.html of a run, finished or cut short, with a replay service of its own.
+
+    Wherever the roles ran, and whatever certificates they had, this one is found on this machine's loopback alone.
+    """
     folder = RunFolder(root.absolute())
-    config = read_resolved(folder.config)
-    rpc.identify_as("operator", config.security.folder)
+    config = at_home(read_resolved(folder.config), folder)
     preflight.refuse_ports(config)
     supervisor = Supervisor(folder)
     try:
@@ -116,7 +118,7 @@ def _run(
     """Start the roles, watch them until the learner is done, stop them, prove the checkpoint."""
     resolved = str(folder.config)
     importlib.import_module("deskrl.actor.prepare").main(config)
-    start_replay(config, folder, supervisor)
+    start_replay(config, folder.config, supervisor)
     for index in range(config.num_actors):
         supervisor.start(f"actor-{index}", "actor", resolved, "--index", str(index))
     if config.model.build and not _is_built(config.model_folder):
@@ -214,7 +216,9 @@ def _table(name: str, criteria: Sequence[Criterion]) -> Table:
 def _write_report(config: RunConfig, folder: RunFolder, supervisor: Supervisor) -> Path:
     from deskrl.core.report import write_report
 
-    start_replay(config, folder, supervisor)
+    local = folder.results / "report_config.json"
+    dump_config(config, local)
+    start_replay(config, local, supervisor)
     path = write_report(folder, config, config.replay.address)
     supervisor.stop(["replay"])
     return path

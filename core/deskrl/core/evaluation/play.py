@@ -127,7 +127,7 @@ def _play(
     """The summary; None if it was stopped."""
     importlib.import_module("deskrl.actor.prepare").main(config)
     resolved = str(folder.config)
-    start_replay(config, folder, supervisor)
+    start_replay(config, folder.config, supervisor)
     replicas = [f"inference-{index}" for index in range(config.inference.num_replicas)]
     for index, name in enumerate(replicas):
         gpus = devices.visible(devices.of_replica(config, index), os.environ)
