@@ -12,7 +12,7 @@ from PIL import Image
 from suppress_processor import CONFIG_KEY
 
 from deskrl.core.config import RunConfig
-from deskrl.inference.engine import engine_arguments, set_environment
+from deskrl.inference.engine_settings import engine_arguments, set_environment
 from deskrl.proto.v1 import common_pb2
 
 _OURS = ("weight_transfer_config", "worker_extension_cls", "mm_device_do_normalize")

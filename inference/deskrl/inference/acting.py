@@ -13,7 +13,8 @@ from deskrl.core import rendering
 from deskrl.core.config import RunConfig
 from deskrl.core.rpc import protocol_refusal, service_status
 from deskrl.inference import metrics
-from deskrl.inference.engine import Engine, EngineDead, ModelFacts, Prompt, Sampled
+from deskrl.inference.engine import Engine, EngineDead, ModelFacts, Sampled
+from deskrl.inference.engine_input import Prompt
 from deskrl.inference.images import ImageError, Screenshots
 from deskrl.inference.pixels import PixelProcessor
 from deskrl.inference.versions import Version, span_messages

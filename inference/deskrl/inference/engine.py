@@ -11,40 +11,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from deskrl.core import lifetime, rendering
+from deskrl.core import lifetime
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
+from deskrl.inference.engine_input import Prompt, engine_input
+from deskrl.inference.engine_settings import engine_arguments, set_environment
 from deskrl.inference.versions import INITIAL, Span, SpanCounter, Version
 from deskrl.inference.weights import Received, merge_received
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
     from vllm.inputs import MultiModalInput, TokensInput
-    from vllm.multimodal.inputs import MultiModalKwargsItem
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from deskrl.inference.pixels import FloatTable, Patches
+    from deskrl.inference.pixels import FloatTable
     from deskrl.proto.v1.weights_pb2 import TensorSpec
-
-
-TRANSFER_BACKEND = "deskrl"
-"""Name of the weight-transfer engine that `transfer` registers with vLLM."""
-
-PATCHES_KEY = "deskrl_patches"
-"""What a screenshot's bytes are called on their way to `worker`. Another name than that of the floats that vLLM's own
-processor makes for its OpenAI endpoint, because vLLM batches what has the same names."""
 
 
 class EngineDead(Exception):
     """The engine's processes are gone; this replica cannot serve any more."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids with one image token per screenshot, and the screenshots by hash in the same order."""
-
-    ids: Sequence[int]
-    images: Sequence[tuple[str, Patches]]
 
 
 @dataclass(frozen=True)
@@ -178,7 +163,24 @@ class Engine:
         return [at[token].logprob for token, at in zip(continuation_ids, tail, strict=True)]
 
     async def _generate(self, prompt: Prompt, params: Any, name: str) -> tuple[RequestOutput, tuple[Span, ...]]:
-        """The finished output of one request, and which of its tokens were sampled under which version."""
+        """The finished output of one request, and which of its tokens were sampled under which version.
+
+        Raises:
+            EngineDead: there is no engine left to sample with.
+            RuntimeError: vLLM fails on this request.
+        """
+        # vLLM believes that a screenshot is beside the model once a request with it was on its way there. One that was
+        # given up on that way leaves it wrong, and the next request fails: it goes once more, with everything.
+        for resend in (False, True):
+            inputs = engine_input(self.llm.input_processor, prompt, self._image_token_id, resend=resend)
+            output, spans = await self._generate_once(inputs, params, name)
+            if output.outputs[0].finish_reason != "error":
+                return output, spans
+        raise RuntimeError(f"vLLM failed on request {name}")
+
+    async def _generate_once(
+        self, inputs: MultiModalInput | TokensInput, params: Any, name: str
+    ) -> tuple[RequestOutput, tuple[Span, ...]]:
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -186,7 +188,7 @@ class Engine:
         own_name = f"{name}#{next(self._numbers)}"
         counter = self._counters[own_name] = SpanCounter()
         try:
-            async for output in self.llm.generate(self._input(prompt), params, own_name):
+            async for output in self.llm.generate(inputs, params, own_name):
                 finished = output
         except EngineDeadError as error:
             raise EngineDead("vLLM's engine process died") from error
@@ -194,24 +196,6 @@ class Engine:
             del self._counters[own_name]
         counter.count_to(self.version, len(finished.outputs[0].token_ids))
         return finished, counter.spans()
-
-    def _input(self, prompt: Prompt) -> MultiModalInput | TokensInput:
-        """A prompt as vLLM's own processing would leave it, so that vLLM has nothing left to process."""
-        from vllm.inputs import mm_input, tokens_input
-        from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
-
-        if not prompt.images:
-            return tokens_input(list(prompt.ids))
-        counts = [patches.num_tokens for _, patches in prompt.images]
-        ids, starts = rendering.place_images(prompt.ids, self._image_token_id, counts)
-        names = {"image": [name for name, _ in prompt.images]}
-        items: dict[str, list[MultiModalKwargsItem | None]] = {
-            "image": [_item(patches) for _, patches in prompt.images]
-        }
-        # vLLM keeps screenshots by name beside the model: what lies there already becomes None here, and is not sent.
-        self.llm.input_processor.inject_into_mm_cache(names, items)
-        places = [PlaceholderRange(offset=start, length=count) for start, count in zip(starts, counts, strict=True)]
-        return mm_input(ids, MultiModalKwargsItems(items), names, {"image": places})
 
     async def pause(self) -> int:
         """Stop sampling, keeping the requests; how many were kept."""
@@ -283,79 +267,6 @@ class Engine:
         self.llm.shutdown()
         # Its finalizer shuts down once more, which at the interpreter's end is too late to work.
         del self.llm
-
-
-def engine_arguments(config: RunConfig) -> dict[str, Any]:
-    """vLLM's engine arguments for a run; what `inference.engine_args` says wins."""
-    from vllm.config import WeightTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-
-    inference = config.inference
-    arguments: dict[str, Any] = {
-        "model": str(config.model_folder),
-        "dtype": inference.dtype,
-        "seed": config.seed,
-        "max_model_len": inference.max_model_len,
-        "max_num_seqs": inference.max_concurrent,
-        "gpu_memory_utilization": inference.gpu_memory_fraction,
-        "kv_cache_memory_bytes": inference.kv_cache_bytes,
-        "limit_mm_per_prompt": {"image": inference.max_images, "video": 0},
-        "mm_processor_cache_gb": inference.image_cache_bytes / 1024**3,
-        # Under the distribution that is sampled from: suppressed tokens and temperature applied.
-        "logprobs_mode": "processed_logprobs",
-        "enable_prefix_caching": True,
-        "use_tqdm_on_load": False,
-        "weight_transfer_config": WeightTransferConfig(backend=TRANSFER_BACKEND),
-        "worker_extension_cls": "deskrl.inference.worker.WorkerExtension",
-    }
-    if "mm_device_do_normalize" in AsyncEngineArgs.__dataclass_fields__:
-        # vLLM 0.32 expects bytes in place of floats then, and does its own arithmetic on whatever it gets.
-        arguments["mm_device_do_normalize"] = False
-    if current_platform.is_cpu():
-        # One process beside this one, as on a single GPU: a worker of its own would start 8 s later, cost half a
-        # gigabyte, and spin on a core while it waits.
-        arguments |= {"distributed_executor_backend": "uni", "enforce_eager": True}
-    return arguments | inference.engine_args
-
-
-_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-_CPU_ENVIRONMENT = {
-    # Else vLLM's CPU platform insists on a worker process, for the sake of thread binding.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # The cores are shared with desktops and a learner: threads go where there is room, and leave room.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Compiling the sampler's few small functions delays the first request by 2 to 15 s and gains nothing.
-    "TORCHDYNAMO_DISABLE": "1",
-}
-
-
-def set_environment() -> None:
-    """Set what vLLM reads from the environment, before it is first imported; the user's own settings win."""
-    _set_defaults(_ENVIRONMENT)
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        _set_defaults(_CPU_ENVIRONMENT)
-
-
-def _set_defaults(defaults: Mapping[str, str]) -> None:
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-
-
-def _item(patches: Patches) -> MultiModalKwargsItem:
-    """A screenshot as vLLM carries it to the worker."""
-    from transformers import BatchFeature
-    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-
-    data = BatchFeature({PATCHES_KEY: patches.levels_ND, "image_grid_thw": patches.grid_thw_3[None]})
-    fields = {
-        PATCHES_KEY: MultiModalFieldConfig.flat("image", [slice(0, len(patches.levels_ND))]),
-        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
-    }
-    return MultiModalKwargsItems.from_hf_inputs(data, fields)["image"][0]
 
 
 def _timings_ms(metrics: Any) -> dict[str, float]:

@@ -192,7 +192,7 @@ async def _warm_up(engine: Engine, prompt_format: PromptFormat) -> None:
     from PIL import Image
 
     from deskrl.core.rendering import render
-    from deskrl.inference.engine import Prompt
+    from deskrl.inference.engine_input import Prompt
     from deskrl.proto.v1 import inference_pb2 as pb
 
     contents = [pb.Content(image_hash="warm-up"), pb.Content(text="warm-up")]

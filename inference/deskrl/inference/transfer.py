@@ -25,7 +25,7 @@ from deskrl.core.bounds import GaveUp
 from deskrl.core.buckets import Bucket, plan_buckets
 from deskrl.core.weight_sums import BucketSums
 from deskrl.inference import engine_mends as engine_mends  # mends as it is imported
-from deskrl.inference.engine import TRANSFER_BACKEND
+from deskrl.inference.engine_settings import TRANSFER_BACKEND
 from deskrl.inference.links import IpcLink, Link, NcclCommunicator, NcclLink
 from deskrl.inference.placement import Placement, TensorShape, begin_reload, finish_reload, make_placement
 

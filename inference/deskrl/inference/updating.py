@@ -27,7 +27,8 @@ from deskrl.inference.arrivals import (
     next_commit,
     next_event,
 )
-from deskrl.inference.engine import Engine, EngineDead, Prompt
+from deskrl.inference.engine import Engine, EngineDead
+from deskrl.inference.engine_input import Prompt
 from deskrl.inference.versions import Version
 from deskrl.inference.weights import UpdateRefused, check_announcement, vision_changed
 from deskrl.proto.v1 import weights_pb2, weights_pb2_grpc

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deskrl.inference.engine import PATCHES_KEY
+from deskrl.inference.engine_input import PATCHES_KEY
 from deskrl.inference.masking import MaskedSampler
 from deskrl.inference.pixels import patch_floats
 from deskrl.inference.transfer import TransferExtension
