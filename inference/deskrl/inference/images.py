@@ -52,7 +52,8 @@ class Screenshots:
         """Keep up to `max_bytes` of what `patches_of` makes."""
         self._patches_of = patches_of
         self._cache = PatchCache(max_bytes)
-        self._threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "screenshots")
+        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(num_threads, "screenshots", initializer=_use_one_core)
         self._under_way: dict[str, asyncio.Future[Patches]] = {}
 
     def get(self, name: str) -> Patches | None:
@@ -91,6 +92,13 @@ class Screenshots:
         if not done.cancelled() and done.exception() is None:
             self._cache.put(name, done.result())
             metrics.IMAGE_BYTES.set(self._cache.num_bytes)
+
+
+def _use_one_core() -> None:
+    """Keep torch to one core a screenshot: others are at work beside it, and each would start threads for all cores."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 class PatchCache:
