@@ -42,7 +42,8 @@ class Case:
     """One request in both forms."""
 
     request: inference_pb2.ActRequest
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
+    """With one image token for each screenshot."""
     images: list[common_pb2.Image]
     seed: int
 
@@ -54,6 +55,7 @@ class Turn:
     requests_per_s: float
     latencies_s: list[float]
     num_tokens: int
+    """Of prompts and actions: the same on both sides."""
 
 
 def make_cases(config: RunConfig, first_seed: int, num: int, size: tuple[int, int]) -> list[Case]:
@@ -61,18 +63,16 @@ def make_cases(config: RunConfig, first_seed: int, num: int, size: tuple[int, in
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model_folder)
-    sizing = rendering.image_sizing_of(config.model_folder)
     cases = []
     for seed in range(first_seed, first_seed + num):
         shots = [desktop_picture(seed * SCREENSHOTS + index, size) for index in range(SCREENSHOTS)]
         images = [common_pb2.Image(hash=ids.image_hash(data), data=data) for data in shots]
         messages = [system("You use a computer."), user(f"Task {seed}.", *images)]
         rendered = rendering.render(messages, tokenizer)
-        counts = [sizing.num_tokens(*size)] * SCREENSHOTS
         cases.append(
             Case(
                 request=act_request(messages, images, temperature=1.0, max_tokens=MAX_TOKENS, seed=seed),
-                prompt_ids=rendering.expand_images(rendered.ids, rendering.image_token_id(tokenizer), counts),
+                prompt_ids=rendered.ids,
                 images=images,
                 seed=seed,
             )
@@ -106,7 +106,8 @@ def bare_answer(peer: Peer) -> Callable[[Case], Any]:
 
     async def answer(case: Case) -> int:
         params = {"temperature": 1.0, "max_tokens": MAX_TOKENS, "seed": case.seed}
-        return len((await peer.sample(case.prompt_ids, case.images, params, f"bare-{case.seed}")).action_ids)
+        sampled = await peer.sample(case.prompt_ids, case.images, params, f"bare-{case.seed}")
+        return len(sampled.prompt_ids) + len(sampled.action_ids)
 
     return answer
 
@@ -116,7 +117,7 @@ def act_answer(stub: inference_pb2_grpc.InferenceServiceStub) -> Callable[[Case]
 
     async def answer(case: Case) -> int:
         reply = await stub.Act(case.request, timeout=300)
-        return len(reply.action.action_ids)
+        return len(reply.action.prompt_ids) + len(reply.action.action_ids)
 
     return answer
 

@@ -66,7 +66,8 @@ class Case:
     """One request in both forms."""
 
     request: inference_pb2.ActRequest
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
+    """With one image token for the screenshot."""
     image: common_pb2.Image
     params: dict[str, Any]
 
@@ -105,7 +106,6 @@ class CaseMaker:
 
         self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
         self.suppressed_ids = rendering.suppressed_ids(self.tokenizer, rendering.vocab_size_of(model_folder))
-        self._num_tokens = rendering.image_sizing_of(model_folder).num_tokens(*size)
         self._size = size
         self._max_tokens = max_tokens
 
@@ -120,14 +120,7 @@ class CaseMaker:
         messages = [system("You use a computer."), user(f"Task {seed}: open the editor and type hello.", image)]
         rendered = rendering.render(messages, self.tokenizer)
         params: dict[str, Any] = {"temperature": 1.0, "max_tokens": self._max_tokens, "seed": seed}
-        return Case(
-            request=act_request(messages, [image], **params),
-            prompt_ids=rendering.expand_images(
-                rendered.ids, rendering.image_token_id(self.tokenizer), [self._num_tokens]
-            ),
-            image=image,
-            params=params,
-        )
+        return Case(act_request(messages, [image], **params), rendered.ids, image, params)
 
 
 def act_side(stub: inference_pb2_grpc.InferenceServiceStub, stages_ms: dict[str, list[float]]) -> Side:
@@ -147,7 +140,7 @@ def act_side(stub: inference_pb2_grpc.InferenceServiceStub, stages_ms: dict[str,
             parts["transport"] = total_ms - sum(parts.values())
             for name, part_ms in parts.items():
                 stages_ms.setdefault(name, []).append(part_ms)
-        return Answer(list(action.action_ids), list(action.logprobs))
+        return Answer(list(action.prompt_ids), list(action.action_ids), list(action.logprobs))
 
     return Side("deskrl", answer)
 
@@ -238,6 +231,7 @@ def gap(one: Sequence[Pass], other: Sequence[Pass]) -> dict[str, float]:
     num_tokens = 0
     for left, right in zip(one, other, strict=True):
         for mine, theirs in zip(left.answers, right.answers, strict=True):
+            assert mine.prompt_ids == theirs.prompt_ids, "the sides were asked different things"
             num_tokens += len(mine.action_ids)
             same = itertools.takewhile(
                 lambda row: row[0] == row[1],

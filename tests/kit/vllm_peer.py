@@ -20,8 +20,9 @@ _OURS = ("weight_transfer_config", "worker_extension_cls", "mm_device_do_normali
 
 @dataclass(frozen=True)
 class Answer:
-    """What was sampled."""
+    """What was sampled, and on which prompt."""
 
+    prompt_ids: list[int]
     action_ids: list[int]
     logprobs: list[float]
 
@@ -48,7 +49,7 @@ class Peer:
     async def sample(
         self, prompt_ids: Sequence[int], images: Sequence[common_pb2.Image], params: Mapping[str, Any], name: str
     ) -> Answer:
-        """One action, logprobs of its tokens included."""
+        """One action on a prompt that has one image token for each screenshot."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -63,7 +64,8 @@ class Peer:
         async for output in self.llm.generate(rendered, sampling, name):
             completion = output.outputs[0]
         pairs = zip(completion.token_ids, completion.logprobs, strict=True)
-        return Answer(list(completion.token_ids), [at[token].logprob for token, at in pairs])
+        logprobs = [at[token].logprob for token, at in pairs]
+        return Answer(list(output.prompt_token_ids), list(completion.token_ids), logprobs)
 
     def shutdown(self) -> None:
         """End its processes."""

@@ -315,7 +315,7 @@ class InferenceConfig(Section):
     max_action_tokens: PositiveInt = 512
     """Longest action in tokens."""
     image_cache_bytes: PositiveInt = 1024**3
-    """Screenshots kept by hash, as bytes of pixels (2.8 MB for 1280 x 720): in this process, and again by the engine."""
+    """Screenshots kept by hash, as bytes of pixels (2.8 MB for 1280 x 720): in this process, and beside the model."""
     weight_transfer: Literal["auto", "stream", "ipc", "nccl"] = "auto"
     """How new weights come: `stream` over gRPC; `nccl` from the learner's GPU to another; `ipc` on the GPU that both
     share; `auto`: the fastest that learner and replica have between them."""
