@@ -31,9 +31,9 @@ def test_planning_twice_plans_once(start_replay: StartReplay) -> None:
     assert client.acquire().rollout.task_id == "task"
 
 
-def test_a_plan_that_says_too_little_is_refused(start_replay: StartReplay) -> None:
+def test_a_plan_that_says_too_little_or_too_much_is_refused(start_replay: StartReplay) -> None:
     client = start_replay(rollouts=4).client()
-    for group_id, num, words in [("train/0", 3, "tasks.rollouts"), ("eval/0", 0, "seeds")]:
+    for group_id, num, words in [("train/0", 5, "tasks.rollouts"), ("eval/0", 0, "seeds")]:
         with pytest.raises(grpc.RpcError) as refusal:
             client.plan(group_id, num=num)
         assert code_of(refusal) == grpc.StatusCode.INVALID_ARGUMENT
@@ -96,6 +96,21 @@ def test_acting_stays_within_the_staleness_limit(start_replay: StartReplay) -> N
     assert play_what_is_granted() == 4
     client.commit("train", "batch-0", verdict("train/0"), verdict("train/1"))
     assert play_what_is_granted() == 0, "the commit changes nothing that the binding has not"
+
+
+def test_a_group_of_fewer_rollouts_takes_the_room_of_a_whole_one(start_replay: StartReplay) -> None:
+    """Or acting would run ahead by as many groups as their members leave room for."""
+    client = start_replay(staleness=0, rollouts=4, groups_per_batch=1).client()
+    for ordinal in range(3):
+        client.plan(f"train/{ordinal}", num=2)
+    for _ in range(2):
+        client.play(client.acquire(), reward=1)
+    assert not client.acquire().lease_id
+    assert members(client.take("train", "batch", 0)) == ["train/0.0", "train/0.1"]
+    assert not client.acquire().lease_id
+    client.commit("train", "batch", verdict("train/0"))
+    client.set_updates(1)
+    assert client.acquire().rollout.group_id == "train/1"
 
 
 def test_a_dropped_group_makes_room_for_another_before_its_batch_is_committed(start_replay: StartReplay) -> None:

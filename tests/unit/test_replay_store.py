@@ -220,7 +220,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         assert self.connection.execute(statement).fetchone() == (0,)
         statement = "SELECT count(*) FROM image_uses u WHERE NOT EXISTS (SELECT 1 FROM images WHERE id = u.image)"
         assert self.connection.execute(statement).fetchone() == (0,)
-        status = reading.status(self.connection, 0)
+        status = reading.status(self.connection)
         rows = self.connection.execute("SELECT hash, num_bytes FROM images").fetchall()
         assert (len(rows), sum(num_bytes for _, num_bytes in rows)) == (status.num_images, status.image_bytes)
         shots = images.read(self.connection, self.segments, [row[0] for row in rows], max_bytes=10**9)

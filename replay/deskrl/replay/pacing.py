@@ -3,8 +3,8 @@
 The rule of queue "train", in episodes: running + finished-but-unused <= (S + 1 + version) * batch - consumed, where
 `version` counts the batches learnt from. Two readings keep it from drifting over a long run:
 
-- A consumed group counts as `rollouts` episodes whatever became of its members, and a faulted member goes on counting
-  while its group is unused. A batch is then worth exactly `groups_per_batch` groups, whatever faulted.
+- A group that is begun or consumed counts as `rollouts` episodes however many it was planned with and whatever became
+  of them. A batch is then worth exactly `groups_per_batch` groups, whatever faulted.
 - A group is consumed once it is bound to a batch, unless the learner has told that it dropped it: a dropped group
   makes room for its replacement at once, and one that was learnt from only when `version` moves.
 

@@ -17,6 +17,8 @@ from deskrl.replay import counters
 from deskrl.replay.pacing import PACED_QUEUE, Pacing
 from deskrl.replay.rollouts import move
 
+_MEMBERS = "(num_planned + num_leased + num_finished + num_faulted)"
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -71,9 +73,9 @@ def plan(connection: sqlite3.Connection, plans: Iterable[replay_pb2.GroupPlan]) 
 def allowance(connection: sqlite3.Connection, pacing: Pacing) -> int:
     """Rollouts of the paced queue that may be granted now."""
     (num_outstanding,) = connection.execute(
-        "SELECT coalesce(sum(num_leased + num_finished + num_faulted), 0) FROM groups"
+        f"SELECT coalesce(sum(num_leased + num_finished + num_faulted + max(0, ? - {_MEMBERS})), 0) FROM groups"
         " WHERE state IN ('open', 'complete') AND queue = ? AND begun",
-        (PACED_QUEUE,),
+        (pacing.rollouts, PACED_QUEUE),
     ).fetchone()
     (num_bound,) = connection.execute(
         "SELECT count(*) FROM groups WHERE state = 'bound' AND queue = ? AND NOT dropped", (PACED_QUEUE,)
@@ -113,7 +115,11 @@ def grant(
             "INSERT INTO leases (lease_id, rollout, request_id, holder) VALUES (?, ?, ?, ?)",
             (lease_id, rollout, ask.request_id, ask.holder),
         )
-        connection.execute("UPDATE groups SET begun = 1 WHERE position = ?", (position,))
+        begun = connection.execute(
+            f"UPDATE groups SET begun = 1 WHERE position = ? AND NOT begun RETURNING {_MEMBERS}", (position,)
+        ).fetchone()
+        if begun is not None and paced:
+            num_allowed -= max(0, pacing.rollouts - begun[0])
         move(connection, rollout, "planned", "leased")
         grants.append(Grant(lease_id, _rollout(connection, rollout)))
     return grants

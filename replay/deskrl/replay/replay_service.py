@@ -108,7 +108,8 @@ def _check_plan(group: replay_pb2.GroupPlan, rollouts: int) -> None:
         raise Malformed(f"{name}: group_id, queue, task_id, seeds and max_steps must be set")
     if group.acting_policy == rollout_pb2.ACTING_POLICY_UNSPECIFIED:
         raise Malformed(f"{name}: acting_policy must be set")
-    if group.queue == PACED_QUEUE and len(group.seeds) != rollouts:
+    if group.queue == PACED_QUEUE and len(group.seeds) > rollouts:
         raise Malformed(
-            f"{name}: {len(group.seeds)} seeds on queue {PACED_QUEUE!r}, whose groups have {rollouts} (tasks.rollouts)"
+            f"{name}: {len(group.seeds)} seeds on queue {PACED_QUEUE!r}, whose groups have {rollouts} at the most "
+            "(tasks.rollouts)"
         )
