@@ -2,7 +2,8 @@
 
 A desktop that hung, died or was interrupted is closed in the background while a fresh one starts; other workers of the
 process go on meanwhile. The reset for the next episode runs while the result of the last one is being acknowledged;
-work is asked for only once a desktop is ready, so a lease never waits for one.
+work is asked for only once a desktop is ready, so a lease never waits for one. (In lock-step all of them are reset at
+the beginning of a round, when the learner is done, as batched trainers do it.)
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Worker:
         agent: how it is prompted.
         make_desktop: a new desktop, not started.
         config: deadlines.
-        lock_step: wait for the other desktops before each turn.
+        lock_step: wait for the other desktops before each turn, and reset once a round has begun.
         evaluate_format_errors: see `Episode`.
     """
 
@@ -91,11 +92,14 @@ class Worker:
             DesktopsDoNotStart: this machine runs no desktop.
             UserError: as replay or the desktop's provider refuse their input.
         """
-        await self._renew()
+        if not self._lock_step:
+            await self._renew()
         while not self._draining:
             self._gauge.enter(DesktopState.IDLE)
             await self._rest()
             self.lease = await self._replay.acquire()
+            if self._lock_step:
+                await self._renew()
             await self._work(self.lease)
             self.lease = None
 
@@ -108,9 +112,9 @@ class Worker:
 
     async def _rest(self) -> None:
         """Let the desktop sleep until there is work; one that fails at that is found dead by then."""
-        assert self._desktop is not None
         with contextlib.suppress(DesktopError):
-            await self._desktop.idle()
+            if self._desktop is not None:
+                await self._desktop.idle()
 
     async def _work(self, lease: Lease) -> None:
         if not await self._is_usable():  # it died while it was idle
@@ -118,10 +122,17 @@ class Worker:
         stream = self._replay.open_episode(lease)
         try:
             end = await self._play_while_leased(lease, stream)
-            renewal = self._renew() if _leaves_desktop(end) else self._replace()
-            await asyncio.gather(self._deliver(lease, stream, end), renewal)
+            await asyncio.gather(self._deliver(lease, stream, end), self._prepare_next(end))
         finally:
             await stream.abandon()
+
+    async def _prepare_next(self, end: End | None) -> None:
+        """Have a desktop ready for the next episode; in lock-step its reset is part of the next round."""
+        if not _leaves_desktop(end):
+            metrics.DESKTOPS_REPLACED.inc()
+            self._discard()
+        if not self._lock_step:
+            await self._renew()
 
     async def _play_while_leased(self, lease: Lease, stream: EpisodeStream) -> End | None:
         """How the episode ended; None if replay would not take it any more before it did."""
