@@ -24,7 +24,7 @@ from deskrl.core.config import RunConfig
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.trajectory import Span, Step, encode_step
 from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
-from deskrl.replay import batches, images, planning, rollouts
+from deskrl.replay import batches, images, planning, rollouts, successes
 from deskrl.replay.pacing import Pacing
 from deskrl.replay.planning import Ask
 from deskrl.replay.store import Store
@@ -33,7 +33,7 @@ from deskrl.replay.viewer.site import Site
 GROUP, STEPS, TASKS = 8, 15, 64
 PROMPT_TOKENS, ACTION_TOKENS = 1500, 60
 PACING = Pacing(max_staleness=1_000_000, groups_per_batch=1, rollouts=GROUP)
-RULES = batches.SuccessRules(above=0.1, capacity=8, seed=0)
+RULES = successes.SuccessRules(above=0.1, capacity=8, seed=0)
 
 
 def picture() -> bytes:

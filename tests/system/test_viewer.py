@@ -6,6 +6,7 @@ The store is filled over gRPC as actors fill it; the viewer is a process of its 
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import sqlite3
@@ -276,6 +277,14 @@ def test_an_address_that_names_nothing_is_answered_so(viewer: Viewer, path: str,
 def test_a_page_on_the_web_cannot_read_it_under_a_name_of_its_own(viewer: Viewer) -> None:
     assert viewer.status("/", Host="evil.example:80") == 421
     assert viewer.status("/", Host="localhost:1234") == 200
+
+
+def test_the_benchmark_of_a_large_run_runs() -> None:
+    bench = Path(__file__).parents[1] / "bench/viewer.py"
+    command = [sys.executable, str(bench), "--turns", "1", "--episodes", "208"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bench"] == "viewer"
 
 
 # Bad input: one line, status 2, and what is there stays as it is.
