@@ -46,7 +46,10 @@ from typing import Any
 # Rows differ in length: without this, the allocator's blocks do not fit one another.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
+
 import torch
+from learner_kit import SMALL_SHAPE
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -63,27 +66,12 @@ from deskrl.learner.images import ImageCache
 from deskrl.learner.model import Policy, load_processor, make_collator
 from deskrl.learner.packing import Row, pack
 from deskrl.learner.select import Selection
-from deskrl.learner.shaped_model import UI_TARS_7B, Shape, write_all_but_weights
+from deskrl.learner.shaped_model import UI_TARS_7B, write_all_but_weights
 from deskrl.learner.trajectories import Trajectory
 
 SIZE = (1280, 720)
 OPENING_TOKENS, ACTION_TOKENS, CLOSING_TOKENS = 420, (30, 90), 5
-TINY = Shape(
-    text={
-        **UI_TARS_7B.text,
-        "vocab_size": 4096,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]},
-    },
-    vision={**UI_TARS_7B.vision, "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4}
-    | {"fullatt_block_indexes": [1]},
-    min_pixels=3136,
-    max_pixels=100352,
-)
+TINY = replace(SMALL_SHAPE, max_pixels=100352)
 
 
 @dataclass

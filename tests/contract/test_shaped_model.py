@@ -8,39 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from learner_kit import SMALL_SHAPE
 
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_sizing_of, suppressed_ids, vocab_size_of
 from deskrl.learner.canary import make_canary
 from deskrl.learner.model import load_policy, load_processor
-from deskrl.learner.shaped_model import UI_TARS_7B, Shape, build_shaped_model, model_config
+from deskrl.learner.shaped_model import UI_TARS_7B, build_shaped_model, model_config
 from deskrl.learner.tiny_model import SPECIAL_TOKENS
 
-# Every ratio of the large one that the architecture depends on: grouped heads, M-RoPE sections, windows, merging.
-SMALL = Shape(
-    text={
-        **UI_TARS_7B.text,
-        "vocab_size": 4096,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]},
-    },
-    vision={**UI_TARS_7B.vision, "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4}
-    | {"fullatt_block_indexes": [1]},
-    min_pixels=UI_TARS_7B.min_pixels,
-    max_pixels=UI_TARS_7B.max_pixels,
-    shard_bytes=300_000,
-)
 CORPUS = ["press the red button"] * 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shaped")
-    build_shaped_model(folder, seed=1, shape=SMALL, largest_number=1280, corpus=CORPUS)
+    build_shaped_model(folder, seed=1, shape=SMALL_SHAPE, largest_number=1280, corpus=CORPUS)
     return folder
 
 
@@ -79,19 +62,19 @@ def test_every_file_holds_no_more_than_it_should_in_bfloat16(folder: Path) -> No
         with safe_open(folder / name, "pt") as file:
             tensors = [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118 (no mapping)
         assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
-        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= SMALL.shard_bytes
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= SMALL_SHAPE.shard_bytes
 
 
 def test_the_seed_settles_the_weights(folder: Path, tmp_path: Path) -> None:
-    build_shaped_model(tmp_path / "same", 1, SMALL, 1280, CORPUS)
-    build_shaped_model(tmp_path / "other", 2, SMALL, 1280, CORPUS)
+    build_shaped_model(tmp_path / "same", 1, SMALL_SHAPE, 1280, CORPUS)
+    build_shaped_model(tmp_path / "other", 2, SMALL_SHAPE, 1280, CORPUS)
     first = min(path.name for path in folder.glob("*.safetensors"))
     assert image_hash((tmp_path / "same" / first).read_bytes()) == image_hash((folder / first).read_bytes())
     assert image_hash((tmp_path / "other" / first).read_bytes()) != image_hash((folder / first).read_bytes())
 
 
 def test_a_tied_model_has_no_head_of_its_own(tmp_path: Path) -> None:
-    build_shaped_model(tmp_path, 0, replace(SMALL, tied=True), 1280, CORPUS)
+    build_shaped_model(tmp_path, 0, replace(SMALL_SHAPE, tied=True), 1280, CORPUS)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert "lm_head.weight" not in index
 

@@ -28,12 +28,31 @@ from deskrl.core.rendering import (
     vocab_size_of,
 )
 from deskrl.core.trajectory import Span, Step
+from deskrl.learner.shaped_model import UI_TARS_7B, Shape
 from deskrl.learner.tiny_model import build_tiny_model
 from deskrl.proto.v1 import inference_pb2
 
 SIZE = (112, 112)
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 220), "grey": (128, 128, 128)}
 TASKS = {name: {"id": name, "instruction": f"press the {name} button"} for name in COLOURS}
+SMALL_SHAPE = Shape(
+    text={
+        **UI_TARS_7B.text,
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [4, 6, 6]},
+    },
+    vision={**UI_TARS_7B.vision, "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4}
+    | {"fullatt_block_indexes": [1]},
+    min_pixels=UI_TARS_7B.min_pixels,
+    max_pixels=UI_TARS_7B.max_pixels,
+    shard_bytes=300_000,
+)
+"""All that the architecture of the 7B depends on, small: grouped heads, M-RoPE sections, windows, merging."""
 _ROLES = {
     "user": inference_pb2.MESSAGE_ROLE_USER,
     "assistant": inference_pb2.MESSAGE_ROLE_ASSISTANT,
