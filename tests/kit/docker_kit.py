@@ -72,3 +72,18 @@ def import_sleeper(client: docker.DockerClient) -> None:
             tar.add(Path(name).resolve(), name)
     changes = ['ENTRYPOINT ["/bin/sh", "-c", "exec /bin/sleep infinity"]', "VOLUME /data"]
     client.api.import_image_from_data(archive.getvalue(), repository=SLEEPER, tag="latest", changes=changes)
+
+
+def import_tree(client: docker.DockerClient, name: str) -> None:
+    """An image with the empty folders of a machine: what is in them is mounted from this one."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for folder in ("etc", "tmp", "proc", "sys", "dev", "run", "runs", "security", "sbin", "usr", "var/tmp"):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder.endswith("tmp") else 0o755
+            tar.addfile(entry)
+        for link in ("bin", "lib", "lib64"):
+            entry = tarfile.TarInfo(link)
+            entry.type, entry.linkname = tarfile.SYMTYPE, f"usr/{link}"
+            tar.addfile(entry)
+    client.api.import_image_from_data(archive.getvalue(), repository=name, tag="latest")
