@@ -112,10 +112,11 @@ class CaseMaker:
     def make(self, seeds: Sequence[int]) -> list[Case]:
         """One for each seed."""
         with ThreadPoolExecutor() as pool:
-            return list(pool.map(self._make, seeds))
+            pictures = list(pool.map(lambda seed: desktop_picture(seed, self._size), seeds))
+        # One by one: a tokenizer is no thread's but its own.
+        return [self._make(seed, data) for seed, data in zip(seeds, pictures, strict=True)]
 
-    def _make(self, seed: int) -> Case:
-        data = desktop_picture(seed, self._size)
+    def _make(self, seed: int, data: bytes) -> Case:
         image = common_pb2.Image(hash=ids.image_hash(data), data=data)
         messages = [system("You use a computer."), user(f"Task {seed}: open the editor and type hello.", image)]
         rendered = rendering.render(messages, self.tokenizer)
@@ -228,10 +229,11 @@ def _ratio(ours: Sequence[Pass], peers: Sequence[Sequence[Pass]]) -> float:
 def gap(one: Sequence[Pass], other: Sequence[Pass]) -> dict[str, float]:
     """How far logprobs of the same tokens lie apart, up to where an action takes another course."""
     gaps: list[float] = []
-    num_tokens = 0
+    num_tokens = num_prompts = num_same_prompts = 0
     for left, right in zip(one, other, strict=True):
         for mine, theirs in zip(left.answers, right.answers, strict=True):
-            assert mine.prompt_ids == theirs.prompt_ids, "the sides were asked different things"
+            num_prompts += 1
+            num_same_prompts += mine.prompt_ids == theirs.prompt_ids
             num_tokens += len(mine.action_ids)
             same = itertools.takewhile(
                 lambda row: row[0] == row[1],
@@ -242,6 +244,7 @@ def gap(one: Sequence[Pass], other: Sequence[Pass]) -> dict[str, float]:
         "mean": round(statistics.fmean(gaps), 5) if gaps else float("nan"),
         "max": round(max(gaps, default=float("nan")), 5),
         "same_tokens": round(len(gaps) / num_tokens, 3),
+        "same_prompts": round(num_same_prompts / num_prompts, 3),
     }
 
 
