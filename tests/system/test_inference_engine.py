@@ -17,9 +17,13 @@ from deskrl.inference.engine_input import Prompt, engine_input
 from deskrl.proto.v1 import common_pb2
 
 
-def test_screenshots_are_seen_as_vllm_would_show_them_and_sent_again_if_they_are_lost(tmp_path: Path) -> None:
+def test_screenshots_are_seen_as_vllm_would_show_them_and_sent_again_if_they_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoTokenizer
 
+    # On a GPU, which this process may hold already: a forked engine could not use it.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
     config = replica_config(tmp_path, port=1)
     prompt_format = PromptFormat(config.model_folder, AutoTokenizer.from_pretrained(config.model_folder))
 
