@@ -16,7 +16,10 @@ from deskrl.core.explain.explanation import Explanation
 from deskrl.core.explain.main import explain_run
 from deskrl.core.explain.memory import MicroBatch, activation_bytes, learner_memory, replica_memory
 from deskrl.core.explain.shape import ModelShape, shape_of_config, shape_of_name
+from deskrl.core.explain.storage import checkpoint_bytes
 from deskrl.core.explain.timing import Assumptions, predict, update_flops
+from deskrl.core.preflight import refuse_small_disk
+from deskrl.core.runfolder import RunFolder
 
 RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 SEVEN = shape_of_name("UI-TARS-1.5-7B")
@@ -160,6 +163,23 @@ def test_a_kv_cache_of_a_7b_takes_56_kib_a_token() -> None:
     assert (cache.kv_tokens, cache.kv_cache) == (1000, 57344 * 1000)
     left = replica_memory(config_of(inference={"gpu_memory_fraction": 0.5}), SEVEN, gpu_bytes=40 * 10**9)
     assert left.kv_cache == 20 * 10**9 - 2 * 8_292_166_656
+
+
+def test_a_checkpoint_holds_the_model_twice_and_what_the_optimizer_knows_of_trained_weights() -> None:
+    whole = checkpoint_bytes(LearnerConfig(dtype="float32"), SEVEN)
+    assert whole == (4 + 4 + 12) * 8_292_166_656
+    frozen = checkpoint_bytes(LearnerConfig(dtype="bfloat16", freeze_vision=True), SEVEN)
+    assert frozen == (2 + 2) * 8_292_166_656 + 12 * SEVEN.num_language_parameters
+
+
+def test_a_disk_without_room_for_the_checkpoints_that_are_to_come_is_refused(tmp_path: Path) -> None:
+    folder, learner = RunFolder(tmp_path), LearnerConfig(keep_checkpoints=1)
+    refuse_small_disk(folder, learner, 1000)
+    with pytest.raises(UserError, match=r"take 1000000000 GB each, 2 more at a time .* --runs"):
+        refuse_small_disk(folder, learner, 10**18)
+    (folder.checkpoints / "epoch_1").mkdir(parents=True)
+    with pytest.raises(UserError, match="1 more at a time"):
+        refuse_small_disk(folder, learner, 10**18)
 
 
 def test_lock_step_adds_acting_and_learning_and_asynchrony_takes_the_longer() -> None:

@@ -15,9 +15,9 @@ from itertools import combinations
 from typing import NamedTuple
 
 from deskrl.core import devices, rpc
-from deskrl.core.config import RunConfig
+from deskrl.core.config import LearnerConfig, RunConfig
 from deskrl.core.errors import UserError, missing_package
-from deskrl.core.explain import facts, fitting
+from deskrl.core.explain import facts, fitting, storage
 from deskrl.core.runfolder import RunFolder
 
 MIN_FREE_BYTES = 64 * 1024**2
@@ -56,8 +56,10 @@ def refuse_bad_input(config: RunConfig) -> None:
 
 
 def _refuse_what_does_not_fit(config: RunConfig) -> None:
-    _, _, sizing = facts.model_of(config, [])
+    _, shape, sizing = facts.model_of(config, [])
     fitting.refuse_what_does_not_fit(config, sizing.num_tokens(*config.image_size))
+    if shape is not None:
+        refuse_small_disk(RunFolder(config.folder), config.learner, storage.checkpoint_bytes(config.learner, shape))
 
 
 def refuse_contradictions(config: RunConfig) -> None:
@@ -91,14 +93,32 @@ def refuse_ports(config: RunConfig) -> None:
 
 def refuse_full_disk(folder: RunFolder) -> None:
     """Raise UserError if the disk below the run's folder is all but full."""
-    existing = next(path for path in (folder.root, *folder.root.parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    free_bytes = _free_bytes(folder)
     if free_bytes < MIN_FREE_BYTES:
         raise UserError(
             f"the disk of {folder.root} is full: {free_bytes // 1024**2} MiB are left, "
             f"{MIN_FREE_BYTES // 1024**2} are the least",
             "free some space and give the same command again; nothing that was acknowledged is lost",
         )
+
+
+def refuse_small_disk(folder: RunFolder, learner: LearnerConfig, checkpoint_bytes: int) -> None:
+    """Raise UserError if the disk has no room for the checkpoints that are still to come."""
+    num_present = len(list(folder.checkpoints.glob("epoch_*")))
+    num_missing = storage.most_checkpoints(learner) - num_present
+    free_bytes = _free_bytes(folder)
+    if free_bytes < num_missing * checkpoint_bytes:
+        raise UserError(
+            f"checkpoints take {checkpoint_bytes / 1e9:.0f} GB each, {num_missing} more at a time "
+            f"(learner.keep_checkpoints = {learner.keep_checkpoints}, and one that is being written), "
+            f"and the disk of {folder.root} has {free_bytes / 1e9:.0f} GB left",
+            "choose another disk with --runs, free some space, or keep fewer checkpoints",
+        )
+
+
+def _free_bytes(folder: RunFolder) -> int:
+    existing = next(path for path in (folder.root, *folder.root.parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def endpoints(config: RunConfig) -> Iterator[Endpoint]:

@@ -24,6 +24,7 @@ class Explanation:
     rows: Rows
     learner_memory: LearnerMemory | None
     replica_memory: ReplicaMemory | None
+    checkpoint_bytes: int | None
     timing: Timing | None
     max_staleness: int
     assumptions: dict[str, Any]

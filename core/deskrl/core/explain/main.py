@@ -18,6 +18,7 @@ from deskrl.core.explain.facts import gather, sizing_of_screens
 from deskrl.core.explain.fitting import refuse_what_does_not_fit
 from deskrl.core.explain.memory import LearnerMemory, ReplicaMemory, learner_memory, replica_memory
 from deskrl.core.explain.show import show
+from deskrl.core.explain.storage import checkpoint_bytes
 from deskrl.core.explain.timing import Assumptions, Timing, predict
 from deskrl.core.preflight import refuse_contradictions
 
@@ -69,6 +70,7 @@ def explain_run(config: RunConfig, notes: Sequence[Note], assumed: Assumptions) 
         rows=rows,
         learner_memory=learner,
         replica_memory=replica,
+        checkpoint_bytes=None if shape is None else checkpoint_bytes(config.learner, shape),
         timing=timing,
         max_staleness=config.learner.grpo.max_staleness,
         assumptions=assumed.model_dump(),

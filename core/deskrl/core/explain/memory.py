@@ -77,7 +77,7 @@ def learner_memory(config: RunConfig, shape: ModelShape, rows: Rows) -> LearnerM
     """Of one rank, in the backward pass of the longest micro-batch."""
     learner = config.learner
     ranks, stage = learner.num_processes, learner.zero_stage
-    width = _width(learner.dtype)
+    width = bytes_per_number(learner.dtype)
     trained = shape.num_language_parameters if learner.freeze_vision else shape.num_parameters
     micro = longest_micro_batch(learner, rows)
     # ZeRO keeps master weights of its own, in float32 too; two moments beside them.
@@ -102,7 +102,7 @@ def learner_memory(config: RunConfig, shape: ModelShape, rows: Rows) -> LearnerM
 
 def activation_bytes(learner: LearnerConfig, shape: ModelShape, micro: MicroBatch) -> int:
     """What language model and vision tower keep of a micro-batch, and what one layer needs to go backward."""
-    width = _width(learner.dtype)
+    width = bytes_per_number(learner.dtype)
     language = width * micro.tokens * (_HIDDEN_KEPT * shape.hidden + _INTERMEDIATE_KEPT * shape.intermediate)
     inner = _INTERMEDIATE_KEPT if shape.vision_gated else _INTERMEDIATE_KEPT // 2
     vision = width * micro.patches * (_HIDDEN_KEPT * shape.vision_hidden + inner * shape.vision_intermediate)
@@ -121,7 +121,7 @@ def activation_bytes(learner: LearnerConfig, shape: ModelShape, micro: MicroBatc
 def replica_memory(config: RunConfig, shape: ModelShape, gpu_bytes: int | None) -> ReplicaMemory:
     """Of one GPU of a replica; `gpu_bytes` is its size."""
     inference = config.inference
-    width = _width(inference.dtype)
+    width = bytes_per_number(inference.dtype)
     workers = inference.num_workers
     weights = width * shape.num_parameters // workers
     cache = inference.kv_cache_bytes
@@ -132,6 +132,6 @@ def replica_memory(config: RunConfig, shape: ModelShape, gpu_bytes: int | None) 
     return ReplicaMemory(weights, cache, tokens)
 
 
-def _width(dtype: str) -> int:
+def bytes_per_number(dtype: str) -> int:
     """Bytes of a number."""
     return 4 if dtype == "float32" else 2

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from deskrl.core.config import RunConfig
 from deskrl.core.explain.explanation import Explanation
+from deskrl.core.explain.storage import most_checkpoints
 from deskrl.core.explain.timing import Timing
 
 _UNKNOWN = "unknown here"
@@ -24,6 +25,7 @@ def show(explanation: Explanation, config: RunConfig) -> None:
         ("Rows, at full length", _rows(explanation)),
         ("Memory of one rank of the learner (a GPU)", _learner_memory(explanation, config)),
         ("Memory of one worker of a replica (a GPU)", _replica_memory(explanation, config)),
+        ("Disk", _disk(explanation, config)),
         ("Pacing and wall clock", _timing(explanation, config)),
     ):
         console.print(f"\n[bold]{title}[/]")
@@ -100,6 +102,13 @@ def _replica_memory(explanation: Explanation, config: RunConfig) -> Iterable[tup
         return
     prompts = told.kv_tokens // max(1, explanation.rows.tokens_per_row)
     yield "KV cache", f"{_gib(told.kv_cache)}: {told.kv_tokens} tokens, {prompts} prompts of full length"
+
+
+def _disk(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, str]]:
+    each, most = explanation.checkpoint_bytes, most_checkpoints(config.learner)
+    told = _UNKNOWN if each is None else f"{_gib(each)} each, {_gib(most * each)} for {most} of them"
+    yield "checkpoints", told
+    yield "episodes", f"at most {_gib(config.replay.max_bytes)}"
 
 
 def _timing(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, str]]:
