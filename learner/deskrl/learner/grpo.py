@@ -156,7 +156,8 @@ def learn(engine: Engine, feed: Feed, batch: Learnable, config: GrpoConfig, num_
         applied = applied and outcome.applied
         norms.append(outcome.gradient_norm)
     norm = max(norms) if applied else math.nan
-    return sums.report(engine, len(minibatches), applied, norm, token_scores.gather(engine, batch))
+    scores_of_tokens = token_scores.gather(engine, batch.names_T, batch.advantages_T, batch.replayed_T)
+    return sums.report(engine, len(minibatches), applied, norm, scores_of_tokens)
 
 
 def measure_mismatch(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from deskrl.core.scores import EpisodeScores
 from deskrl.learner.engine import Engine
 from deskrl.learner.packing import Row
-
-if TYPE_CHECKING:
-    from deskrl.learner.grpo import Learnable
 
 _RowScores = dict[tuple[int, int], tuple[list[float], list[float]]]
 """Logprobs and entropies of a row's targets, by trajectory and first step."""
@@ -34,8 +30,17 @@ class TokenScores:
                 self._of_row[row.trajectory, row.first_step] = logprobs[start:end], entropies[start:end]
             start = end
 
-    def gather(self, engine: Engine, batch: Learnable) -> dict[str, dict[str, EpisodeScores]]:
-        """By group and episode, of all ranks; nothing on ranks other than the first. A collective call."""
+    def gather(
+        self, engine: Engine, names_T: Sequence[tuple[str, str]], advantages_T: Tensor, replayed_T: Tensor
+    ) -> dict[str, dict[str, EpisodeScores]]:
+        """By group and episode, of all ranks; nothing on ranks other than the first. A collective call.
+
+        Args:
+            engine: joins the ranks.
+            names_T: the group and the episode of each trajectory of the batch.
+            advantages_T: what each is worth.
+            replayed_T: which are stored successes.
+        """
         of_row: _RowScores = {}
         for part in engine.gather(self._of_row):
             of_row |= part
@@ -46,10 +51,10 @@ class TokenScores:
             of_trajectory[1].extend(entropies)
         scores: dict[str, dict[str, EpisodeScores]] = {}
         for trajectory, (logprobs, entropies) in values.items():
-            group_id, episode_id = batch.names_T[trajectory]
+            group_id, episode_id = names_T[trajectory]
             scores.setdefault(group_id, {})[episode_id] = EpisodeScores(
-                float(batch.advantages_T[trajectory]),
-                bool(batch.replayed_T[trajectory]),
+                float(advantages_T[trajectory]),
+                bool(replayed_T[trajectory]),
                 tuple(logprobs),
                 tuple(entropies),
             )
