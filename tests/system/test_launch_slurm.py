@@ -41,6 +41,7 @@ class Job:
             replay.address = "127.0.0.1:{free_port()}"
             actor.desktops_per_actor = 1
             desktop.provider = "simulated"
+            desktop.simulated.time_scale = 0.01
             desktop.num_envs = NUM
         """
         self.set_num_envs(2)
