@@ -29,7 +29,7 @@ from typing import Any
 
 import grpc
 
-from deskrl.core import ids, rpc
+from deskrl.core import allocator, ids, rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.trajectory import Span, Step, decode_step, encode_step
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc, rollout_pb2, rollout_pb2_grpc
@@ -125,9 +125,7 @@ class Service:
             num_commits = self.num_commits() - num_before
 
             start_s = time.perf_counter()
-            num_bytes = 0
-            for ordinal in range(num_groups):
-                num_bytes += await learn(replay, queue, ordinal)
+            num_bytes = sum(await asyncio.gather(*(learn(replay, queue, ordinal) for ordinal in range(num_groups))))
             read_s = time.perf_counter() - start_s
             assert num_bytes == len(episodes) * STEPS * SHOT_BYTES
             return Turn(write_s, read_s), num_commits
@@ -237,6 +235,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=32, help=f"in each turn, a multiple of {GROUP}")
     parser.add_argument("--actors", type=int, default=4, help="episodes streamed at once")
     options = parser.parse_args()
+    allocator.keep_freed_memory()  # as actors do
 
     services, bares, commits = [], [], []
     with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as folder:

@@ -23,6 +23,7 @@ from deskrl.actor.joined import follow_joined
 from deskrl.actor.policy_client import PolicyClient
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.worker import DesktopsDoNotStart, Worker
+from deskrl.core.allocator import keep_freed_memory
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.exposition import expose
@@ -49,6 +50,7 @@ def run(config: RunConfig, actor: int | None = 0) -> int:
     """
     stop = stop_event()
     die_with_parent()
+    keep_freed_memory()
     num_desktops = desktops_of(config, actor)
     if config.actor.metrics_port:
         expose(config.security.metrics_host, config.actor.metrics_port + (actor or 0), "actor.metrics_port")

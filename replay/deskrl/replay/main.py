@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from deskrl.core import lifetime, rpc
+from deskrl.core import allocator, lifetime, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.exposition import expose
 from deskrl.core.runfolder import RunFolder
@@ -30,6 +30,7 @@ def run(config: RunConfig) -> int:
         UserError: the address is taken, or the store is damaged, not ours or in use.
     """
     lifetime.die_with_parent()
+    allocator.keep_freed_memory()
     stop = lifetime.stop_event()
     metrics = Metrics()
     store = Store(RunFolder(config.folder).replay, config.replay.max_bytes, metrics.committed)
