@@ -38,7 +38,7 @@ class Screen:
 
     def settle(self, quiet_s: float, limit_s: float) -> bytes:
         """Wait until no pixel has changed and no program was at work for `quiet_s`, at most `limit_s`; the pixels."""
-        poll_s = max(0.005, quiet_s / 4)
+        poll_s = max(0.005, quiet_s / 8)
         started = quiet_since = time.monotonic()
         last = self.grab()
         while True:

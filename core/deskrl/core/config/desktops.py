@@ -105,7 +105,7 @@ class DesktopConfig(Section):
     """An action with its settled screenshot; longer and the desktop is taken for hung, and replaced."""
     evaluate_timeout_s: PositiveSeconds = 60.0
     """An evaluator; longer is a fault."""
-    settle_quiet_s: Annotated[float, Field(ge=0)] = 0.08
+    settle_quiet_s: Annotated[float, Field(ge=0)] = 0.04
     """The screen is settled when it has not changed for this long."""
     settle_limit_s: Annotated[float, Field(ge=0)] = 1.0
     """The longest that an action waits for a settled screen."""
