@@ -1,0 +1,121 @@
+"""What is done with tasks: look at them, prove them, evaluate a checkpoint on them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from deskrl.core.commands.parsing import Commands, read_config
+from deskrl.core.errors import UserError
+
+
+def add_commands(commands: Commands) -> None:
+    """Add them."""
+    _add_looks(commands.add_level("tasks", "look at tasks and prove them"))
+    _add_evaluation(commands)
+    evaluators = commands.add(
+        "evaluators", "OSWorld's own evaluators, in an environment of their own", _install, takes_overrides=False
+    )
+    evaluators.add_argument("action", choices=["install"], help="install: make that environment, or finish it")
+
+
+def _add_looks(commands: Commands) -> None:
+    prove = commands.add(
+        "prove",
+        "show on real desktops that each task can be solved, and is not solved as it starts",
+        _prove,
+        role="actor",
+        takes_overrides=False,
+    )
+    prove.add_argument("ids", nargs="*", help="task ids; none: the whole suite")
+    prove.add_argument("--suite", type=Path, default=None, help="root of a suite; unset: deskrl's own")
+    prove.add_argument("--repeats", type=int, default=1, help="how often each task is proven, with other seeds")
+    check = commands.add(
+        "check",
+        "say which tasks of a list are valid, and what each needs",
+        _check,
+        role="actor",
+        takes_overrides=False,
+    )
+    check.add_argument("list", type=Path, help="task list (JSON)")
+    check.add_argument("--root", type=Path, default=None, help="folder of the task files; unset: examples/ at the list")
+    check.add_argument("--suffix", default=None, help="what file names add to ids, as _noise; unset: found out")
+    check.add_argument("--json", action="store_true", help="print one JSON document")
+    subset = commands.add(
+        "subset",
+        "make a subset of a list that is balanced over applications",
+        _subset,
+        role="actor",
+        takes_overrides=False,
+    )
+    subset.add_argument("list", type=Path, help="task list (JSON)")
+    subset.add_argument("--num", type=int, required=True, help="how many tasks it has")
+    subset.add_argument("--seed", type=int, default=0, help="which of the balanced subsets")
+    subset.add_argument("--out", type=Path, default=None, help="file to write; unset: print it")
+
+
+def _add_evaluation(commands: Commands) -> None:
+    evaluate = commands.add("eval", "play a checkpoint on a task list and say how often it succeeds", _evaluate)
+    evaluate.add_argument("--checkpoint", type=Path, required=True, help="folder of the model, as checkpoints/epoch_N")
+    evaluate.add_argument(
+        "--tasks", type=Path, default=None, help="task list (JSON); unset: those of the configuration"
+    )
+    evaluate.add_argument("--root", type=Path, default=None, help="folder of the task files; unset: beside the list")
+    evaluate.add_argument("--suffix", default=None, help="what file names add to ids; unset: found out")
+    evaluate.add_argument("--noisy", action="store_true", help="the list's noisy variants: examples_noisy/ and _noise")
+    evaluate.add_argument("--repeats", type=int, default=1, help="episodes of each task")
+    evaluate.add_argument("--temperature", type=float, default=None, help="of sampling; unset: that of training")
+    evaluate.add_argument("--config", type=Path, default=None, help="run configuration; unset: the checkpoint's run's")
+    evaluate.add_argument("--name", default=None, help="name of the evaluation; unset: made from what is evaluated")
+    compare = commands.add(
+        "compare", "compare two evaluations, paired where their tasks match", _compare, takes_overrides=False
+    )
+    compare.add_argument("a", type=Path, help="folder of an evaluation")
+    compare.add_argument("b", type=Path, help="folder of another one")
+    compare.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _prove(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    prove = importlib.import_module("deskrl.actor.prove").main
+    return int(prove(options.suite, tuple(options.ids), options.repeats))
+
+
+def _check(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    check = importlib.import_module("deskrl.actor.task_commands").check
+    return int(check(options.list, options.root, options.suffix, as_document=options.json))
+
+
+def _subset(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    subset = importlib.import_module("deskrl.actor.task_commands").subset
+    return int(subset(options.list, options.num, options.seed, options.out))
+
+
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from deskrl.core.evaluation.play import Plan, configure, evaluate
+
+    checkpoint = options.checkpoint.resolve()
+    path = options.config or checkpoint.parent.parent / "config.json"
+    config = read_config(path, overrides)
+    if options.repeats < 1:
+        raise UserError(f"--repeats {options.repeats} plays nothing", "give 1 or more")
+    if options.noisy and options.tasks is None:
+        raise UserError("--noisy is about a task list", "name one with --tasks")
+    root, suffix = options.root, options.suffix
+    if options.noisy:
+        root, suffix = root or options.tasks.parent / "examples_noisy", suffix or "_noise"
+    played = options.tasks.stem if options.tasks else "tasks"
+    name = options.name or f"{config.name}-{checkpoint.name}-{played}{'-noisy' if options.noisy else ''}"
+    plan = Plan(options.repeats, options.temperature or config.learner.grpo.temperature)
+    return evaluate(configure(config, checkpoint, name, options.tasks, root, suffix), plan)
+
+
+def _compare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from deskrl.core.evaluation.comparison import main as compare
+
+    return compare(options.a, options.b, as_document=options.json)
+
+
+def _install(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    return int(importlib.import_module("deskrl.actor.official.environment").install())
