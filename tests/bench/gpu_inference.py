@@ -39,10 +39,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ports_kit import free_port
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
 from inference_kit import CORPUS, act_request, replica_config, running_replica, system, user
-from replay_kit import free_port
 from screenshots_kit import desktop_picture
 from vllm_peer import Answer, Peer
 

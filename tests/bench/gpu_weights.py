@@ -32,12 +32,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ports_kit import free_port
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
 import torch
 from inference_kit import CORPUS, IMAGE_SIZE, act_request, replica_config, running_replica, user
 from PIL import Image
-from replay_kit import free_port
 from torch import Tensor
 from weights_kit import Changing, load_changing
 

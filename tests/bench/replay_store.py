@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import sqlite3
 import statistics
 import subprocess
@@ -27,7 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
+
 import grpc
+from ports_kit import free_ports
 
 from deskrl.core import allocator, ids, rpc
 from deskrl.core.config import RunConfig, dump_config
@@ -78,7 +80,7 @@ class Service:
     """A replay process over a fresh folder, and its callers."""
 
     def __init__(self, folder: Path) -> None:
-        ports = [free_port(), free_port()]
+        ports = free_ports(2)
         config = RunConfig.model_validate(
             {"runs": folder, "replay": {"address": f"127.0.0.1:{ports[0]}", "metrics_port": ports[1]}}
         )
@@ -219,13 +221,6 @@ def bare_turn(path: Path, episodes: list[Episode], num_commits: int) -> Turn:
     assert num_bytes == num_rows * SHOT_BYTES
     database.close()
     return Turn(write_s, read_s)
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

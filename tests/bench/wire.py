@@ -24,17 +24,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from ports_kit import free_ports
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
-from fleet_kit import (
-    EpisodeLengths,
-    ModelledLearner,
-    ModelledPolicy,
-    free_ports,
-    make_config,
-    start_actors,
-    start_replay,
-)
+from fleet_kit import EpisodeLengths, ModelledLearner, ModelledPolicy, make_config, start_actors, start_replay
 from PIL import Image
 from relay import Relay
 

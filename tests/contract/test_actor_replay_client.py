@@ -4,12 +4,12 @@ does none of it on command (its death and return are tested in tests/system)."""
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc.aio
 import pytest
+from ports_kit import free_address
 
 from deskrl.actor.episode_stream import EpisodeStream
 from deskrl.actor.leases import Lease, LeaseLost, ReplayRefused
@@ -228,12 +228,5 @@ def test_work_is_waited_for_until_replay_is_there() -> None:
         await client.close()
         await server.stop(None)
 
-    address = unused_address()
+    address = free_address()
     asyncio.run(scenario())
-
-
-def unused_address() -> str:
-    """Where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"

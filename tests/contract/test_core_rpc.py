@@ -1,18 +1,12 @@
 """Channels between roles: what must hold on every one of them, whatever is spoken over it."""
 
 import asyncio
-import socket
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ports_kit import free_address
 
 from deskrl.core import rpc
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def test_a_channel_that_is_idle_and_kept_alive_is_not_dropped() -> None:

@@ -16,7 +16,8 @@ import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from replay_kit import ReplayProcess, StartReplay, free_port, replay_config
+from ports_kit import free_port
+from replay_kit import ReplayProcess, StartReplay, replay_config
 
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.core import rpc

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from desktop_kit import running_desktop
+from ports_kit import free_port
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import DesktopError
@@ -147,7 +148,7 @@ def test_an_address_serves_one_desktop_at_a_time(run_root: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_guest_that_never_answers_is_named(run_root: Path, free_port: Callable[[], int]) -> None:
+def test_a_guest_that_never_answers_is_named(run_root: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     desktop = make_desktop(remote(address, start_timeout_s=0.5), "d", run_root)
     with pytest.raises(DesktopError, match=f"the guest at {address} does not answer: the guest server is gone"):

@@ -159,13 +159,18 @@ def refused_start(process: ReplayProcess) -> str:
     return line
 
 
-def test_a_truncated_database_is_refused_and_left_as_it_is(start_replay: StartReplay) -> None:
-    process = start_replay()
+def store_an_episode(process: ReplayProcess) -> None:
+    """Play one, and end the service."""
     client = process.client()
     client.plan("eval/0", num=1)
     lease = client.acquire()
     client.stream([begin(lease), *steps(lease, range(5), SHOT_BYTES), result(1, 5)])
     process.stop()
+
+
+def test_a_truncated_database_is_refused_and_left_as_it_is(start_replay: StartReplay) -> None:
+    process = start_replay()
+    store_an_episode(process)
     path = process.folder / "replay.sqlite"
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:100], b"", b"not a database at all" * 1000):
@@ -184,11 +189,7 @@ def test_a_truncated_database_is_refused_and_left_as_it_is(start_replay: StartRe
 
 def test_screenshots_that_are_cut_short_or_missing_are_refused_and_left_as_they_are(start_replay: StartReplay) -> None:
     process = start_replay()
-    client = process.client()
-    client.plan("eval/0", num=1)
-    lease = client.acquire()
-    client.stream([begin(lease), *steps(lease, range(5), SHOT_BYTES), result(1, 5)])
-    process.stop()
+    store_an_episode(process)
     (path,) = (process.folder / "screenshots").iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from inference_kit import IMAGE_SIZE, Replica, replica_config, running_replica
-from replay_kit import free_port
+from ports_kit import free_port
 from weights_kit import Changing, load_changing
 
 from deskrl.core.errors import UserError

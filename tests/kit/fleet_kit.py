@@ -311,18 +311,3 @@ def make_config(folder: Path, ports: Sequence[int], **sections: Any) -> RunConfi
     }
     merged = {name: {**defaults.get(name, {}), **sections.get(name, {})} for name in {*defaults, *sections}}
     return RunConfig.model_validate({"runs": folder, "name": ids.new_id("fleet"), **merged})
-
-
-def free_ports(num: int) -> list[int]:
-    """So many ports in a row that nobody listens on at this moment."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = int(probe.getsockname()[1])
-        try:
-            for port in range(first, first + num):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError):
-            continue
-        return list(range(first, first + num))

@@ -20,12 +20,12 @@ from fleet_kit import (
     ModelledPolicy,
     Role,
     Update,
-    free_ports,
     make_config,
     read_metrics,
     start_actors,
     start_replay,
 )
+from ports_kit import free_ports
 
 from deskrl.core.config import RunConfig
 

@@ -22,7 +22,7 @@ import psutil
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
-from replay_kit import free_port
+from ports_kit import free_port
 from safetensors.torch import load_file
 
 from deskrl.core import rendering, rpc

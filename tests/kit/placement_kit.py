@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import torch
-from replay_kit import free_port
+from ports_kit import free_port
 from safetensors.torch import load_file
 
 from deskrl.core.buckets import plan_buckets

@@ -6,7 +6,6 @@ Knows the contracts' shape; what is right or wrong is for the tests to say.
 from __future__ import annotations
 
 import queue
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from ports_kit import free_port
 
 from deskrl.core import ids, rpc
 from deskrl.core.config import RunConfig, dump_config
@@ -291,10 +291,3 @@ def replay_config(
             "learner": {"grpo": {"groups_per_batch": groups_per_batch, "max_staleness": staleness, **(grpo or {})}},
         }
     )
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -6,10 +6,10 @@ All else is as it was: the same tasks, imitation, sampling, replay and optimizer
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ports_kit import free_port
 
 from deskrl.core.stats import newcombe_difference
 
@@ -17,7 +17,7 @@ SMOKE = Path(__file__).parents[2] / "deploy" / "runs" / "smoke.toml"
 
 
 @pytest.mark.timeout(1800)
-def test_with_shuffled_rewards_success_does_not_rise(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_with_shuffled_rewards_success_does_not_rise(tmp_path: Path) -> None:
     arguments = ["--runs", str(tmp_path), "--name", "control", "--learner.grpo.shuffle_rewards", "true"]
     arguments += ["--replay.address", f"127.0.0.1:{free_port()}", "--inference.address", f"127.0.0.1:{free_port()}"]
     command = [sys.executable, "-m", "deskrl.core.cli", "up", str(SMOKE), *arguments]

@@ -19,7 +19,8 @@ from pathlib import Path
 import docker
 import pytest
 from docker_kit import docker_daemon, import_tree, why_no_daemon
-from replay_kit import ReplayClient, free_port
+from ports_kit import free_port
+from replay_kit import ReplayClient
 
 import deskrl.core
 from deskrl.core import rpc

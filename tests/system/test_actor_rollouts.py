@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 
 import grpc
 import pytest
+from ports_kit import free_port, free_ports
 
 from deskrl.actor.desktops.orphans import processes_of
 from deskrl.actor.tasks import load_tasks
@@ -243,23 +243,6 @@ def run(tmp_path: Path) -> Iterator[Run]:
         assert "Traceback" not in log.read_text() and "never retrieved" not in log.read_text(), log.read_text()
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, one after another."""
-    while True:
-        with contextlib.ExitStack() as sockets:
-            first = sockets.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            ports = [first.getsockname()[1]]
-            try:
-                for _ in range(count - 1):
-                    following = sockets.enter_context(socket.socket())
-                    following.bind(("127.0.0.1", ports[-1] + 1))
-                    ports.append(ports[-1] + 1)
-            except OSError:
-                continue
-            return ports
-
-
 def until(condition: Callable[[], object]) -> None:
     """Wait for something that is seen by looking only."""
     deadline_s = time.monotonic() + PATIENCE_S
@@ -282,7 +265,7 @@ def once(do: Callable[[], object]) -> Callable[[], None]:
 def test_scripted_rollouts_become_demonstrations(run: Run) -> None:
     tasks = (TASK, "fill-the-disc")
     run.plan("demo", rollout_pb2.ACTING_POLICY_SCRIPTED, num_rollouts=2, tasks=tasks)
-    (metrics_port,) = free_ports(1)
+    metrics_port = free_port()
     run.start("actor", desktop__num_envs=2, actor__metrics_port=metrics_port)
     groups = {group.task_id: group for group in (run.take("demo", ordinal) for ordinal in range(len(tasks)))}
     assert groups.keys() == set(tasks)

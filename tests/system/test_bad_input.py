@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import pytest
+from ports_kit import free_port
 from replay_kit import ReplayProcess
 
 from deskrl.core import rpc
@@ -42,7 +43,7 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def ports(free_port: Callable[[], int]) -> list[str]:
+def ports() -> list[str]:
     """Addresses that nobody listens on, as options."""
     return [f"--replay.address=127.0.0.1:{free_port()}", f"--inference.address=127.0.0.1:{free_port()}"]
 
@@ -446,7 +447,7 @@ def test_a_refusal_of_ranks_that_torchrun_started_has_its_status_and_its_line(tm
 
 
 @pytest.fixture
-def replay(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[ReplayProcess]:
+def replay(tmp_path: Path) -> Iterator[ReplayProcess]:
     config = {"runs": tmp_path, "name": "served", "replay": {"address": f"127.0.0.1:{free_port()}"}}
     process = ReplayProcess(RunConfig.model_validate(config))
     yield process

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports_kit import free_port
 
 from deskrl.core.config import dump_config, load_config
 from deskrl.core.errors import UserError
@@ -20,7 +21,7 @@ SMOKE = Path(__file__).parents[2] / "deploy" / "runs" / "smoke.toml"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, free_port: Callable[[], int]) -> RunFolder:
+def folder(tmp_path: Path) -> RunFolder:
     """A run folder whose replay service can be started."""
     address = f"127.0.0.1:{free_port()}"
     config = load_config(SMOKE, ["--runs", str(tmp_path), "--replay.address", address])

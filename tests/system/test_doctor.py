@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replay_kit import StartReplay, free_port
+from ports_kit import free_port
+from replay_kit import StartReplay
 
 from deskrl.core import rpc
 from deskrl.core.certificates import make_certificates

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ports_kit import free_port
 
 from deskrl.actor.desktops.packages import missing_packages
 
@@ -26,7 +26,7 @@ def deskrl(*words: object) -> str:
     return ended.stdout
 
 
-def test_a_checkpoint_is_evaluated_on_a_list(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_a_checkpoint_is_evaluated_on_a_list(tmp_path: Path) -> None:
     common = [f"--runs={tmp_path / 'runs'}", f"--replay.address=127.0.0.1:{free_port()}"]
     common += [f"--inference.address=127.0.0.1:{free_port()}", "--desktop.num_envs=2"]
     deskrl("prepare", SMOKE, *common)

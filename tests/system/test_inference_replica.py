@@ -30,7 +30,7 @@ from inference_kit import (
     update_events,
     user,
 )
-from replay_kit import free_port
+from ports_kit import free_port
 
 from deskrl.core import rpc
 from deskrl.core.direct import host_name

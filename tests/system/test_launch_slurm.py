@@ -13,7 +13,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from replay_kit import ReplayClient, free_port
+from ports_kit import free_port
+from replay_kit import ReplayClient
 from slurm_kit import slurm, why_no_slurm
 
 from deskrl.core import rpc

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from learner_kit import TASKS, ToyPolicy, build_model
 from learner_player import ToyPlayer, ToyReplica
-from replay_kit import ReplayProcess, free_port
+from ports_kit import free_port
+from replay_kit import ReplayProcess
 
 from deskrl.core import rpc
 from deskrl.core.cli import main

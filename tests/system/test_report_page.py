@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from ports_kit import free_address
 
 from deskrl.core import ids, rpc
 from deskrl.core.config import ReplayConfig, RunConfig, dump_config
@@ -58,12 +58,6 @@ def screen(text: str, size: tuple[int, int] = (504, 280)) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def free_address() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 class ReplayProcess:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ports_kit import free_port
 
 from deskrl.core.rpc import VERSION
 from deskrl.core.runfolder import RunFolder
@@ -29,7 +30,7 @@ NUM_UPDATES = 7
 class Run:
     """`deskrl up` of a small run, as a person at a shell has it."""
 
-    def __init__(self, runs: Path, ports: Callable[[], int]) -> None:
+    def __init__(self, runs: Path) -> None:
         self.folder = RunFolder(runs / "drill")
         settings = {
             "runs": str(runs),
@@ -37,9 +38,9 @@ class Run:
             "tasks.tasks": '["write-a-word", "make-a-folder"]',
             "tasks.rollouts": "4",
             "desktop.num_envs": "2",
-            "replay.address": f"127.0.0.1:{ports()}",
-            **{f"{role}.metrics_port": str(ports()) for role in ("replay", "inference", "learner", "actor")},
-            "inference.address": f"127.0.0.1:{ports()}",
+            "replay.address": f"127.0.0.1:{free_port()}",
+            **{f"{role}.metrics_port": str(free_port()) for role in ("replay", "inference", "learner", "actor")},
+            "inference.address": f"127.0.0.1:{free_port()}",
             "learner.warm_start.demos_per_task": "2",
             "learner.warm_start.stop_likelihood": "0.2",
             "learner.grpo.num_updates": str(NUM_UPDATES),
@@ -112,8 +113,8 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[Run]:
-    drill = Run(tmp_path, free_port)
+def run(tmp_path: Path) -> Iterator[Run]:
+    drill = Run(tmp_path)
     yield drill
     drill.close()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from replay_kit import ReplayProcess, StartReplay, begin, fault, free_port, replay_config
+from ports_kit import free_port
+from replay_kit import ReplayProcess, StartReplay, begin, fault, replay_config
 
 from deskrl.core import rpc
 from deskrl.core.cli import main

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,8 +30,9 @@ from typing import Any
 import grpc
 import prometheus_client
 import pytest
+from ports_kit import free_port, free_ports
 from prometheus_client.metrics import MetricWrapperBase
-from replay_kit import ME, ReplayProcess, free_port
+from replay_kit import ME, ReplayProcess
 
 from deskrl.actor.tasks import load_tasks
 from deskrl.core.config import RunConfig
@@ -202,7 +202,7 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has seen a run of two actors from its start: scripted and sampled episodes, and an update."""
     require("prometheus", "Xvfb", "bwrap")
-    ports = {job: [free_port()] for job in scraped_ports()} | {"actor": two_free_ports()}
+    ports = {job: [free_port()] for job in scraped_ports()} | {"actor": free_ports(2)}
     folder = tmp_path_factory.mktemp("watch")
     config = RunConfig.model_validate(
         {
@@ -251,14 +251,6 @@ def require(*programs: str) -> None:
     for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed (deploy/install.sh test installs it)")
-
-
-def two_free_ports() -> list[int]:
-    """Ports that nobody listens on, one after the other."""
-    while True:
-        first = free_port()
-        with contextlib.suppress(OSError, OverflowError), socket.create_server(("127.0.0.1", first + 1)):
-            return [first, first + 1]
 
 
 def start_actor(config: RunConfig, index: int, temporary: Path) -> subprocess.Popen[bytes]:

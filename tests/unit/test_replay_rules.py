@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.request
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ports_kit import free_port
 
 from deskrl.core.exposition import expose
 from deskrl.replay import images
@@ -114,9 +114,7 @@ def test_the_choice_among_successes_is_uniform_and_always_the_same() -> None:
 
 
 def test_metrics_are_served() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     metrics = Metrics()
     metrics.committed(Commit(num_operations=3, duration_s=0.002))
     metrics.faults.labels(kind="FAULT_KIND_EVALUATOR").inc()
