@@ -54,6 +54,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from deskrl.core.byte_cache import ByteCache
 from deskrl.core.config import GrpoConfig, LearnerConfig
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_sizing_of, suppressed_ids
@@ -62,7 +63,6 @@ from deskrl.learner import activations, attention, grpo
 from deskrl.learner.batch import MicroBatch
 from deskrl.learner.engine import Engine
 from deskrl.learner.feed import Feed
-from deskrl.learner.images import ImageCache
 from deskrl.learner.model import Policy, load_processor, make_collator
 from deskrl.learner.packing import Row, pack
 from deskrl.learner.select import Selection
@@ -131,7 +131,7 @@ class World:
         for parameter in model.parameters():  # not the buffers: positions need float32
             parameter.data = parameter.data.to(self.dtype)
         model.requires_grad_(True).model.visual.requires_grad_(False)
-        self.policy = Policy(model, suppressed, ImageCache(2 * 1024**3)).to(self.device)
+        self.policy = Policy(model, suppressed, ByteCache(2 * 1024**3)).to(self.device)
         activations.keep(model.model.language_model, options.activations)
         self.shots: dict[str, bytes] = {}
         self.feed = Feed(make_collator(self.policy, self.processor, self._fetch), 0, 1, options.tokens, lambda: None)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from deskrl.core.byte_cache import ByteCache
 from deskrl.core.ids import image_hash
-from deskrl.inference.images import ImageError, PatchCache, Screenshots, decode_image
+from deskrl.inference.images import ImageError, Screenshots, decode_image
 from deskrl.inference.pixels import Patches
 
 
@@ -47,19 +48,19 @@ def patches(num_bytes: int = 300) -> Patches:
 
 def test_the_least_recently_used_image_makes_room() -> None:
     entries = [patches() for _ in range(3)]
-    cache = PatchCache(max_bytes=2 * 300)
-    cache.put("a", entries[0])
-    cache.put("b", entries[1])
+    cache: ByteCache[Patches] = ByteCache(max_bytes=2 * 300)
+    cache.put("a", entries[0], entries[0].num_bytes)
+    cache.put("b", entries[1], entries[1].num_bytes)
     assert cache.get("a") is entries[0]
-    cache.put("c", entries[2])
+    cache.put("c", entries[2], entries[2].num_bytes)
     assert (cache.get("a"), cache.get("b"), cache.get("c")) == (entries[0], None, entries[2])
     assert (len(cache), cache.num_bytes) == (2, 600)
 
 
 def test_an_image_put_twice_takes_room_once() -> None:
-    cache = PatchCache(max_bytes=1000)
+    cache: ByteCache[Patches] = ByteCache(max_bytes=1000)
     for _ in range(2):
-        cache.put("a", patches())
+        cache.put("a", patches(), 300)
     assert cache.num_bytes == 300
 
 

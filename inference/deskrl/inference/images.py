@@ -9,13 +9,13 @@ import asyncio
 import io
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from deskrl.core.byte_cache import ByteCache
 from deskrl.core.ids import image_hash
 from deskrl.inference import metrics
 
@@ -51,7 +51,7 @@ class Screenshots:
     def __init__(self, patches_of: Callable[[Image.Image], Patches], max_bytes: int) -> None:
         """Keep up to `max_bytes` of what `patches_of` makes."""
         self._patches_of = patches_of
-        self._cache = PatchCache(max_bytes)
+        self._cache: ByteCache[Patches] = ByteCache(max_bytes)
         num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(num_threads, "screenshots", initializer=_use_one_core)
         self._under_way: dict[str, asyncio.Future[Patches]] = {}
@@ -90,7 +90,8 @@ class Screenshots:
     def _keep(self, name: str, done: asyncio.Future[Patches]) -> None:
         del self._under_way[name]
         if not done.cancelled() and done.exception() is None:
-            self._cache.put(name, done.result())
+            patches = done.result()
+            self._cache.put(name, patches, patches.num_bytes)
             metrics.IMAGE_BYTES.set(self._cache.num_bytes)
 
 
@@ -99,32 +100,3 @@ def _use_one_core() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-class PatchCache:
-    """Screenshots by hash, the least recently used one evicted first."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[str, Patches] = OrderedDict()
-        self.num_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def put(self, name: str, patches: Patches) -> None:
-        """Keep a screenshot, at the price of older ones."""
-        if name not in self._entries:
-            self.num_bytes += patches.num_bytes
-        self._entries[name] = patches
-        self._entries.move_to_end(name)
-        while self.num_bytes > self._max_bytes:
-            _, evicted = self._entries.popitem(last=False)
-            self.num_bytes -= evicted.num_bytes
-
-    def get(self, name: str) -> Patches | None:
-        """The screenshot of this hash, or None if it is not (or no longer) here."""
-        patches = self._entries.get(name)
-        if patches is not None:
-            self._entries.move_to_end(name)
-        return patches

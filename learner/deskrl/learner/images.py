@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +16,8 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+
+from deskrl.core.byte_cache import ByteCache
 
 PIXEL_CACHE_BYTES = 512 * 1024**2
 _NUM_THREADS = max(1, min(4, (os.cpu_count() or 1) // 4))
@@ -51,35 +51,6 @@ class ProcessedImage:
         return sum(part.nbytes for part in (self.pixel_values, self.features) if part is not None)
 
 
-class ImageCache:
-    """Screenshots by hash, up to a number of bytes; the least recently used go first. Safe to share between threads."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._entries: OrderedDict[str, ProcessedImage] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, name: str) -> ProcessedImage | None:
-        """A screenshot, if it is still there."""
-        with self._lock:
-            if name not in self._entries:
-                return None
-            self._entries.move_to_end(name)
-            return self._entries[name]
-
-    def put(self, image: ProcessedImage) -> None:
-        """Keep a screenshot, for as long as there is room."""
-        with self._lock:
-            if image.name in self._entries:
-                return
-            self._entries[image.name] = image
-            self._num_bytes += image.num_bytes
-            while self._num_bytes > self._max_bytes:
-                _, dropped = self._entries.popitem(last=False)
-                self._num_bytes -= dropped.num_bytes
-
-
 class Screenshots:
     """Where the collator gets screenshots from.
 
@@ -94,13 +65,14 @@ class Screenshots:
         self,
         image_processor: Any,
         fetch: Callable[[Collection[str]], Mapping[str, bytes]],
-        features: ImageCache | None,
+        features: ByteCache[ProcessedImage] | None,
         max_bytes: int = PIXEL_CACHE_BYTES,
     ) -> None:
         self._process = image_processor
         self._fetch = fetch
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="screenshots")
-        self._caches = (ImageCache(max_bytes),) if features is None else (features, ImageCache(max_bytes))
+        pixels: ByteCache[ProcessedImage] = ByteCache(max_bytes)
+        self._caches = (pixels,) if features is None else (features, pixels)
 
     def get(self, names: Collection[str]) -> list[ProcessedImage]:
         """Screenshots in the order of `names`: as features where these are known, else as pixels."""
@@ -109,7 +81,7 @@ class Screenshots:
         fetched = self._fetch(missing) if missing else {}
         for image in self._pool.map(lambda item: self._process_one(*item), fetched.items()):
             found[image.name] = image
-            self._caches[-1].put(image)
+            self._caches[-1].put(image.name, image, image.num_bytes)
         return [found[name] for name in names]
 
     def _known(self, name: str) -> ProcessedImage | None:

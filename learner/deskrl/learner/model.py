@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deskrl.core.byte_cache import ByteCache
 from deskrl.core.errors import UserError
 from deskrl.learner import attention, fused
 from deskrl.learner.batch import Collator, MicroBatch
-from deskrl.learner.images import ImageCache, ProcessedImage, Screenshots
+from deskrl.learner.images import ProcessedImage, Screenshots
 
 _TOKENS_AT_ONCE = 1024
 """Action tokens whose distribution over the vocabulary is held in float32 at a time."""
@@ -41,7 +42,9 @@ class Policy(nn.Module):
 
     suppressed_ids: Tensor
 
-    def __init__(self, model: Any, suppressed_ids: tuple[int, ...], features: ImageCache | None = None) -> None:
+    def __init__(
+        self, model: Any, suppressed_ids: tuple[int, ...], features: ByteCache[ProcessedImage] | None = None
+    ) -> None:
         super().__init__()
         attention.install(model.model.language_model)
         attention.install(model.model.visual)
@@ -105,7 +108,8 @@ class Policy(nn.Module):
             for image in new:
                 # On the host: a copy takes no time, and the accelerator has better use for its memory.
                 kept = features[image.name].to("cpu", copy=True)
-                self.features.put(ProcessedImage(image.name, image.grid_thw_3.cpu(), None, kept))
+                seen = ProcessedImage(image.name, image.grid_thw_3.cpu(), None, kept)
+                self.features.put(image.name, seen, seen.num_bytes)
         return [features[image.name] for image in images]
 
     def _known_features(self, image: ProcessedImage) -> Tensor | None:
@@ -147,7 +151,8 @@ def load_policy(
         raise UserError(f"{folder}: no model can be loaded from here ({_one_line(error)})", mend) from error
     if freeze_vision:
         model.model.visual.requires_grad_(False)
-    features = ImageCache(feature_cache_bytes) if freeze_vision and feature_cache_bytes else None
+    keeps_features = freeze_vision and feature_cache_bytes > 0
+    features: ByteCache[ProcessedImage] | None = ByteCache(feature_cache_bytes) if keeps_features else None
     return Policy(model, suppressed_ids, features)
 
 

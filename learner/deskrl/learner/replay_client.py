@@ -6,13 +6,14 @@ A replay service that restarts is waited for; while waiting, a stop is noticed a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import grpc
 
 from deskrl.core import rpc
+from deskrl.core.byte_cache import ByteCache
 from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
 from deskrl.learner import stopping
@@ -47,9 +48,8 @@ class ReplayClient:
         self._directory = directory_pb2_grpc.DirectoryServiceStub(self._channel)
         self._peer = rpc.peer("learner", name)
         self._stop = stop
-        self._images: dict[str, bytes] = {}
-        """The newest screenshots, oldest first: rows of one batch show the same ones, micro-batches apart."""
-        self._num_image_bytes = 0
+        self._images: ByteCache[bytes] = ByteCache(KEPT_IMAGE_BYTES)
+        """The newest screenshots: rows of one batch show the same ones, micro-batches apart."""
 
     def plan(self, groups: Sequence[replay_pb2.GroupPlan]) -> None:
         """Add work; groups that exist already stay as they are."""
@@ -124,23 +124,14 @@ class ReplayClient:
         """Bytes of screenshots by hash; each is asked for once, as long as there is room to keep it."""
         wanted = set(hashes)
         stopping.check(self._stop)
-        images = {name: self._images[name] for name in wanted if name in self._images}
+        images = {name: data for name in wanted if (data := self._images.get(name)) is not None}
         if missing := sorted(wanted.difference(images)):
             request = replay_pb2.FetchImagesRequest(hashes=missing)
             for response in self._stub.FetchImages(request, timeout=RESTART_S, wait_for_ready=True):
                 images[response.image.hash] = response.image.data
-        self._keep(images)
-        return images
-
-    def _keep(self, images: Mapping[str, bytes]) -> None:
-        """Hold these as the newest ones, and let the oldest go."""
         for name, data in images.items():
-            self._num_image_bytes -= len(self._images.pop(name, b""))
-            self._images[name] = data
-            self._num_image_bytes += len(data)
-        while self._num_image_bytes > KEPT_IMAGE_BYTES:
-            oldest = next(iter(self._images))
-            self._num_image_bytes -= len(self._images.pop(oldest))
+            self._images.put(name, data, len(data))
+        return images
 
     def status(self) -> replay_pb2.GetReplayStatusResponse:
         """Counters of the service."""
