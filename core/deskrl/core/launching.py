@@ -13,6 +13,7 @@ from deskrl.core import preflight, rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.identity import IdentityFiles
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.starting import needs_model
 
 
 def prepare(config: RunConfig) -> int:
@@ -30,7 +31,7 @@ def prepare(config: RunConfig) -> int:
     tasks.load(config)
     folder.create()
     tasks.main(config)
-    if config.model.build and not (config.model_folder / "model.safetensors").exists():
+    if needs_model(config):
         importlib.import_module("deskrl.learner.build_model").main(config)
     dump_config(config, folder.config)  # the last: where it lies, all is ready
     return 0

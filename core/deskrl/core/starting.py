@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deskrl.core import rpc
+from deskrl.core import devices, rpc
 from deskrl.core.config import RunConfig, SecurityConfig
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.supervisor import USER_ERROR_STATUS, RoleFailed, Supervisor
@@ -31,6 +32,35 @@ def at_home(config: RunConfig, folder: RunFolder) -> RunConfig:
             "inference": inference.model_copy(update={"address": "127.0.0.1:1", "num_replicas": 0, **local}),
         }
     )
+
+
+def needs_model(config: RunConfig) -> bool:
+    """Whether the model that the configuration asks for is still to be built, or to be built to its end.
+
+    Its weights are whole as one file, or as several with the index, which is written last.
+    """
+    weights = ("model.safetensors", "model.safetensors.index.json")
+    return config.model.build is not None and not any((config.model_folder / name).exists() for name in weights)
+
+
+def start_replicas(config: RunConfig, resolved: Path, supervisor: Supervisor) -> list[str]:
+    """Start the inference replicas, each on its GPUs; returns their names, in order."""
+    names = [f"inference-{index}" for index in range(config.inference.num_replicas)]
+    for index, name in enumerate(names):
+        start_replica(config, resolved, supervisor, index, name)
+    return names
+
+
+def start_replica(config: RunConfig, resolved: Path, supervisor: Supervisor, index: int, name: str) -> None:
+    """Start one replica of that number under a name."""
+    gpus = devices.visible(devices.of_replica(config, index), os.environ)
+    supervisor.start(name, "inference", str(resolved), "--index", str(index), environment=gpus)
+
+
+def start_actors(config: RunConfig, resolved: Path, supervisor: Supervisor) -> None:
+    """Start as many actors as the number of desktops asks for."""
+    for index in range(config.num_actors):
+        supervisor.start(f"actor-{index}", "actor", str(resolved), "--index", str(index))
 
 
 def start_replay(config: RunConfig, resolved: Path, supervisor: Supervisor) -> None:

@@ -28,7 +28,18 @@ from deskrl.core.lifetime import StopEvent, stop_event
 from deskrl.core.live import LiveDisplay, clock
 from deskrl.core.progress import ProgressMeter
 from deskrl.core.runfolder import RunFolder, write_json
-from deskrl.core.starting import INFERENCE_START_S, at_home, replay_stub, start_replay, tell_failure, wait_healthy
+from deskrl.core.starting import (
+    INFERENCE_START_S,
+    at_home,
+    needs_model,
+    replay_stub,
+    start_actors,
+    start_replay,
+    start_replica,
+    start_replicas,
+    tell_failure,
+    wait_healthy,
+)
 from deskrl.core.supervisor import RoleFailed, Supervisor
 from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc
 
@@ -119,24 +130,16 @@ def _run(
     resolved = str(folder.config)
     importlib.import_module("deskrl.actor.prepare").main(config)
     start_replay(config, folder.config, supervisor)
-    for index in range(config.num_actors):
-        supervisor.start(f"actor-{index}", "actor", resolved, "--index", str(index))
-    if config.model.build and not _is_built(config.model_folder):
+    start_actors(config, folder.config, supervisor)
+    if needs_model(config):
         supervisor.run_to_end("model", "model", resolved, timeout_s=_MODEL_BUILD_S)
-    for index in range(config.inference.num_replicas):
-        gpus = devices.visible(devices.of_replica(config, index), os.environ)
-        supervisor.start(f"inference-{index}", "inference", resolved, "--index", str(index), environment=gpus)
+    start_replicas(config, folder.config, supervisor)
     gpus = devices.visible(config.learner.devices, os.environ)
     supervisor.start("learner", "learner", resolved, environment=gpus)
     _watch_until_done(config, folder, supervisor, stop, console, started_unix_s)
     console.print("learnt; proving the checkpoint", highlight=False)
     supervisor.stop([name for name in supervisor.children if name != "replay"])
     return _prove_checkpoint(config, folder, supervisor)
-
-
-def _is_built(folder: Path) -> bool:
-    """Whether a model's weights are whole: one file, or several with the index that is written last."""
-    return any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def _watch_until_done(
@@ -173,8 +176,7 @@ def _prove_checkpoint(config: RunConfig, folder: RunFolder, supervisor: Supervis
     dump_config(config.model_copy(update={"model": ModelConfig(path=newest)}), served)
     outcome = folder.results / "checkpoint_proof.json"
     try:
-        gpus = devices.visible(devices.of_replica(config, 0), os.environ)
-        supervisor.start("proof-inference", "inference", str(served), "--index", "0", environment=gpus)
+        start_replica(config, served, supervisor, 0, "proof-inference")
         wait_healthy(config.inference.address, supervisor, "proof-inference", INFERENCE_START_S)
         gpus = devices.visible(config.learner.devices, os.environ)
         command = ("prove-checkpoint", str(served), str(outcome))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +17,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deskrl.core import devices, ids, preflight, rpc
+from deskrl.core import ids, preflight, rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation.record import QUEUE, collect
 from deskrl.core.evaluation.summary import summarise
 from deskrl.core.lifetime import StopEvent, stop_event
 from deskrl.core.runfolder import RunFolder, write_json
-from deskrl.core.starting import INFERENCE_START_S, replay_stub, start_replay, tell_failure, wait_healthy
+from deskrl.core.starting import (
+    INFERENCE_START_S,
+    replay_stub,
+    start_actors,
+    start_replay,
+    start_replicas,
+    tell_failure,
+    wait_healthy,
+)
 from deskrl.core.supervisor import RoleFailed, Supervisor
 from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc, rollout_pb2
 
@@ -126,16 +133,11 @@ def _play(
 ) -> dict[str, Any] | None:
     """The summary; None if it was stopped."""
     importlib.import_module("deskrl.actor.prepare").main(config)
-    resolved = str(folder.config)
     start_replay(config, folder.config, supervisor)
-    replicas = [f"inference-{index}" for index in range(config.inference.num_replicas)]
-    for index, name in enumerate(replicas):
-        gpus = devices.visible(devices.of_replica(config, index), os.environ)
-        supervisor.start(name, "inference", resolved, "--index", str(index), environment=gpus)
+    replicas = start_replicas(config, folder.config, supervisor)
     for address, name in zip(config.inference.replica_addresses, replicas, strict=True):
         wait_healthy(address, supervisor, name, INFERENCE_START_S)
-    for index in range(config.num_actors):
-        supervisor.start(f"actor-{index}", "actor", resolved, "--index", str(index))
+    start_actors(config, folder.config, supervisor)
     with replay_stub(config) as stub:
         groups = plan_groups(config, plan, json.loads((folder.root / "tasks.json").read_text(encoding="utf-8")))
         request = replay_pb2.PlanGroupsRequest(peer=rpc.peer("learner", _LINEAGE), groups=groups)
