@@ -36,8 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(error: UserError) -> int:
     """Tell a person, in one line whatever an engine's message held."""
+    line = " ".join(["deskrl:", *str(error).split()])
     with contextlib.suppress(OSError):  # the log of a role may lie on the disk that is full
-        print("deskrl:", *str(error).split(), file=sys.stderr, flush=True)
+        # In one write: torchrun runs its ranks unbuffered, and those that refuse together share standard error.
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
     return 2
 
 
