@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings a Debian or Ubuntu machine without a GPU to where deskrl runs: system packages, a .venv, deskrl with its engines.
-# Usage: deploy/install.sh [EXTRA ...]      e.g. deploy/install.sh test
+# Usage: deploy/install.sh [EXTRA ...]      e.g. deploy/install.sh test; suite: what the whole suite is played with
 # What is there already is left alone; run again, it ends at once. Exit status 2: something is missing that it cannot get.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,14 @@ packages=(
     g++ python3-venv                                                                                              # engines
 )
 [[ " $* " == *" test "* ]] && packages+=(prometheus)  # watches a run in the tests
+extras=(actor learner inference-cpu)
+for extra; do
+    if [ "$extra" = suite ]; then
+        packages+=(gnumeric gpicview mupdf)
+    else
+        extras+=("$extra")
+    fi
+done
 
 missing=()
 for package in "${packages[@]}"; do
@@ -34,7 +42,7 @@ if ((${#missing[@]})); then
     fi
 fi
 
-extras=$(printf '%s\n' actor learner inference-cpu "$@" | sort -u | paste -sd,)
+extras=$(printf '%s\n' "${extras[@]}" | sort -u | paste -sd,)
 stamp=.venv/deskrl-installed
 state="$(cat pyproject.toml hatch_build.py deploy/install.sh proto/deskrl/proto/v1/*.proto deploy/cpu/* | sha256sum) $PWD"
 if [ -f "$stamp" ] && grep -qxF "$state $extras" "$stamp"; then

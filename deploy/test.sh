@@ -3,7 +3,9 @@
 # Usage: deploy/test.sh [pytest arguments]      e.g. deploy/test.sh tests/long
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash deploy/install.sh test
+extras=(test)
+[[ " $* " == *" tests/long"* ]] && extras+=(suite)
+bash deploy/install.sh "${extras[@]}"
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check --quiet .

@@ -19,6 +19,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_missing_programs_are_named_by_their_debian_packages() -> None:
     assert {"bubblewrap", "xvfb", "openbox", "dbus", "mousepad"} <= set(missing_packages())
     assert "mousepad" not in missing_packages(applications=False)
+    assert set(missing_packages(whole_suite=True)) - set(missing_packages()) == {"gnumeric", "gpicview", "mupdf"}
 
 
 @pytest.mark.usefixtures("bare_machine")

@@ -1,6 +1,7 @@
 """Task files: OSWorld's are read as they are, damaged ones are refused by file and key."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.setup_steps import asset_path
 from deskrl.actor.task_lists import load_list
 from deskrl.actor.task_needs import unsupported
-from deskrl.actor.tasks import SMOKE_TASKS, load_tasks, parse_task, read_task
+from deskrl.actor.tasks import OWN_SUITE, SMOKE_TASKS, load_tasks, parse_task, read_task
 from deskrl.core.errors import UserError
 
 OSWORLD = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples"
@@ -115,19 +116,26 @@ def test_a_demonstration_aims_at_the_middle() -> None:
     assert (thought, press) == ("Press it.", Action(ActionKind.CLICK, x=20, y=30))
 
 
-def test_the_suite_has_its_tasks_by_domain_and_the_smoke_tasks_are_of_four() -> None:
+def test_the_suite_has_four_tasks_of_each_of_eight_applications() -> None:
     tasks = load_tasks()
-    assert len(tasks) >= 8
+    assert list(Counter(task.domain for task in tasks).values()) == [4] * 8
+    assert len({app for task in tasks for app in task.related_apps}) == 8
+    assert not [reason for task in tasks for reason in unsupported(task)]
+
+
+def test_the_suites_list_names_every_task_of_it() -> None:
+    assert [task.id for task in load_list(OWN_SUITE / "all.json")] == [task.id for task in load_tasks()]
+
+
+def test_the_smoke_tasks_are_of_four_domains() -> None:
     assert [task.id for task in load_tasks(ids=SMOKE_TASKS)] == list(SMOKE_TASKS)
     assert len({task.domain for task in load_tasks(ids=SMOKE_TASKS)}) == 4
-    assert len({app for task in tasks for app in task.related_apps}) >= 4
-    assert not [reason for task in tasks for reason in unsupported(task)]
 
 
 def test_solutions_of_the_suite_are_short_and_say_so_plainly() -> None:
     for task in load_tasks():
         steps = task.solve(0)
-        assert 1 <= len(steps) <= 5, task.id
+        assert 1 <= len(steps) <= 6, task.id
         assert steps[-1][1].ends_episode, task.id
         assert all(1 <= len(thought.split()) <= 6 for thought, _ in steps), task.id
 

@@ -22,9 +22,9 @@ from deskrl.actor.agent import make_agent
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.desktops.provider import make_desktop
 from deskrl.actor.evaluators import EvaluatorError, evaluate_task
-from deskrl.actor.grammar import Turn
+from deskrl.actor.grammar import FormatError, Turn
+from deskrl.actor.playable import unplayable
 from deskrl.actor.setup_steps import SetupError, setup_task
-from deskrl.actor.task_needs import unsupported
 from deskrl.actor.tasks import Task, load_tasks
 from deskrl.core.config import RunConfig
 
@@ -95,7 +95,7 @@ async def prove(tasks: Sequence[Task], config: RunConfig, num_times: int = 3) ->
 
 async def _prove_task(desktop: Desktop, task: Task, config: RunConfig, num_times: int) -> Proof:
     proof = Proof(task.id)
-    proof.problems += unsupported(task)
+    proof.problems += unplayable(task, here=config.desktop.provider == "embedded")
     if not task.solution:
         proof.problems.append("there is no scripted solution")
     if proof.problems:
@@ -106,7 +106,7 @@ async def _prove_task(desktop: Desktop, task: Task, config: RunConfig, num_times
         drawn = [task.solve(config.seed + number) for number in range(num_times)]
         for solution in [task.demonstrate(), *drawn]:
             proof.solved.append(await _play(desktop, task, config, solution, proof))
-    except (DesktopError, SetupError, EvaluatorError, TimeoutError) as error:
+    except (DesktopError, SetupError, EvaluatorError, FormatError, TimeoutError) as error:
         proof.problems.append(f"{type(error).__name__}: {error}")
     return proof
 

@@ -20,6 +20,9 @@ _APPLICATIONS = {
     "pcmanfm": "pcmanfm",
     "xterm": "xterm",
 }
+_FURTHER_APPLICATIONS = {"gnumeric": "gnumeric", "gpicview": "gpicview", "mupdf": "mupdf"}
+"""What only the whole suite is played with: `deploy/install.sh suite` installs them."""
+
 _FILES = {
     "/usr/bin/python3": "python3",
     "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf": "fonts-dejavu-core",
@@ -27,9 +30,14 @@ _FILES = {
 }
 
 
-def missing_packages(*, applications: bool = True) -> list[str]:
-    """Debian packages to install before an embedded desktop starts (with `applications`: runs deskrl's own suite)."""
-    programs = _PROGRAMS | (_APPLICATIONS if applications else {})
+def missing_packages(*, applications: bool = True, whole_suite: bool = False) -> list[str]:
+    """Debian packages to install before an embedded desktop starts.
+
+    Args:
+        applications: and has what the quickstart installs.
+        whole_suite: and runs every task of deskrl's own suite.
+    """
+    programs = _PROGRAMS | (_APPLICATIONS if applications else {}) | (_FURTHER_APPLICATIONS if whole_suite else {})
     missing = {package for program, package in programs.items() if shutil.which(program) is None}
     missing |= {package for file, package in _FILES.items() if not Path(file).exists()}
     return sorted(missing)

@@ -39,7 +39,7 @@ def main() -> None:
     display = Display(DISPLAY)
     paint_background(display)
     windows = Windows(display)
-    while not windows.has_manager():
+    while not windows.manager_answers():
         session.check_window_manager()
     commands = Commands(session.environment)
     screen = Screen(framebuffer)

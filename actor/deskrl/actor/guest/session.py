@@ -61,7 +61,7 @@ class Session:
         return _FRAMEBUFFERS / "Xvfb_screen0"
 
     def start_window_manager(self) -> None:
-        """Start openbox; `Windows.has_manager` says when it is up."""
+        """Start openbox; `Windows.manager_answers` says when it is up."""
         self._window_manager = self._spawn(["openbox"])
 
     def check_window_manager(self) -> None:

@@ -45,11 +45,16 @@ class Windows:
         self._display = display
         self._root = display.screen().root
         self._lock = threading.RLock()
+        self._unmapped = self._root.create_window(0, 0, 1, 1, 0, X.CopyFromParent)
 
-    def has_manager(self) -> bool:
-        """Whether a window manager runs."""
+    def manager_answers(self) -> bool:
+        """Whether a window manager runs and does what it is asked for: it names itself a moment before it does, and a
+        window that an application opens in between may never be shown."""
         with self._lock:
-            return self._property(self._root, "_NET_SUPPORTING_WM_CHECK") is not None
+            if self._property(self._root, "_NET_SUPPORTING_WM_CHECK") is None:
+                return False
+            self._ask(self._unmapped.id, "_NET_REQUEST_FRAME_EXTENTS")
+            return self._property(self._unmapped, "_NET_FRAME_EXTENTS") is not None
 
     def list(self) -> list[Window]:
         """Windows, oldest first."""
@@ -80,16 +85,16 @@ class Windows:
 
     def activate(self, window: Window) -> None:
         """Bring a window to the front and give it the focus."""
-        self._ask(window, "_NET_ACTIVE_WINDOW", _SOURCE_PAGER)
+        self._ask(window.id, "_NET_ACTIVE_WINDOW", _SOURCE_PAGER)
 
     def close(self, window: Window) -> None:
         """Ask a window to close."""
-        self._ask(window, "_NET_CLOSE_WINDOW", X.CurrentTime, _SOURCE_PAGER)
+        self._ask(window.id, "_NET_CLOSE_WINDOW", X.CurrentTime, _SOURCE_PAGER)
 
-    def _ask(self, window: Window, request: str, *data: int) -> None:
+    def _ask(self, window_id: int, request: str, *data: int) -> None:
         with self._lock:
             event = ClientMessage(
-                window=self._display.create_resource_object("window", window.id),
+                window=self._display.create_resource_object("window", window_id),
                 client_type=self._display.intern_atom(request),
                 data=(32, [*data, *[0] * (5 - len(data))]),
             )
