@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deskrl.core.families import Architecture
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_token_id, suppressed_ids, vocab_size_of
 from deskrl.core.trajectory import Step
@@ -34,8 +35,8 @@ DENOMINATOR = 10.0
 class Material:
     """A model, three sampled episodes of three steps, and what transformers makes of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = build_model(folder)
+    def __init__(self, folder: Path, architecture: Architecture) -> None:
+        self.folder = build_model(folder, architecture=architecture)
         toy = ToyPolicy(folder)
         played = [play(toy, task_id, seed) for seed, task_id in enumerate(["red", "green", "red"])]
         self.steps: list[list[Step]] = [steps for steps, _, _ in played]
@@ -59,9 +60,9 @@ class Material:
 
     def _reference(self) -> tuple[float, dict[str, Tensor]]:
         """Step by step, with transformers' own forward pass, attention, positions and logits everywhere."""
-        from transformers import Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
 
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(self.folder, dtype=torch.float32)
+        model: Any = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32)
         total = 0.0
         for step in (step for steps in self.steps for step in steps):
             ids = torch.tensor([[*step.prompt_ids, *step.action_ids]])
@@ -78,9 +79,9 @@ class Material:
         return total, {f"model.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
-    return Material(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=get_args(Architecture))
+def material(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return Material(tmp_path_factory.mktemp("model"), request.param)
 
 
 def learn(policy: Policy, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor]]:

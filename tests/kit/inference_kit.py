@@ -90,11 +90,11 @@ class Reference:
     """The same model under transformers: what the engine is compared with."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self._processor = Qwen2VLImageProcessor.from_pretrained(folder)
         self.suppressed_ids = rendering.suppressed_ids(self.tokenizer, rendering.vocab_size_of(folder))
         self.sizing = rendering.image_sizing_of(folder)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from deskrl.core import ids
+from deskrl.core.families import Architecture
 from deskrl.core.rendering import (
     end_of_turn_id,
     expand_images,
@@ -59,10 +60,10 @@ _ROLES = {
 }
 
 
-def build_model(folder: Path, seed: int = 0) -> Path:
-    """A tiny Qwen2.5-VL whose words are those of the toy task."""
+def build_model(folder: Path, seed: int = 0, architecture: Architecture = "qwen2_5_vl") -> Path:
+    """A tiny model whose words are those of the toy task."""
     corpus = [f"{task['instruction']} screen press {name} finished" for name, task in TASKS.items()] * 4
-    build_tiny_model(folder, seed, SIZE, corpus)
+    build_tiny_model(folder, seed, SIZE, corpus, architecture)
     return folder
 
 
@@ -96,12 +97,12 @@ class ToyPolicy:
     """Samples as the served policy would, with transformers' own forward pass."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.folder = folder
         self.processor = AutoProcessor.from_pretrained(folder)
         self.tokenizer = self.processor.tokenizer
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor_hash = processor_hash(folder, self.tokenizer)
         self._suppressed = list(suppressed_ids(self.tokenizer, vocab_size_of(folder)))
         self._tokens_per_image = image_sizing_of(folder).num_tokens(*SIZE)

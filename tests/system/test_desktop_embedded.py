@@ -13,6 +13,7 @@ from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import DesktopError
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
 from deskrl.actor.desktops.packages import missing_packages
+from deskrl.actor.grammar import Turn, parse_turn, render_turn
 from deskrl.core.config import DesktopConfig
 
 pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"packages missing: {missing_packages()}")
@@ -43,7 +44,7 @@ def test_a_screenshot_is_rgb_of_the_configured_size_and_shows_what_is_opened(run
     asyncio.run(scenario())
 
 
-def test_text_is_typed_as_written_into_a_real_application(run_root: Path) -> None:
+def test_text_is_typed_as_the_policy_wrote_it_into_a_real_application(run_root: Path) -> None:
     uncommon = "".join(map(chr, range(0x400, 0x460)))  # more than the layout has free keycodes: some serve twice
     text = f"<a href=\"x\">'&'</a> äöüß €日本語 😀\n\tnext line: ~^`|\\ {{}}[]\n{uncommon}"
 
@@ -52,7 +53,8 @@ def test_text_is_typed_as_written_into_a_real_application(run_root: Path) -> Non
             await desktop.write_file("~/note.txt", b"")
             await desktop.open_path("~/note.txt")
             await desktop.settle()
-            await desktop.act(Action(ActionKind.TYPE, text=text))
+            said = render_turn(Turn("I write it down.", Action(ActionKind.TYPE, text=text)), "ui_tars_1_0")
+            await desktop.act(parse_turn(said).action)
             await desktop.settle()
             await desktop.act(Action(ActionKind.HOTKEY, keys=("ctrl", "s")))
             assert (await wait_for_file(desktop, "~/note.txt", text.encode())).decode() == text

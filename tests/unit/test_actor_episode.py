@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from deskrl.actor.actions import Action
-from deskrl.actor.agent import Conversation, UiTars15Agent
+from deskrl.actor.agent import Conversation, UiTarsAgent
 from deskrl.actor.desktops.base import CommandResult, Desktop, DesktopError, DesktopGone
 from deskrl.actor.episode import Episode, Fault
 from deskrl.actor.players import Decision, Player, ScriptedPlayer
@@ -158,7 +158,7 @@ def play(
     data = json.dumps(TASK).encode()
     rollout = rollout_pb2.Rollout(episode_id="e", task_json=data, seed=1, max_steps=max_steps, acting_policy=acting)
     config = DesktopConfig(setup_timeout_s=0.05, step_timeout_s=0.05, evaluate_timeout_s=0.05)
-    conversation = UiTars15Agent(AgentConfig()).begin("Touch it.")
+    conversation = UiTarsAgent(AgentConfig()).begin("Touch it.")
     task = parse_task(data, "task")
 
     async def scenario() -> rollout_pb2.EpisodeResult:

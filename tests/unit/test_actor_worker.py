@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from deskrl.actor.agent import UiTars15Agent
+from deskrl.actor.agent import UiTarsAgent
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.main import desktops_of
 from deskrl.actor.worker import MAX_FAILED_STARTS, DesktopsDoNotStart, Worker
@@ -60,7 +60,7 @@ def start_worker(starts: list[str]) -> tuple[list[DoubleDesktop], bool]:
     async def scenario() -> bool:
         replay = NoWork()
         config = DesktopConfig(start_timeout_s=0.02)
-        agent = UiTars15Agent(AgentConfig())
+        agent = UiTarsAgent(AgentConfig())
         worker = Worker(cast(Any, replay), cast(Any, None), agent, make_desktop, config)
         running = asyncio.create_task(worker.run())
         asked = asyncio.create_task(replay.asked.wait())

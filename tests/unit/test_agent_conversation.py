@@ -1,16 +1,19 @@
 """What the policy is shown: prompts, contexts, and coordinates between the screen and the image that it sees."""
 
+import functools
 import io
+from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.agent import Conversation, make_agent, smart_resize
+from deskrl.actor.agent import Conversation, make_agent
 from deskrl.actor.grammar import FormatError, Turn
 from deskrl.core.config import AgentConfig
+from deskrl.core.families import FAMILIES, FamilyName
 from deskrl.core.ids import image_hash
 from deskrl.proto.v1 import inference_pb2
 
@@ -56,12 +59,15 @@ def test_the_prompt_is_system_then_task_then_screens_and_answers_in_turns() -> N
     assert list(prompt.messages[3].contents[0].token_ids.ids) == [100, 7]
 
 
-def test_the_full_prompt_names_every_action_and_ends_with_the_instruction() -> None:
-    words = converse(AgentConfig(language="German"), 0)[0].prompt().messages[1].contents[0].text
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_full_prompt_names_every_action_and_ends_with_the_instruction(family: FamilyName) -> None:
+    words = converse(AgentConfig(family=family, language="German"), 0)[0].prompt().messages[1].contents[0].text
     for name in ["click", "left_double", "right_single", "drag", "hotkey", "type", "scroll", "wait", "finished"]:
         assert f"\n{name}(" in words
     assert "call_user()" in words
-    assert "Write `Thought` in German." in words
+    assert " in German." in words
+    assert ("<think>" in words) == (family == "ui_tars_2")
+    assert ("<|box_start|>(x1,y1)<|box_end|>" in words) == (family == "ui_tars_1_0")
     assert words.rstrip().endswith("## User Instruction\nPress {that} button.")
 
 
@@ -124,13 +130,24 @@ def test_without_a_size_a_screenshot_stays_as_it_is() -> None:
     ],
 )
 def test_the_model_sees_sides_in_multiples_of_28(sent: tuple[int, int], seen: tuple[int, int]) -> None:
-    assert smart_resize(*sent) == seen
+    assert FAMILIES["ui_tars_1_5"].span(*sent) == seen
 
 
 def test_coordinates_are_those_of_the_image_as_the_model_sees_it() -> None:
     conversation = make_agent(AgentConfig()).begin("Press it.")
     conversation.observe(screen(0, (1920, 1080)))
     assert conversation.parse("Action: click(start_box='(966,546)')").action == Action(ActionKind.CLICK, x=960, y=540)
+
+
+@pytest.mark.parametrize("family", ["ui_tars_1_0", "ui_tars_2"])
+def test_relative_coordinates_are_thousandths_of_the_screen_whatever_the_model_sees(family: FamilyName) -> None:
+    for width, height in [(None, None), (504, 280)]:
+        conversation = make_agent(AgentConfig(family=family, image_width=width, image_height=height)).begin("Press it.")
+        conversation.observe(screen(0, (1920, 1080)))
+        middle, corner = (conversation.parse(f"Action: click(point='{at} {at}')").action for at in (500, 1000))
+        assert (middle.x, middle.y, corner.x, corner.y) == (960, 540, 1919, 1079)
+        with pytest.raises(FormatError, match=r"\(1001,3\) is outside coordinates of 1000×1000"):
+            conversation.parse("Action: click(start_box='(1001,3)')")
 
 
 def test_the_far_edge_is_on_the_screen_and_what_lies_beyond_is_refused() -> None:
@@ -141,12 +158,27 @@ def test_the_far_edge_is_on_the_screen_and_what_lies_beyond_is_refused() -> None
         conversation.parse("Action: click(start_box='(4890,1000)')")
 
 
-@given(st.integers(0, 1279), st.integers(0, 719), st.sampled_from([(504, 280), (1280, 720), (448, 252), (None, None)]))
-def test_a_demonstration_points_where_the_solution_does(x: int, y: int, size: tuple[int | None, int | None]) -> None:
-    conversation = make_agent(AgentConfig(image_width=size[0], image_height=size[1])).begin("Press it.")
+@functools.cache
+def shown(family: FamilyName, size: tuple[int | None, int | None]) -> Conversation:
+    """A conversation that has seen a screen of 1280 x 720."""
+    conversation = make_agent(AgentConfig(family=family, image_width=size[0], image_height=size[1])).begin("Press it.")
     conversation.observe(screen(0))
+    return conversation
+
+
+@pytest.mark.parametrize("family", get_args(FamilyName))
+@settings(deadline=None)
+@given(
+    x=st.integers(0, 1279),
+    y=st.integers(0, 719),
+    size=st.sampled_from([(504, 280), (1280, 720), (448, 252), (None, None)]),
+)
+def test_a_demonstration_points_where_the_solution_does(
+    family: FamilyName, x: int, y: int, size: tuple[int | None, int | None]
+) -> None:
+    conversation = shown(family, size)
     said = conversation.render(Turn("Press it.", Action(ActionKind.CLICK, x=x, y=y)))
     meant = conversation.parse(said).action
-    pixel = 1280 / (size[0] or 1280)
+    pixel = 1280 / 1000 if FAMILIES[family].relative else 1280 / (size[0] or 1280)
     assert abs(meant.x - x) <= pixel / 2 + 1
     assert abs(meant.y - y) <= pixel / 2 + 1

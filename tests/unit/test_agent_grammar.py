@@ -1,13 +1,18 @@
-"""UI-TARS 1.5's action grammar: what is understood, what is forgiven, what is refused and why."""
+"""UI-TARS's action grammar, of each family: what is understood, what is forgiven, what is refused and why."""
+
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.grammar import FormatError, Turn, parse_action, parse_turn, render_turn
+from deskrl.actor.grammar import FormatError, Turn, parse_action, parse_turn, render_action, render_turn
+from deskrl.core.families import FamilyName
 
 CLICK = Action(ActionKind.CLICK, x=412, y=230)
+DRAG = Action(ActionKind.DRAG, x=1, y=2, end_x=3, end_y=4)
+FAMILIES = get_args(FamilyName)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +30,7 @@ CLICK = Action(ActionKind.CLICK, x=412, y=230)
         ("finished()", Action(ActionKind.FINISHED)),
         ("finished(content='42')", Action(ActionKind.FINISHED, text="42")),
         ("call_user()", Action(ActionKind.INFEASIBLE)),
+        ("error_env()", Action(ActionKind.INFEASIBLE)),
     ],
 )
 def test_every_action_of_the_prompt_is_understood(call: str, action: Action) -> None:
@@ -39,6 +45,8 @@ def test_every_action_of_the_prompt_is_understood(call: str, action: Action) -> 
         "click(start_box='<|box_start|>(412,230)<|box_end|>')",
         "click(point='<point>412 230</point>')",
         "click(start_point='412,230')",
+        "click(point='<point>412, 230</point>')",
+        "click(start_box='<point>412 230</point>')",
         "click(start_box='[402, 220, 422, 240]')",
         "click(start_box=(412,230))",
         "click(start_box='(411.6,230.2)')",
@@ -115,11 +123,35 @@ def test_what_is_no_single_action_is_refused_with_the_reason(text: str, reason: 
     assert reason in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "click", "drag"),
+    [
+        (
+            "ui_tars_1_0",
+            "click(start_box='<|box_start|>(412,230)<|box_end|>')",
+            "drag(start_box='<|box_start|>(1,2)<|box_end|>', end_box='<|box_start|>(3,4)<|box_end|>')",
+        ),
+        ("ui_tars_1_5", "click(start_box='(412,230)')", "drag(start_box='(1,2)', end_box='(3,4)')"),
+        (
+            "ui_tars_2",
+            "click(point='<point>412 230</point>')",
+            "drag(start_point='<point>1 2</point>', end_point='<point>3 4</point>')",
+        ),
+    ],
+)
+def test_each_family_writes_points_in_its_own_way(family: FamilyName, click: str, drag: str) -> None:
+    assert (render_action(CLICK, family), render_action(DRAG, family)) == (click, drag)
+    assert (parse_action(click), parse_action(drag)) == (CLICK, DRAG)
+
+
 def test_the_thought_is_what_stands_before_the_action() -> None:
     assert parse_turn("Thought: Press save.\nAction: wait()").thought == "Press save."
     assert parse_turn("Thought: two\nlines Action: wait()").thought == "two\nlines"
     assert parse_turn("Press save.\nAction: wait()").thought == "Press save."
     assert parse_turn("Action: wait()").thought == ""
+    assert parse_turn("<think>Action: none\nyet.</think>\nAction: wait()").thought == "Action: none\nyet."
+    assert parse_turn("<think>Hm.</think>Thought: Press save.\nAction: wait()").thought == "Press save."
+    assert parse_turn("Thought: I type.\nAction: type(content='<think>a</think>')").action.text == "<think>a</think>"
 
 
 _texts = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"]).filter(str.isprintable) | st.sampled_from("\n\t"))
@@ -136,10 +168,11 @@ _actions = st.one_of(
 )
 
 
-@given(_actions)
-def test_a_rendered_action_means_itself(action: Action) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+@given(action=_actions)
+def test_a_rendered_action_means_itself(family: FamilyName, action: Action) -> None:
     turn = Turn("Do it.", action)
-    assert parse_turn(render_turn(turn)) == turn
+    assert parse_turn(render_turn(turn, family)) == turn
 
 
 @given(st.text() | st.from_regex(r"Action: (click|type|drag|hotkey|scroll)\((\w+='.*',? ?){0,3}\)"))

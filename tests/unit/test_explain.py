@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -18,6 +18,7 @@ from deskrl.core.explain.memory import MicroBatch, activation_bytes, learner_mem
 from deskrl.core.explain.shape import ModelShape, shape_of_config, shape_of_name
 from deskrl.core.explain.storage import checkpoint_bytes
 from deskrl.core.explain.timing import Assumptions, predict, update_flops
+from deskrl.core.families import Architecture
 from deskrl.core.preflight import refuse_small_disk
 from deskrl.core.runfolder import RunFolder
 
@@ -46,21 +47,21 @@ def test_the_published_shapes_have_the_published_numbers_of_parameters() -> None
     assert shape_of_name("my-model") is None
 
 
-def test_parameters_are_those_that_transformers_counts() -> None:
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_parameters_are_those_that_transformers_counts(architecture: Architecture) -> None:
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     from deskrl.learner import tiny_model
 
     text = {**tiny_model.TEXT, "vocab_size": 512, "tie_word_embeddings": True}
-    config = Qwen2_5_VLConfig(
-        text_config=text, vision_config={**tiny_model.VISION, "out_hidden_size": 192}, tie_word_embeddings=True
-    )
+    vision = dict(tiny_model.VISION[architecture])
+    config = AutoConfig.for_model(architecture, text_config=text, vision_config=vision, tie_word_embeddings=True)
     with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     model.tie_weights()
     counted = sum(parameter.numel() for parameter in model.parameters())
-    content = {"text_config": text, "vision_config": tiny_model.VISION, "tie_word_embeddings": True}
+    content = {"text_config": text, "vision_config": vision, "tie_word_embeddings": True}
     assert shape_of_config(content, "tiny").num_parameters == counted
 
 

@@ -112,6 +112,15 @@ def test_no_text_becomes_a_special_token(tokenizer: Any, around: str, special: s
     assert prompt.ids.count(rendering.image_token_id(tokenizer)) == 1
 
 
+def test_marks_of_places_are_tokens_in_prompts_and_in_scripted_answers(tokenizer: Any) -> None:
+    start, end = (tokenizer.convert_tokens_to_ids(f"<|box_{side}|>") for side in ("start", "end"))
+    found = encode_action("click(start_box='<|box_start|>(100,80)<|box_end|>')", tokenizer)
+    assert (found.count(start), found.count(end)) == (1, 1)
+    assert tokenizer.decode(found[:-1], skip_special_tokens=True) == "click(start_box='(100,80)')"
+    unknown = encode_text("<|quad_start|>", tokenizer)
+    assert tokenizer.decode(unknown) == "<|quad_start|>", "a tokenizer without the mark reads characters"
+
+
 @pytest.mark.parametrize(
     "messages",
     [

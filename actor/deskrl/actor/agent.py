@@ -15,47 +15,11 @@ from PIL import Image
 
 from deskrl.actor.actions import Action
 from deskrl.actor.grammar import FormatError, Turn, parse_turn, render_turn
+from deskrl.actor.prompts import opening
 from deskrl.core.config import AgentConfig
+from deskrl.core.families import FAMILIES
 from deskrl.core.ids import image_hash
 from deskrl.proto.v1 import common_pb2, inference_pb2
-
-_FULL_SYSTEM = "You are a helpful assistant."
-_FULL_PROMPT = """\
-You are a GUI agent. You are given a task, and what you have done so far with a screenshot before each action. \
-Decide on the next action that brings the task forward.
-
-## Output Format
-```
-Thought: ...
-Action: ...
-```
-
-## Action Space
-click(start_box='(x1,y1)')
-left_double(start_box='(x1,y1)')
-right_single(start_box='(x1,y1)')
-drag(start_box='(x1,y1)', end_box='(x3,y3)')
-hotkey(key='ctrl c') # Lower case, keys parted by spaces, three at most.
-type(content='xxx') # Write \\', \\" and \\n for quotes and line breaks. End with \\n to submit.
-scroll(start_box='(x1,y1)', direction='down or up or right or left')
-wait() # Waits 5 seconds, then shows a new screenshot.
-finished(content='xxx') # The task is done. Write \\', \\" and \\n for quotes and line breaks.
-call_user() # The task cannot be done, or only the user can go on.
-
-## Note
-- Write `Thought` in {language}.
-- End `Thought` with a short plan and one sentence that names the next action and its target.
-
-## User Instruction
-{instruction}
-"""
-_BRIEF_SYSTEM = "Use the computer."
-_BRIEF_PROMPT = "{instruction}"
-
-# Qwen2.5-VL's image processor keeps sides at multiples of patch × merge, and the area within bounds.
-_SIDE_FACTOR = 28
-_MIN_PIXELS = 4 * _SIDE_FACTOR**2
-_MAX_PIXELS = 16384 * _SIDE_FACTOR**2
 
 
 @dataclass(frozen=True)
@@ -100,7 +64,7 @@ class Agent(ABC):
 
 def make_agent(config: AgentConfig) -> Agent:
     """The agent that a configuration names."""
-    return UiTars15Agent(config)
+    return UiTarsAgent(config)
 
 
 def prompt_characters(config: AgentConfig) -> int:
@@ -109,8 +73,8 @@ def prompt_characters(config: AgentConfig) -> int:
     return sum(len(content.text) for message in opening for content in message.contents)
 
 
-class UiTars15Agent(Agent):
-    """UI-TARS 1.5: thought and action as text, absolute coordinates in the image that the model sees."""
+class UiTarsAgent(Agent):
+    """UI-TARS of any family: thought and action as text."""
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
@@ -121,22 +85,22 @@ class UiTars15Agent(Agent):
 
 class _UiTarsConversation(Conversation):
     def __init__(self, config: AgentConfig, instruction: str) -> None:
-        full = config.prompt == "full"
-        words = (_FULL_PROMPT if full else _BRIEF_PROMPT).format(language=config.language, instruction=instruction)
+        told = opening(config, instruction)
         self._config = config
+        self._family = FAMILIES[config.family]
         self._opening = [
-            _message(inference_pb2.MESSAGE_ROLE_SYSTEM, text=_FULL_SYSTEM if full else _BRIEF_SYSTEM),
-            _message(inference_pb2.MESSAGE_ROLE_USER, text=words),
+            _message(inference_pb2.MESSAGE_ROLE_SYSTEM, text=told.system),
+            _message(inference_pb2.MESSAGE_ROLE_USER, text=told.user),
         ]
         self._images: list[str] = []
         self._answers: list[inference_pb2.ChatMessage] = []
         self._screen = (0, 0)
-        self._seen = (0, 0)
+        self._span = (0, 0)
 
     def observe(self, screenshot: Image.Image) -> common_pb2.Image:
         sent = (self._config.image_width or screenshot.width, self._config.image_height or screenshot.height)
         self._screen = screenshot.size
-        self._seen = smart_resize(*sent)
+        self._span = self._family.span(*sent)
         image = _encode(screenshot if sent == screenshot.size else screenshot.resize(sent, Image.Resampling.BICUBIC))
         self._images.append(image.hash)
         return image
@@ -163,25 +127,14 @@ class _UiTarsConversation(Conversation):
     def parse(self, text: str) -> Turn:
         turn = parse_turn(text)
         for x, y in ((turn.action.x, turn.action.y), (turn.action.end_x, turn.action.end_y)):
-            if not (0 <= x <= self._seen[0] and 0 <= y <= self._seen[1]):
-                raise FormatError(f"({x},{y}) is outside the image of {self._seen[0]}×{self._seen[1]}")
-        return replace(turn, action=_map_points(turn.action, self._seen, self._screen))
+            if not (0 <= x <= self._span[0] and 0 <= y <= self._span[1]):
+                frame = "coordinates" if self._family.relative else "the image"
+                raise FormatError(f"({x},{y}) is outside {frame} of {self._span[0]}×{self._span[1]}")
+        return replace(turn, action=_map_points(turn.action, self._span, self._screen))
 
     def render(self, turn: Turn) -> str:
-        return render_turn(replace(turn, action=_map_points(turn.action, self._screen, self._seen)))
-
-
-def smart_resize(width: int, height: int) -> tuple[int, int]:
-    """The size at which Qwen2.5-VL's processor presents an image: sides in multiples of 28, area within bounds."""
-    seen = [round(side / _SIDE_FACTOR) * _SIDE_FACTOR for side in (width, height)]
-    area = seen[0] * seen[1]
-    if area > _MAX_PIXELS:
-        shrink = (width * height / _MAX_PIXELS) ** 0.5
-        seen = [max(_SIDE_FACTOR, int(side / shrink // _SIDE_FACTOR) * _SIDE_FACTOR) for side in (width, height)]
-    elif area < _MIN_PIXELS:
-        grow = (_MIN_PIXELS / (width * height)) ** 0.5
-        seen = [-int(-side * grow // _SIDE_FACTOR) * _SIDE_FACTOR for side in (width, height)]
-    return seen[0], seen[1]
+        action = _map_points(turn.action, self._screen, self._span)
+        return render_turn(replace(turn, action=action), self._config.family)
 
 
 def _map_points(action: Action, source: tuple[int, int], target: tuple[int, int]) -> Action:

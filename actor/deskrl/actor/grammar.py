@@ -1,18 +1,21 @@
-"""UI-TARS 1.5's action grammar: text to `Action` and back. Knows no prompt and no screen: points are the image's.
+"""UI-TARS's action grammar: text to `Action` and back. Knows no prompt and no screen: points are the family's own.
 
     Thought: The form is filled in, so I press Submit.
     Action: click(start_box='(412,230)')
 
-Parsing forgives what carries no meaning (spaces, quotes, box and point markup, names used by other UI-TARS releases)
-and refuses the rest with the reason. Nothing is ever evaluated.
+Each family writes points in its own way, and all are understood of each. Parsing forgives what carries no meaning
+(spaces, quotes, box and point markup, names of other releases) and refuses the rest with the reason. Nothing is ever
+evaluated.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from deskrl.actor.actions import Action, ActionKind
+from deskrl.core.families import FamilyName
 
 SCROLL_NOTCHES = 5
 WAIT_S = 5.0
@@ -57,6 +60,7 @@ _NAMED_KEYS = frozenset(
     + [f"f{number}" for number in range(1, 13)]
 )
 
+_THINKING = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 _ACTION_LINE = re.compile(r"^\s*Action:", re.MULTILINE)
 _ACTION_MARK = re.compile(r"Action:")
 _CALL = re.compile(r"\s*(\w+)\s*\((.*)\)\s*", re.DOTALL)
@@ -87,6 +91,9 @@ class Turn:
 
 def parse_turn(text: str) -> Turn:
     """The thought and the action in a policy's answer; raises FormatError for anything else than one action."""
+    thinking = _THINKING.match(text)
+    if thinking is not None:
+        text = text[thinking.end() :]
     marks = list(_ACTION_LINE.finditer(text)) or list(_ACTION_MARK.finditer(text))[:1]
     if not marks:
         raise FormatError('there is no "Action:"')
@@ -94,7 +101,8 @@ def parse_turn(text: str) -> Turn:
     if len(marks) > 1 or _NEXT_CALL.search(call):
         raise FormatError("there is more than one action")
     head = text[: marks[0].start()]
-    return Turn(head.partition("Thought:")[2].strip() or head.strip(), parse_action(call))
+    thought = head.partition("Thought:")[2].strip() or head.strip() or (thinking[1].strip() if thinking else "")
+    return Turn(thought, parse_action(call))
 
 
 def parse_action(call: str) -> Action:
@@ -122,26 +130,28 @@ def parse_action(call: str) -> Action:
             return Action(ActionKind.WAIT, seconds=WAIT_S)
         case "finished":
             return Action(ActionKind.FINISHED, text=_unescape(arguments.get("content", "")))
-        case "call_user":
+        case "call_user" | "error_env":
             return Action(ActionKind.INFEASIBLE)
     raise FormatError(f"there is no action {_short(name)}")
 
 
-def render_turn(turn: Turn) -> str:
+def render_turn(turn: Turn, family: FamilyName) -> str:
     """The text that parses to `turn`: how a scripted solution becomes a demonstration."""
-    return f"Thought: {turn.thought}\nAction: {render_action(turn.action)}"
+    thought = f"<think>{turn.thought}</think>" if family == "ui_tars_2" else f"Thought: {turn.thought}"
+    return f"{thought}\nAction: {render_action(turn.action, family)}"
 
 
-def render_action(action: Action) -> str:
+def render_action(action: Action, family: FamilyName) -> str:
     """The call that parses to `action`. WAIT and SCROLL lose how long and how far: the grammar cannot say it."""
-    start = f"start_box='({action.x},{action.y})'"
+    here = write_point(family, "", action.x, action.y)
     if action.kind in _POINTER_RENDERED:
-        return f"{_POINTER_RENDERED[action.kind]}({start})"
+        return f"{_POINTER_RENDERED[action.kind]}({here})"
     match action.kind:
         case ActionKind.DRAG:
-            return f"drag({start}, end_box='({action.end_x},{action.end_y})')"
+            start = write_point(family, "start", action.x, action.y)
+            return f"drag({start}, {write_point(family, 'end', action.end_x, action.end_y)})"
         case ActionKind.SCROLL:
-            return f"scroll({start}, direction='{_direction(action)}')"
+            return f"scroll({here}, direction='{_direction(action)}')"
         case ActionKind.HOTKEY:
             return f"hotkey(key='{' '.join(action.keys)}')"
         case ActionKind.TYPE:
@@ -151,6 +161,17 @@ def render_action(action: Action) -> str:
         case ActionKind.FINISHED:
             return f"finished(content='{_escape(action.text)}')" if action.text else "finished()"
     return "call_user()"
+
+
+def write_point(family: FamilyName, which: Literal["", "start", "end"], x: int | str, y: int | str) -> str:
+    """A point as an argument of a call: a family's way of naming and of writing it; `which` of a drag's two points."""
+    match family:
+        case "ui_tars_1_0":  # marks that are tokens of their own
+            return f"{which or 'start'}_box='<|box_start|>({x},{y})<|box_end|>'"
+        case "ui_tars_1_5":
+            return f"{which or 'start'}_box='({x},{y})'"
+        case "ui_tars_2":
+            return f"{which + '_' if which else ''}point='<point>{x} {y}</point>'"
 
 
 def _arguments(inside: str) -> dict[str, str]:

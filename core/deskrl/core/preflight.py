@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import NamedTuple
 
-from deskrl.core import devices, rpc
+from deskrl.core import devices, model_folder, rpc
 from deskrl.core.config import LearnerConfig, RunConfig
 from deskrl.core.errors import UserError, missing_package
 from deskrl.core.explain import facts, fitting, storage
@@ -48,7 +48,7 @@ def refuse_bad_input(config: RunConfig) -> None:
     importlib.import_module("deskrl.actor.prepare").load(config)
     importlib.import_module("deskrl.actor.desktops.provider").refuse_unusable(config.desktop)
     if config.model.path is not None:
-        importlib.import_module("deskrl.inference.main").check_model_folder(config.model.path)
+        model_folder.refuse_incomplete(config.model.path)
     else:
         importlib.import_module("deskrl.learner.build_model").refuse_unfit(config)
     _refuse_what_does_not_fit(config)
@@ -66,6 +66,7 @@ def refuse_contradictions(config: RunConfig) -> None:
     """Raise UserError for values that are fine each by itself and not together."""
     for contradiction in (*_contradictions(config), *devices.contradictions(config)):
         raise UserError(contradiction, "change one of the two")
+    model_folder.refuse_other_family(config)
 
 
 def refuse_missing_packages(config: RunConfig) -> None:

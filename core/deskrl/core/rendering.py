@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 # Special tokens that mark a place on the screen: content, which some policies are trained to write.
 _GROUNDING_TOKENS = frozenset(f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad") for end in ("start", "end"))
+_GROUNDING_MARK = re.compile(f"({'|'.join(map(re.escape, sorted(_GROUNDING_TOKENS)))})")
 
 _ROLES = {
     inference_pb2.MESSAGE_ROLE_SYSTEM: "system",
@@ -152,8 +154,14 @@ def _with_marks(messages: Sequence[inference_pb2.ChatMessage]) -> Iterator[dict[
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids of text as text: a typed "<|image_pad|>" stays the characters that it is."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
+    """Ids of text as text: a typed "<|image_pad|>" stays the characters that it is. Marks of places are their tokens:
+    UI-TARS 1.0 is prompted with them and writes them, and they can open neither a turn nor an image."""
+    ids: list[int] = []
+    for part in _GROUNDING_MARK.split(text):
+        if _GROUNDING_MARK.fullmatch(part) and (mark := tokenizer.convert_tokens_to_ids(part)) is not None:
+            ids.append(mark)
+        elif part:
+            ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
     return ids
 
 

@@ -26,6 +26,7 @@ from deskrl.core import lifetime, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.exposition import expose
+from deskrl.core.model_folder import refuse_incomplete
 
 if TYPE_CHECKING:
     from deskrl.inference.acting import PromptFormat
@@ -34,13 +35,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _SERVICES = ("deskrl.proto.v1.InferenceService", "deskrl.proto.v1.WeightService")
-
-_MODEL_FILES = {
-    "config.json": ("config.json",),
-    "weights": ("*.safetensors",),
-    "an image processor": ("preprocessor_config.json", "processor_config.json"),
-    "a tokenizer": ("tokenizer.json",),
-}
 
 
 def run(config: RunConfig, replica: int = 0) -> int:
@@ -57,7 +51,7 @@ def run(config: RunConfig, replica: int = 0) -> int:
     lifetime.die_with_parent()
     address = config.inference.listen_address(replica)
     rpc.refuse_exposure(address)
-    check_model_folder(config.model_folder)
+    refuse_incomplete(config.model_folder)
     _refuse_taken_ports(config, replica, address)
     folder.mkdir(mode=0o700)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
@@ -98,15 +92,6 @@ def _refuse_taken_ports(config: RunConfig, replica: int, address: str) -> None:
         except OSError as error:
             where = f"{endpoint[0]}:{endpoint[1]}"
             raise UserError(f"{where} cannot be listened on: {error.strerror}", f"change inference.{key}") from error
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raise UserError unless the folder holds a model with its processor."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder", "set model.path, or let `deskrl up` build the model")
-    for what, names in _MODEL_FILES.items():
-        if not any(path.is_file() for name in names for path in folder.glob(name)):
-            raise UserError(f"{folder} lacks {what} ({' or '.join(names)})", "copy it from the original model")
 
 
 async def _serve(config: RunConfig, replica: int, address: str) -> int:

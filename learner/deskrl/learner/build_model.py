@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
+from deskrl.core.families import FAMILIES
 from deskrl.learner import shaped_model, tiny_model
 
 
@@ -20,7 +21,15 @@ def main(config: RunConfig) -> int:
         shape = shaped_model.SHAPES[config.model.build]
         shaped_model.build_shaped_model(config.model_folder, config.seed, shape, max(config.image_size), corpus)
     else:
-        tiny_model.build_tiny_model(config.model_folder, config.seed, config.image_size, corpus)
+        family = FAMILIES[config.agent.family]
+        tiny_model.build_tiny_model(
+            config.model_folder,
+            config.seed,
+            config.image_size,
+            corpus,
+            family.architectures[0],
+            max(family.span(*config.image_size)),
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Parts of a Qwen2.5-VL that torch computes in one kernel where transformers takes several.
+"""Parts of a Qwen2-VL or Qwen2.5-VL that torch computes in one kernel where transformers takes several.
 
 They compute the same, and hold the same parameters under the same names. Knows formulas; knows nothing of batches.
 """
@@ -46,12 +46,13 @@ class PatchProjection(nn.Module):
 
 
 def install(model: Any) -> None:
-    """Replace these parts of a `Qwen2_5_VLModel`."""
+    """Replace these parts of a `Qwen2VLModel` or `Qwen2_5_VLModel`."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
     model.visual.patch_embed.proj = PatchProjection(model.visual.patch_embed.proj.weight)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Qwen2_5_VLRMSNorm):
+            if isinstance(child, Qwen2VLRMSNorm | Qwen2_5_VLRMSNorm):
                 norm: Any = child
                 setattr(parent, name, FusedRMSNorm(norm.weight, norm.variance_epsilon))

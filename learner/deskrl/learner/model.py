@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deskrl.core.byte_cache import ByteCache
 from deskrl.core.errors import UserError
+from deskrl.core.model_folder import refuse_incomplete
 from deskrl.learner import attention, fused
 from deskrl.learner.batch import Collator, MicroBatch
 from deskrl.learner.images import ProcessedImage, Screenshots
@@ -32,10 +33,10 @@ class Scores(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A Qwen2.5-VL that scores action tokens.
+    """A Qwen2-VL or Qwen2.5-VL that scores action tokens.
 
     Args:
-        model: `Qwen2_5_VLForConditionalGeneration`; its attention and its norms are replaced by faster ones.
+        model: transformers' own, for conditional generation; its attention and its norms are replaced by faster ones.
         suppressed_ids: tokens that sampling never gives; they are masked here as they are there.
         features: keeps what the vision tower makes of a screenshot, for a tower that does not learn.
     """
@@ -137,16 +138,14 @@ def load_policy(
         feature_cache_bytes: of what a frozen vision tower has made of screenshots; kept in the host's memory.
 
     Raises:
-        UserError: there is no such model, or it is of another architecture.
+        UserError: there is no such model, it is of another architecture, or it is damaged.
     """
-    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    mend = "name a folder with a Qwen2.5-VL model and its processor in model.path"
+    refuse_incomplete(folder)
+    mend = "copy it from the original model"
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
-        if kind != "qwen2_5_vl":
-            raise UserError(f"{folder} holds a {kind} model, which deskrl cannot train", mend)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no model can be loaded from here ({_one_line(error)})", mend) from error
     if freeze_vision:

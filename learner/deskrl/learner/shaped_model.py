@@ -111,6 +111,7 @@ def write_all_but_weights(folder: Path, shape: Shape, largest_number: int, corpu
     tokenizer.save_pretrained(folder)
     write_image_processor(
         folder,
+        "qwen2_5_vl",
         {
             "image_mean": list(shape.image_mean),
             "image_std": list(shape.image_std),

@@ -1,4 +1,4 @@
-"""Builds a tiny Qwen2.5-VL: the real architecture and the real processor at a few million random parameters.
+"""Builds a tiny Qwen2-VL or Qwen2.5-VL: the real architecture and processor at a few million random parameters.
 
 For smoke runs, tests and ablations on a CPU. Screenshots cost few tokens (patches of 28 pixels merged 2 x 2) and every
 coordinate on such a screenshot is one token, so that a click is two decisions rather than six. Knows nothing of tasks:
@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deskrl.core.families import Architecture
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +22,7 @@ MERGE = 2
 VOCAB_SIZE = 3072
 MAX_LENGTH = 8192
 
-# The names and roles are those of the published Qwen2.5-VL tokenizers, so that its processor and chat format work.
+# The names and roles are those of the published tokenizers, so that its processor and chat format work.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -44,19 +46,18 @@ TEXT: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
 }
-VISION: Mapping[str, Any] = {
-    "depth": 2,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_heads": 2,
-    "patch_size": PATCH_PIXELS,
-    "temporal_patch_size": 1,
-    "spatial_merge_size": MERGE,
-    "window_size": 4 * PATCH_PIXELS * MERGE,
-    "fullatt_block_indexes": [0, 1],
+_PATCHES = {"patch_size": PATCH_PIXELS, "temporal_patch_size": 1, "spatial_merge_size": MERGE}
+VISION: Mapping[Architecture, Mapping[str, Any]] = {
+    # Of this one embed_dim is the width, and hidden_size what comes out.
+    "qwen2_vl": _PATCHES
+    | {"depth": 2, "embed_dim": 128, "mlp_ratio": 2, "num_heads": 2, "hidden_size": TEXT["hidden_size"]},
+    "qwen2_5_vl": _PATCHES
+    | {"depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "out_hidden_size": TEXT["hidden_size"]}
+    | {"window_size": 4 * PATCH_PIXELS * MERGE, "fullatt_block_indexes": [0, 1]},
 }
 """About two and a half million parameters, by transformers' names."""
 
+_PROCESSORS: Mapping[Architecture, str] = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 _IMAGE_PROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
@@ -76,29 +77,38 @@ _CHAT_TEMPLATE = (
 )
 
 
-def build_tiny_model(folder: Path, seed: int, image_size: tuple[int, int], corpus: Iterable[str]) -> None:
-    """Write a model folder that transformers and vLLM load as any other Qwen2.5-VL.
+def build_tiny_model(
+    folder: Path,
+    seed: int,
+    image_size: tuple[int, int],
+    corpus: Iterable[str],
+    architecture: Architecture = "qwen2_5_vl",
+    largest_number: int = 0,
+) -> None:
+    """Write a model folder that transformers and vLLM load as any other of its architecture.
 
     Args:
         folder: made if absent; files of the same names are replaced.
         seed: of the random weights.
         image_size: (width, height) of screenshots as the policy sees them; multiples of 56.
         corpus: texts of the kind that the policy reads and writes; their words become tokens.
+        architecture: which of the two.
+        largest_number: up to this one, or up to the longer side if that is larger, every number is one token.
     """
     import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     width, height = image_size
     unit = PATCH_PIXELS * MERGE
     if width % unit or height % unit:
         raise ValueError(f"image_size {image_size} is not a multiple of {unit}")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(corpus, max(image_size), MAX_LENGTH)
+    tokenizer = build_tokenizer(corpus, max(*image_size, largest_number), MAX_LENGTH)
     tokenizer.save_pretrained(folder)
     # A screenshot of the expected size passes through unresized.
-    write_image_processor(folder, _IMAGE_PROCESSOR, min_pixels=width * height, max_pixels=width * height)
+    write_image_processor(folder, architecture, _IMAGE_PROCESSOR, min_pixels=width * height, max_pixels=width * height)
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(_model_config(tokenizer))
+    model: Any = AutoModelForImageTextToText.from_config(_model_config(architecture, tokenizer))
     model.to(torch.float32).save_pretrained(folder)
 
 
@@ -109,7 +119,7 @@ def build_tokenizer(corpus: Iterable[str], largest_number: int, max_length: int)
 
     tokenizer = Tokenizer(models.BPE())
     # A call's opening and its close are pieces, so is a number: a click is its name and two coordinates.
-    pieces = Regex(r" ?[a-z_]+\([a-z_]+='\(?|\)?'\)| ?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]|\s+")
+    pieces = Regex(r" ?[a-z_]+\([a-z_]+='(?:\(|<point>)?|(?:\)|</point>)?'\)| ?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pieces, behavior="isolated"),
@@ -137,11 +147,13 @@ def build_tokenizer(corpus: Iterable[str], largest_number: int, max_length: int)
     return fast
 
 
-def write_image_processor(folder: Path, settings: Mapping[str, Any], min_pixels: int, max_pixels: int) -> None:
-    """The image half of a processor: what every Qwen2.5-VL has, this model's settings, the bounds of scaling."""
+def write_image_processor(
+    folder: Path, architecture: Architecture, settings: Mapping[str, Any], min_pixels: int, max_pixels: int
+) -> None:
+    """The image half of a processor: what all of an architecture have, this model's settings, the bounds of scaling."""
     image = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
+        "processor_class": _PROCESSORS[architecture],
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
@@ -154,9 +166,9 @@ def write_image_processor(folder: Path, settings: Mapping[str, Any], min_pixels:
     (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
 
 
-def _model_config(tokenizer: PreTrainedTokenizerFast) -> Any:
+def _model_config(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> Any:
     """TEXT and VISION with this tokenizer's vocabulary."""
-    from transformers import Qwen2_5_VLConfig
+    from transformers import AutoConfig
 
     token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     text = {
@@ -168,10 +180,10 @@ def _model_config(tokenizer: PreTrainedTokenizerFast) -> Any:
         "pad_token_id": token["<|endoftext|>"],
         "dtype": "float32",
     }
-    vision = {**VISION, "out_hidden_size": TEXT["hidden_size"]}
-    return Qwen2_5_VLConfig(
+    return AutoConfig.for_model(
+        architecture,
         text_config=text,
-        vision_config=vision,
+        vision_config=dict(VISION[architecture]),
         tie_word_embeddings=True,
         dtype="float32",
         vision_start_token_id=token["<|vision_start|>"],

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from deskrl.core.config.values import PositiveInt, PositiveSeconds, Section
+from deskrl.core.families import FamilyName
 
 
 class ModelConfig(Section):
@@ -16,8 +17,9 @@ class ModelConfig(Section):
     path: Path | None = None
     """Folder of a model with its processor (Hugging Face layout). Unset: `build` makes one in the run folder."""
     build: Literal["tiny", "qwen_3b_shape", "ui_tars_7b_shape"] | None = None
-    """Build a Qwen2.5-VL with random weights instead of loading one: `tiny` learns on a CPU, `ui_tars_7b_shape` has
-    the size of UI-TARS-1.5-7B, `qwen_3b_shape` that of Qwen2.5-VL-3B, and show how fast a machine is."""
+    """Build a model with random weights instead of loading one: `tiny` learns on a CPU and has the architecture of
+    `agent.family`; `ui_tars_7b_shape` has the size of UI-TARS-1.5-7B, `qwen_3b_shape` that of Qwen2.5-VL-3B, and show
+    how fast a machine is."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -59,10 +61,12 @@ class TasksConfig(Section):
 class AgentConfig(Section):
     """How the policy is prompted."""
 
-    family: Literal["ui_tars_1_5"] = "ui_tars_1_5"
-    """Prompt, action grammar and coordinates."""
+    family: FamilyName = "ui_tars_1_5"
+    """Prompt, action grammar and coordinates, which must be those that the model has learnt: `ui_tars_1_0` (Qwen2-VL;
+    thousandths of the screenshot), `ui_tars_1_5` (Qwen2.5-VL; pixels of the screenshot as the model sees it) or
+    `ui_tars_2` (either; thousandths, and a form of its own)."""
     prompt: Literal["full", "brief"] = "full"
-    """`full`: UI-TARS 1.5's; `brief`: the instruction and little else, for a policy that learns the grammar anew."""
+    """`full`: the family's; `brief`: the instruction and little else, for a policy that learns the grammar anew."""
     context: Literal["window", "episode"] = "window"
     """`window`: the last `window_images` screenshots; `episode`: all of them."""
     window_images: PositiveInt = 5

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from deskrl.core import preflight, rpc
+from deskrl.core import model_folder, preflight, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.doctor import machine, network
 from deskrl.core.doctor.findings import Finding, Mark, attempt, bad
@@ -63,9 +63,8 @@ def _configuration(config: RunConfig, roles: Sequence[str]) -> Iterator[Finding]
     if "actor" in roles:
         prepare = importlib.import_module("deskrl.actor.prepare")
         yield attempt("tasks", "all can be played", lambda: prepare.load(config))
-    if config.model.path is not None and ("learner" in roles or "inference" in roles):
-        check = importlib.import_module("deskrl.inference.main").check_model_folder
-        yield attempt("model", str(config.model.path), lambda: check(config.model.path))
+    if (path := config.model.path) is not None and ("learner" in roles or "inference" in roles):
+        yield attempt("model", str(path), lambda: model_folder.refuse_incomplete(path))
 
 
 def _line(finding: Finding) -> Text:

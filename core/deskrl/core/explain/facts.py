@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.explain.shape import ModelShape, shape_of_config, shape_of_name
+from deskrl.core.families import FAMILIES, UI_TARS_SIZING
 from deskrl.core.rendering import ImageSizing, image_sizing_of
 
 _CHARACTERS_PER_TOKEN = 4.0
 _INSTRUCTION_CHARACTERS = 140
 """Of a typical OSWorld task."""
 _REMARK_CHARACTERS = 160
-_QWEN_SIZING = ImageSizing(patch_size=14, merge_size=2, min_pixels=3136, max_pixels=12845056)
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,14 @@ def model_of(config: RunConfig, remarks: list[str]) -> tuple[str, ModelShape | N
         remarks.append(f"the model {path} is not here and its name tells no size: memory and learning time are unknown")
     else:
         remarks.append(f"the model {path} is not here: its sizes are taken to be those of {shape.name}")
-    return str(path), shape, _QWEN_SIZING
+    return str(path), shape, UI_TARS_SIZING
 
 
 def _built(config: RunConfig) -> tuple[str, ModelShape, ImageSizing]:
     tiny = importlib.import_module("deskrl.learner.tiny_model")
     if config.model.build == "tiny":
-        text, vision, tied = {**tiny.TEXT, "vocab_size": tiny.VOCAB_SIZE}, tiny.VISION, True
+        vision = tiny.VISION[FAMILIES[config.agent.family].architectures[0]]
+        text, tied = {**tiny.TEXT, "vocab_size": tiny.VOCAB_SIZE}, True
         pixels = config.image_size[0] * config.image_size[1]
         sizing = ImageSizing(tiny.PATCH_PIXELS, tiny.MERGE, pixels, pixels)
     else:
