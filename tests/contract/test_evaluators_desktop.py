@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.assets import osworld_path
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
 from deskrl.actor.evaluators import Evaluation, EvaluatorError, evaluate_task
-from deskrl.actor.setup_steps import asset_path
 from deskrl.actor.tasks import parse_task
 from deskrl.core.config import DesktopConfig
 
@@ -123,8 +123,8 @@ def test_a_file_is_compared_with_the_local_copy_of_a_cloud_file(
         "result": file("~/poem.txt"),
         "expected": {"type": "cloud_file", "path": url, "dest": "gold.txt"},
     }
-    asset_path("t", url).parent.mkdir(parents=True)
-    asset_path("t", url).write_bytes(b"gold")
+    osworld_path("t", url).parent.mkdir(parents=True)
+    osworld_path("t", url).write_bytes(b"gold")
     stage.write("~/poem.txt", b"gold")
     assert stage.reward(evaluator) == 1.0
 

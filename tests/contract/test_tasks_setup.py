@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from files_kit import Site, serving
 
+from deskrl.actor.asset_fetch import fetch_assets
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
-from deskrl.actor.setup_steps import SetupError, asset_path, setup_task
+from deskrl.actor.setup_steps import SetupError, setup_task
 from deskrl.actor.tasks import Task, parse_task
 from deskrl.core.config import DesktopConfig
 
@@ -136,11 +138,14 @@ def test_tabs_of_the_browser_are_opened_in_place_of_its_first_and_closed(stage: 
     assert sorted(json.loads(stage.read("~/tabs.json"))) == sorted([pages[0], pages[2]])
 
 
-def test_a_download_comes_from_the_local_copy(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_comes_from_what_was_fetched_before(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    url = "https://example.org/files/a.txt"
-    asset_path("t", url).parent.mkdir(parents=True)
-    asset_path("t", url).write_bytes(b"copy")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(Site(files={"/a.txt": b"copy"})) as site:
+        url = site.address("/a.txt")
+        fetch_assets([url])
     stage.set_up(("download", {"files": [{"url": url, "path": "/home/user/Desktop/a.txt"}]}))
     assert stage.read("~/Desktop/a.txt") == b"copy"
 

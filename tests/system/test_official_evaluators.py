@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from deskrl.actor.assets import osworld_path
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
 from deskrl.actor.desktops.packages import missing_packages
 from deskrl.actor.evaluators import EvaluatorError, evaluate_task, is_built_in, is_official, judge_officially
 from deskrl.actor.official import environment
 from deskrl.actor.official.client import OfficialEvaluators, OfficialFault
-from deskrl.actor.setup_steps import asset_path
 from deskrl.actor.task_needs import unsupported
 from deskrl.actor.tasks import Task, parse_task
 from deskrl.core.config import DesktopConfig
@@ -71,8 +71,8 @@ JUDGED = {
 def desktop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedDesktop, asyncio.Runner]]:
     with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        asset_path("t", URL).parent.mkdir(parents=True)
-        asset_path("t", URL).write_text("alpha\nbeta\n")
+        osworld_path("t", URL).parent.mkdir(parents=True)
+        osworld_path("t", URL).write_text("alpha\nbeta\n")
         desktop = EmbeddedDesktop(DesktopConfig(width=640, height=480), "d", tmp_path_factory.mktemp("o"))
         try:
             runner.run(desktop.start())
@@ -121,7 +121,7 @@ def test_a_guest_that_cannot_be_reached_is_a_fault_and_no_reward(
         evaluators = OfficialEvaluators()
         try:
             with pytest.raises(OfficialFault, match="Connection"):
-                await evaluators.judge(judged, Path("/nonexistent/guest.sock"), {URL: asset_path("t", URL)}, {})
+                await evaluators.judge(judged, Path("/nonexistent/guest.sock"), {URL: osworld_path("t", URL)}, {})
         finally:
             await evaluators.close()
 

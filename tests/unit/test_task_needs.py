@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deskrl.actor.setup_steps import asset_path
+from deskrl.actor.assets import osworld_path
 from deskrl.actor.task_needs import Needs, absent_applications, absent_files, absent_programs, task_needs, unsupported
 from deskrl.actor.tasks import Task, load_tasks, parse_task, read_task
 from deskrl.core.errors import UserError
@@ -101,7 +101,7 @@ def test_files_are_absent_until_the_asset_cache_has_them(tmp_path: Path, monkeyp
     )
     needs = task_needs(needing)
     assert list(needs.files) == list(absent_files(needing, needs)) == urls
-    copy = asset_path(needing.id, urls[0])
+    copy = osworld_path(needing.id, urls[0])
     copy.parent.mkdir(parents=True)
     copy.touch()
     assert list(absent_files(needing, needs)) == urls[1:]

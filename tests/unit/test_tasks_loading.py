@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.setup_steps import asset_path
+from deskrl.actor.assets import osworld_path
 from deskrl.actor.task_lists import load_list
 from deskrl.actor.task_needs import unsupported
 from deskrl.actor.tasks import OWN_SUITE, SMOKE_TASKS, load_tasks, parse_task, read_task
@@ -168,7 +168,7 @@ def test_downloads_come_from_a_local_copy_or_are_refused(tmp_path: Path, monkeyp
     step = {"type": "download", "parameters": {"files": [{"url": url, "path": "a.txt"}]}}
     task = parse_task(changed("config", [step]), "t.json")
     assert unsupported(task) == [f"no local copy of {url}"]
-    copy = asset_path(task.id, url)
+    copy = osworld_path(task.id, url)
     copy.parent.mkdir(parents=True)
     copy.write_text("a")
     assert unsupported(task) == []

@@ -28,7 +28,7 @@ from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import CommandResult, Desktop
 from deskrl.actor.official.client import OfficialEvaluators, OfficialFault
 from deskrl.actor.official.environment import provided
-from deskrl.actor.setup_steps import asset_path, read_asset, run_steps
+from deskrl.actor.setup_steps import require_asset, run_steps
 from deskrl.actor.tasks import Check, Task, TypedItem
 
 _FIRST_POLL_S = 0.05  # doubled from one to the next: most effects are there at once, and an asking costs a process
@@ -112,7 +112,7 @@ async def judge_officially(desktop: Desktop, task: Task, outputs: dict[str, str]
         if item.type == "cloud_file"
         for url in ([item.parameters["path"]] if isinstance(item.parameters["path"], str) else item.parameters["path"])
     ]
-    assets = {url: asset_path(task.id, url) for url in urls}
+    assets = {url: require_asset(task.id, url) for url in urls}
     try:
         answer = await _official().judge(json.loads(task.data), desktop.address, assets, outputs)
     except OfficialFault as error:
@@ -203,7 +203,7 @@ async def _rule(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> _Va
 
 
 async def _cloud_file(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> bytes:
-    return read_asset(task.id, parameters["path"])
+    return await asyncio.to_thread(require_asset(task.id, parameters["path"]).read_bytes)
 
 
 def _exact_match(result: str, rule: dict[str, Any], options: dict[str, Any]) -> bool:

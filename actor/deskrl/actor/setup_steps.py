@@ -2,7 +2,7 @@
 
 Steps mean what they mean in OSWorld, with two differences. `upload_file` also takes its files inline, as `content`
 (text, or a list of its lines) or `base64`, in place of `local_path`, so that a task file stands alone. `download` reads
-a local asset folder laid out as OSWorld's cache, `<task id>/<uuid5 of the address>_<file name>`, and never the network.
+the asset cache (`assets.py`), which `deskrl tasks fetch` fills, and never the network.
 
 In commands {SCREEN_WIDTH}, {SCREEN_HEIGHT}, their halves {SCREEN_WIDTH_HALF}, {SCREEN_HEIGHT_HALF}, {CLIENT_PASSWORD}
 and {SEED}, the rollout's seed, are replaced.
@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from deskrl.actor.assets import find_asset
 from deskrl.actor.chrome_tabs import close_tabs, open_tabs
 from deskrl.actor.desktops.base import CommandResult, Desktop
 from deskrl.actor.tasks import Task, TypedItem
@@ -77,24 +75,12 @@ async def run_steps(desktop: Desktop, task_id: str, steps: Sequence[TypedItem], 
     return context.outputs
 
 
-def asset_folder() -> Path:
-    """Where local copies of what tasks download lie: `deskrl/assets` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deskrl" / "assets"
-
-
-def asset_path(task_id: str, url: str) -> Path:
-    """The local copy of what `url` serves, named as in OSWorld's cache."""
-    name = PurePosixPath(urlsplit(url).path).name
-    return asset_folder() / task_id / f"{uuid.uuid5(uuid.NAMESPACE_URL, url)}_{name}"
-
-
-def read_asset(task_id: str, url: str) -> bytes:
-    """The bytes of a local copy; raises SetupError naming the path where it should be."""
-    path = asset_path(task_id, url)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{task_id}: no local copy of {url}: put it at {path}") from error
+def require_asset(task_id: str, url: str) -> Path:
+    """The local copy of what `url` serves; raises SetupError if there is none."""
+    path = find_asset(task_id, url)
+    if path is None:
+        raise SetupError(f"{task_id}: no local copy of {url}: `deskrl tasks fetch` gets it")
+    return path
 
 
 async def _placeholders(desktop: Desktop, steps: Sequence[TypedItem], seed: int) -> dict[str, str]:
@@ -198,7 +184,8 @@ async def _upload_file(context: SetupContext, parameters: dict[str, Any]) -> Non
 
 async def _download(context: SetupContext, parameters: dict[str, Any]) -> None:
     for file in parameters["files"]:
-        await context.desktop.write_file(file["path"], read_asset(context.task_id, file["url"]))
+        data = await asyncio.to_thread(require_asset(context.task_id, file["url"]).read_bytes)
+        await context.desktop.write_file(file["path"], data)
 
 
 async def _chrome_open_tabs(context: SetupContext, parameters: dict[str, Any]) -> None:

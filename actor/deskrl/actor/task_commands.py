@@ -1,19 +1,24 @@
-"""What `deskrl tasks check` and `deskrl tasks subset` print, and their exit status. Decides nothing about tasks."""
+"""What `deskrl tasks check`, `subset` and `fetch` print, and their exit status. Decides nothing about tasks."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deskrl.actor.assets import asset_folder
 from deskrl.actor.task_check import ListReport, ValidTask, as_json, check_list
-from deskrl.actor.task_lists import balance, read_list
+from deskrl.actor.task_lists import balance, load_list, read_list
+from deskrl.actor.task_needs import absent_files, task_needs
 from deskrl.core.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+    from deskrl.actor.asset_fetch import Fetched
 
 _PLAIN_WIDTH = 120
 _COUNTED = {
@@ -71,6 +76,45 @@ def subset(path: Path, num_tasks: int, seed: int = 0, out: Path | None = None) -
         raise UserError(f"{out}: cannot be written: {error.strerror}", "name a file in a folder that exists") from error
     print(f"{out}: {_count(num_tasks, 'task')}: " + ", ".join(f"{name} {len(ids)}" for name, ids in chosen.items()))
     return 0
+
+
+def fetch(path: Path, root: Path | None = None, suffix: str | None = None, num_at_once: int = 4) -> int:
+    """Bring the files that a list's tasks name into the asset cache, and tell of each what came of it.
+
+    Returns:
+        The exit status: 1 if a file cannot be had, else 0.
+
+    Raises:
+        UserError: the list or a task file is malformed, or a task does not exist.
+    """
+    from deskrl.actor.asset_fetch import fetch_assets
+
+    if num_at_once < 1:
+        raise UserError(f"--jobs {num_at_once} fetches nothing", "give 1 or more")
+    wanting: dict[str, list[str]] = {}
+    for task in load_list(path, root, suffix):
+        needs = task_needs(task)
+        lacking = absent_files(task, needs)
+        for url in needs.files:
+            wanting.setdefault(url, []).extend([task.id] * (url in lacking))
+    absent = [url for url, tasks in wanting.items() if tasks]
+    results = fetch_assets(absent, num_at_once, tell=lambda result: _tell_fetched(result, wanting[result.url]))
+    failed = [result for result in results if result.error]
+    received = sum(result.received_bytes for result in results)
+    print(
+        f"{asset_folder()}: {_count(len(wanting), 'file')}: {len(wanting) - len(absent)} were there, "
+        f"{len(results) - len(failed)} fetched ({_size(received)} transferred), {len(failed)} failed"
+    )
+    return 1 if failed else 0
+
+
+def _tell_fetched(result: Fetched, tasks: Sequence[str]) -> None:
+    told = f"failed: {result.error} (needed by {', '.join(tasks)})" if result.error else _size(result.num_bytes)
+    print(f"{result.url}: {told}", flush=True)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from deskrl.actor.assets import find_asset
 from deskrl.actor.evaluators import GETTERS, METRICS, is_official
-from deskrl.actor.setup_steps import STEPS, asset_path
+from deskrl.actor.setup_steps import STEPS
 from deskrl.actor.tasks import Task, TypedItem
 from deskrl.core.errors import UserError
 
@@ -109,7 +110,7 @@ def task_needs(task: Task) -> Needs:
 
 def absent_files(task: Task, needs: Needs) -> tuple[str, ...]:
     """Of a task's files, those without a copy in the asset cache."""
-    return tuple(url for url in needs.files if not asset_path(task.id, url).is_file())
+    return tuple(url for url in needs.files if find_asset(task.id, url) is None)
 
 
 def absent_applications(needs: Needs) -> tuple[str, ...]:

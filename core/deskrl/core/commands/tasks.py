@@ -39,10 +39,17 @@ def _add_looks(commands: Commands) -> None:
         role="actor",
         takes_overrides=False,
     )
-    check.add_argument("list", type=Path, help="task list (JSON)")
-    check.add_argument("--root", type=Path, default=None, help="folder of the task files; unset: examples/ at the list")
-    check.add_argument("--suffix", default=None, help="what file names add to ids, as _noise; unset: found out")
+    _add_list(check)
     check.add_argument("--json", action="store_true", help="print one JSON document")
+    fetch = commands.add(
+        "fetch",
+        "bring the files that a list's tasks name into the asset cache, so that they run offline",
+        _fetch,
+        role="actor",
+        takes_overrides=False,
+    )
+    _add_list(fetch)
+    fetch.add_argument("--jobs", type=int, default=4, help="transfers at a time")
     subset = commands.add(
         "subset",
         "make a subset of a list that is balanced over applications",
@@ -54,6 +61,12 @@ def _add_looks(commands: Commands) -> None:
     subset.add_argument("--num", type=int, required=True, help="how many tasks it has")
     subset.add_argument("--seed", type=int, default=0, help="which of the balanced subsets")
     subset.add_argument("--out", type=Path, default=None, help="file to write; unset: print it")
+
+
+def _add_list(command: argparse.ArgumentParser) -> None:
+    command.add_argument("list", type=Path, help="task list (JSON)")
+    command.add_argument("--root", type=Path, default=None, help="folder of the task files; unset: beside the list")
+    command.add_argument("--suffix", default=None, help="what file names add to ids, as _noise; unset: found out")
 
 
 def _add_evaluation(commands: Commands) -> None:
@@ -85,6 +98,11 @@ def _prove(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     check = importlib.import_module("deskrl.actor.task_commands").check
     return int(check(options.list, options.root, options.suffix, as_document=options.json))
+
+
+def _fetch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    fetch = importlib.import_module("deskrl.actor.task_commands").fetch
+    return int(fetch(options.list, options.root, options.suffix, options.jobs))
 
 
 def _subset(options: argparse.Namespace, overrides: Sequence[str]) -> int:
