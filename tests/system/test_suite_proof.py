@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
+from deskrl.actor.noise import make_noisy
 from deskrl.actor.prove import main, prove
 from deskrl.actor.setup_steps import setup_task
-from deskrl.actor.tasks import SMOKE_TASKS, load_tasks
+from deskrl.actor.tasks import SMOKE_TASKS, load_tasks, parse_task
 from deskrl.core.config import DesktopConfig, RunConfig
 
 CONFIG = RunConfig(desktop=DesktopConfig(num_envs=2))
@@ -28,6 +29,13 @@ SAMPLE = (*SMOKE_TASKS, "turn-up-the-volume", "two-colours", "move-to-a-folder",
 def test_tasks_of_the_suite_can_be_solved_and_are_not_solved_already() -> None:
     proofs = asyncio.run(prove(load_tasks(ids=SAMPLE), CONFIG, num_times=1))
     assert [proof.task_id for proof in proofs if not proof.holds] == []
+
+
+def test_solutions_hold_under_the_heaviest_noise() -> None:
+    plain = load_tasks(ids=("press-and-submit", "rename-a-file", "replace-the-text"))
+    noisy = [parse_task(make_noisy(task, "heavy"), task.id) for task in plain]
+    proofs = asyncio.run(prove(noisy, CONFIG, num_times=0))
+    assert [(proof.task_id, proof.problems) for proof in proofs if not proof.holds] == []
 
 
 def test_a_smoke_task_begins_with_the_same_screen_each_time(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from deskrl.actor.evaluators import EvaluatorError, evaluate_task
 from deskrl.actor.grammar import FormatError, Turn
 from deskrl.actor.playable import unplayable
 from deskrl.actor.setup_steps import SetupError, setup_task
+from deskrl.actor.task_lists import load_list
 from deskrl.actor.tasks import Task, load_tasks
 from deskrl.core.config import RunConfig
 
@@ -55,13 +56,27 @@ class Proof:
         self.seconds[phase].append(time.monotonic() - started)
 
 
-def main(suite: Path | None = None, task_ids: Sequence[str] = (), num_times: int = 3) -> int:
-    """Prove tasks of a suite (deskrl's own unless named; all of it unless ids are named) and print a table.
+def main(
+    suite: Path | None = None,
+    task_ids: Sequence[str] = (),
+    num_times: int = 3,
+    listed: Path | None = None,
+    root: Path | None = None,
+) -> int:
+    """Prove tasks and print a table.
+
+    Args:
+        suite: root of a suite; None: deskrl's own.
+        task_ids: which of its tasks; none named means all.
+        num_times: as in `prove`.
+        listed: a task list, in place of a suite and ids.
+        root: folder of its task files, as in `task_lists.locate`.
 
     Returns:
         The exit status: 0 if every proof holds, else 1.
     """
-    proofs = asyncio.run(prove(load_tasks(suite, task_ids), RunConfig(), num_times))
+    tasks = load_tasks(suite, task_ids) if listed is None else load_list(listed, root)
+    proofs = asyncio.run(prove(tasks, RunConfig(), num_times))
     print_proofs(proofs)
     return 0 if all(proof.holds for proof in proofs) else 1
 

@@ -1,4 +1,4 @@
-"""What `deskrl tasks check`, `subset` and `fetch` print, and their exit status. Decides nothing about tasks."""
+"""What `deskrl tasks check|subset|fetch|noisy` print, and their exit status. Decides nothing about tasks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deskrl.actor.assets import asset_folder
+from deskrl.actor.noise import SUFFIX, Level, make_noisy
 from deskrl.actor.task_check import ListReport, ValidTask, as_json, check_list
-from deskrl.actor.task_lists import balance, load_list, read_list
+from deskrl.actor.task_lists import TaskList, balance, load_list, locate, read_list
 from deskrl.actor.task_needs import absent_files, task_needs
 from deskrl.core.errors import UserError
 
@@ -71,11 +72,42 @@ def subset(path: Path, num_tasks: int, seed: int = 0, out: Path | None = None) -
         _print_json(chosen)
         return 0
     try:
-        out.write_text(json.dumps(chosen, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_list(out, chosen)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}", "name a file in a folder that exists") from error
     print(f"{out}: {_count(num_tasks, 'task')}: " + ", ".join(f"{name} {len(ids)}" for name, ids in chosen.items()))
     return 0
+
+
+def noisy(path: Path, out: Path, level: Level, seed: int = 0, root: Path | None = None) -> int:
+    """Write a noisy variant of every task of a list, and the list, where `--noisy` looks for them; the exit status.
+
+    Raises:
+        UserError: the list or a task file is malformed, a task does not exist, or a file cannot be written.
+    """
+    listed = read_list(path)
+    files = locate(path, listed, root, "")
+    tasks = load_list(path, root, "")
+    num_short = 0
+    try:
+        for place, task in zip(files, tasks, strict=True):
+            variant = make_noisy(task, level, seed)
+            target = out / "examples_noisy" / place.application / f"{place.id}{SUFFIX}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(variant)
+            left_out = json.loads(variant)["noise_meta"]["leaves_out"]
+            num_short += bool(left_out)
+            for reason in left_out:
+                print(f"{place.application}/{place.id}: without {reason}")
+        _write_list(out / path.name, listed)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}", "name a folder that can be") from error
+    print(f"{out / path.name}: {_count(len(tasks), 'task')} with {level} noise, {num_short} of them with less of it")
+    return 0
+
+
+def _write_list(path: Path, listed: TaskList) -> None:
+    path.write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def fetch(path: Path, root: Path | None = None, suffix: str | None = None, num_at_once: int = 4) -> int:

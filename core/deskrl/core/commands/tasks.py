@@ -31,6 +31,8 @@ def _add_looks(commands: Commands) -> None:
     )
     prove.add_argument("ids", nargs="*", help="task ids; none: the whole suite")
     prove.add_argument("--suite", type=Path, default=None, help="root of a suite; unset: deskrl's own")
+    prove.add_argument("--list", type=Path, default=None, help="task list (JSON), in place of a suite and ids")
+    prove.add_argument("--root", type=Path, default=None, help="folder of the list's task files; unset: beside it")
     prove.add_argument("--repeats", type=int, default=1, help="how often each task is proven, with other seeds")
     check = commands.add(
         "check",
@@ -41,6 +43,14 @@ def _add_looks(commands: Commands) -> None:
     )
     _add_list(check)
     check.add_argument("--json", action="store_true", help="print one JSON document")
+    noisy = commands.add(
+        "noisy", "write noisy variants of a list's tasks, for --noisy", _noisy, role="actor", takes_overrides=False
+    )
+    noisy.add_argument("list", type=Path, help="task list (JSON)")
+    noisy.add_argument("--root", type=Path, default=None, help="folder of the task files; unset: beside the list")
+    noisy.add_argument("--level", choices=["light", "medium", "heavy"], required=True, help="how much is added")
+    noisy.add_argument("--seed", type=int, default=0, help="which of the variants of that level")
+    noisy.add_argument("--out", type=Path, required=True, help="folder to write the list and its examples_noisy/ to")
     fetch = commands.add(
         "fetch",
         "bring the files that a list's tasks name into the asset cache, so that they run offline",
@@ -92,12 +102,19 @@ def _add_evaluation(commands: Commands) -> None:
 
 def _prove(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     prove = importlib.import_module("deskrl.actor.prove").main
-    return int(prove(options.suite, tuple(options.ids), options.repeats))
+    if options.list is not None and (options.suite is not None or options.ids):
+        raise UserError("--list names the tasks, and so do --suite and ids", "give the one or the others")
+    return int(prove(options.suite, tuple(options.ids), options.repeats, options.list, options.root))
 
 
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     check = importlib.import_module("deskrl.actor.task_commands").check
     return int(check(options.list, options.root, options.suffix, as_document=options.json))
+
+
+def _noisy(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    noisy = importlib.import_module("deskrl.actor.task_commands").noisy
+    return int(noisy(options.list, options.out, options.level, options.seed, options.root))
 
 
 def _fetch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
