@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from inference_kit import CORPUS, IMAGE_SIZE
+from inference_kit import build_model
 from placement_kit import place_and_compare
 
 from deskrl.core.families import Architecture
-from deskrl.learner.tiny_model import build_tiny_model
 
 
 @pytest.mark.parametrize("architecture", get_args(Architecture))
 def test_every_parameter_is_what_the_loader_would_have_made_it(tmp_path: Path, architecture: Architecture) -> None:
-    build_tiny_model(tmp_path, 0, IMAGE_SIZE, CORPUS * 20, architecture)
+    build_model(tmp_path, architecture)
     spawn = multiprocessing.get_context("spawn")
     results: multiprocessing.Queue[list[str]] = spawn.Queue()
     process = spawn.Process(target=place_and_compare, args=(tmp_path, results))

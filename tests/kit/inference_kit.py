@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 from deskrl.core import rendering, rpc
 from deskrl.core.config import InferenceConfig, ModelConfig, RunConfig, dump_config
+from deskrl.core.families import Architecture
 from deskrl.core.ids import image_hash
 from deskrl.learner.tiny_model import build_tiny_model
 from deskrl.proto.v1 import common_pb2, weights_pb2, weights_pb2_grpc
@@ -222,10 +223,16 @@ class Replica:
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
+def build_model(folder: Path, architecture: Architecture = "qwen2_5_vl") -> Path:
+    """A tiny model that sees screenshots of IMAGE_SIZE."""
+    build_tiny_model(folder, seed=0, image_size=IMAGE_SIZE, corpus=CORPUS * 20, architecture=architecture)
+    return folder
+
+
 def replica_config(folder: Path, port: int, model: Path | None = None, **inference: Any) -> RunConfig:
     """A run whose replica serves a model; without one the tiny model, which is built if it is not there."""
     if model is None and not (model := folder / "model").exists():
-        build_tiny_model(model, seed=0, image_size=IMAGE_SIZE, corpus=CORPUS * 20)
+        build_model(model)
     settings: dict[str, Any] = {
         "address": f"127.0.0.1:{port}",
         "dtype": "float32",

@@ -8,6 +8,7 @@ import json
 import stat
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from inference_kit import (
     Reference,
     Replica,
     act_request,
+    build_model,
     replica_config,
     running_replica,
     sampled,
@@ -455,3 +457,26 @@ def test_a_replica_without_a_gpu_refuses_what_needs_one(run: Any, reference: Ref
         assert status.host == host_name()
 
     run(scenario)
+
+
+def test_a_qwen2_vl_is_served_and_updated_as_a_qwen2_5_vl_is(tmp_path: Path) -> None:
+    config = replica_config(tmp_path, free_port(), build_model(tmp_path / "model", "qwen2_vl"))
+    reference = Reference(config.model_folder)
+    images = [screenshot(1), screenshot(2)]
+    messages = [user("Open it.", images[0], "Then this:", images[1])]
+    versions = {1: reference.original, 2: reference.perturbed(seed=1), 3: reference.perturbed(seed=2, prefix="visual")}
+
+    async def scenario(address: str) -> dict[int, pb.SampledAction]:
+        async with rpc.connect(address) as channel:
+            client, actions = Client(channel), {}
+            for step, weights in versions.items():
+                await send(client.weights, update_events(weights, step))
+                actions[step] = await client.act(act_request(messages, images))
+            return actions
+
+    with running_replica(config, tmp_path / "replica.log") as running:
+        actions = asyncio.run(scenario(running.address))
+    for step, action in actions.items():
+        assert list(action.prompt_ids) == reference.prompt_ids(messages)
+        expected = reference.logprobs(action.prompt_ids, action.action_ids, images, versions[step])
+        assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
