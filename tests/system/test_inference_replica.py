@@ -7,7 +7,7 @@ import base64
 import json
 import stat
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from inference_kit import (
     user,
 )
 from ports_kit import free_port
+from safetensors.torch import load_file, save_file
 
 from deskrl.core import rpc
 from deskrl.core.direct import host_name
@@ -480,3 +481,38 @@ def test_a_qwen2_vl_is_served_and_updated_as_a_qwen2_5_vl_is(tmp_path: Path) -> 
         assert list(action.prompt_ids) == reference.prompt_ids(messages)
         expected = reference.logprobs(action.prompt_ids, action.action_ids, images, versions[step])
         assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_in_4_bits_it_acts_by_its_rounded_weights(tmp_path: Path) -> None:
+    model = build_model(tmp_path / "model")
+    config = replica_config(tmp_path, free_port(), model, dtype="bfloat16", quantization="int4")
+    reference = Reference(model)
+    save_file(reference.perturbed(seed=1), model / "model.safetensors", metadata={"format": "pt"})
+    request = act_request([user("Open it.", screenshot(1))], [screenshot(1)], max_tokens=40)
+
+    async def scenario(address: str) -> pb.SampledAction:
+        async with rpc.connect(address) as channel:
+            return await Client(channel).act(request)
+
+    with running_replica(config, tmp_path / "replica.log") as running:
+        action = asyncio.run(scenario(running.address))
+    packed = load_file(config.folder / "model-int4" / "model.safetensors")
+    exact = load_file(model / "model.safetensors")
+    rounded = {name: value if name in packed else unpacked(packed, name) for name, value in exact.items()}
+    assert sum(name not in packed for name in exact) == 4 * 7, "seven matrices in each of four layers"
+    to_exact, to_rounded = (
+        torch.tensor(reference.logprobs(action.prompt_ids, action.action_ids, [screenshot(1)], weights))
+        .sub(torch.tensor(action.logprobs))
+        .abs()
+        .mean()
+        for weights in (exact, rounded)
+    )
+    assert to_rounded < 0.05 < to_exact
+
+
+def unpacked(packed: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The matrix that 4-bit integers and their scales stand for."""
+    words = packed[f"{name}_packed"].long()
+    levels = torch.stack([words >> 4 * place & 15 for place in range(8)], dim=-1).flatten(1) - 8
+    scales = packed[f"{name}_scale"].float()
+    return levels.float().mul(scales.repeat_interleave(32, dim=1))

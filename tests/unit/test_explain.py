@@ -166,6 +166,14 @@ def test_a_kv_cache_of_a_7b_takes_56_kib_a_token() -> None:
     assert left.kv_cache == 20 * 10**9 - 2 * 8_292_166_656
 
 
+def test_a_7b_in_4_bits_takes_a_third_of_its_memory() -> None:
+    assert SEVEN is not None
+    served = replica_memory(config_of(inference={"quantization": "int4"}), SEVEN, gpu_bytes=None).weights
+    # 28 layers of q and o, k and v, and three of the MLP: half a byte, and a scale of 16 bits to every 32.
+    in_4_bits = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert served == 2 * (8_292_166_656 - in_4_bits) + in_4_bits // 2 + in_4_bits // 16
+
+
 def test_a_checkpoint_holds_the_model_twice_and_what_the_optimizer_knows_of_trained_weights() -> None:
     whole = checkpoint_bytes(LearnerConfig(dtype="float32"), SEVEN)
     assert whole == (4 + 4 + 12) * 8_292_166_656

@@ -11,7 +11,7 @@ import pytest
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.families import FamilyName
-from deskrl.core.model_folder import refuse_incomplete, refuse_other_family
+from deskrl.core.model_folder import refuse_incomplete, refuse_other_family, refuse_quantized
 
 PUBLISHED = {"patch_size": 14, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056}
 
@@ -94,6 +94,33 @@ def test_pixels_are_counted_as_the_model_sees_them_or_the_run_is_refused(tmp_pat
     assert "set agent.image_width and agent.image_height to 1316 and 728" in str(refused.value)
     refuse_other_family(run("ui_tars_2", model={"path": folder}))
     refuse_other_family(run("ui_tars_1_5", model={"path": folder}, agent={"image_width": 1316, "image_height": 728}))
+
+
+@pytest.mark.parametrize(
+    ("inference", "told"),
+    [
+        ({"quantization": "int4"}, "inference.quantization = int4 serves other weights than those that learn"),
+        ({"engine_args": {"quantization": "fp8"}}, r"inference.engine_args.quantization = fp8 serves other weights"),
+    ],
+)
+def test_a_run_does_not_act_with_fewer_bits_than_it_learns_with(inference: dict[str, Any], told: str) -> None:
+    refuse_quantized(run("ui_tars_1_5"))
+    with pytest.raises(UserError, match=f"{told}.*; unset it; `deskrl eval` takes it"):
+        refuse_quantized(run("ui_tars_1_5", inference=inference))
+
+
+def test_a_model_that_was_quantised_cannot_learn(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    refuse_quantized(run("ui_tars_1_5", model={"path": folder}))
+    config = {"model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "awq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="holds weights quantised by awq, which cannot learn; name the original model"):
+        refuse_quantized(run("ui_tars_1_5", model={"path": folder}))
+
+
+def test_integers_are_not_served_beside_float32() -> None:
+    with pytest.raises(ValueError, match="quantization needs the dtype bfloat16 or float16"):
+        run("ui_tars_1_5", inference={"quantization": "int4", "dtype": "float32"})
 
 
 def test_a_folder_elsewhere_is_not_judged_here(tmp_path: Path) -> None:

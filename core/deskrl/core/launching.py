@@ -25,6 +25,7 @@ def prepare(config: RunConfig) -> int:
         UserError: the configuration contradicts itself, or a task cannot be had.
     """
     preflight.refuse_contradictions(config)
+    preflight.refuse_unlearnable(config)
     folder = RunFolder(config.folder)
     preflight.refuse_full_disk(folder)
     tasks = importlib.import_module("deskrl.actor.prepare")

@@ -69,6 +69,29 @@ def refuse_other_family(config: RunConfig) -> None:
         )
 
 
+def refuse_quantized(config: RunConfig) -> None:
+    """Raise UserError for a run that would learn with weights in fewer bits than it learns in: its updates could be
+    neither loaded nor proven."""
+    folder = config.model.path
+    if folder is not None and (folder / "config.json").is_file():
+        kept = _read(folder / "config.json").get("quantization_config")
+    else:
+        kept = None
+    if kept is not None:
+        method = kept.get("quant_method", "some method")
+        raise UserError(f"{folder} holds weights quantised by {method}, which cannot learn", "name the original model")
+    asked = {
+        "inference.quantization": config.inference.quantization,
+        "inference.engine_args.quantization": config.inference.engine_args.get("quantization"),
+    }
+    for key, value in asked.items():
+        if value is not None:
+            raise UserError(
+                f"{key} = {value} serves other weights than those that learn, and no update could be proven",
+                "unset it; `deskrl eval` takes it",
+            )
+
+
 def _other_family(model: str, architecture: Architecture, name: FamilyName) -> UserError:
     wanted = " or ".join(_TITLES[one] for one in FAMILIES[name].architectures)
     fitting = [other for other, family in FAMILIES.items() if architecture in family.architectures]

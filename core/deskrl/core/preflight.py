@@ -69,6 +69,11 @@ def refuse_contradictions(config: RunConfig) -> None:
     model_folder.refuse_other_family(config)
 
 
+def refuse_unlearnable(config: RunConfig) -> None:
+    """Raise UserError for what can be evaluated and not learnt with."""
+    model_folder.refuse_quantized(config)
+
+
 def refuse_missing_packages(config: RunConfig) -> None:
     """Raise UserError if one of the engines is not installed on this machine, which is to run every role."""
     tracking = {} if config.wandb == "off" else {"wandb": ("wandb",)}

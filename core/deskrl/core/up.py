@@ -67,6 +67,7 @@ def _up(config: RunConfig, folder: RunFolder) -> int:
     console = Console()
     num_leftovers = _end_leftovers(folder)
     preflight.refuse_bad_input(config)
+    preflight.refuse_unlearnable(config)
     started_unix_s = _open_folder(config, folder, console)
     supervisor = Supervisor(folder)
     if not _has_learnt(folder):  # nobody else is at it by now

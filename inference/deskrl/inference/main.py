@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, NoReturn
 import psutil
 
 from deskrl.core import lifetime, rpc
-from deskrl.core.config import RunConfig
+from deskrl.core.config import ModelConfig, RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.exposition import expose
 from deskrl.core.model_folder import refuse_incomplete
+from deskrl.inference.four_bit import four_bit_copy
 
 if TYPE_CHECKING:
     from deskrl.inference.acting import PromptFormat
@@ -52,6 +53,7 @@ def run(config: RunConfig, replica: int = 0) -> int:
     address = config.inference.listen_address(replica)
     rpc.refuse_exposure(address)
     refuse_incomplete(config.model_folder)
+    config = _served(config)
     _refuse_taken_ports(config, replica, address)
     folder.mkdir(mode=0o700)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
@@ -59,6 +61,14 @@ def run(config: RunConfig, replica: int = 0) -> int:
         return asyncio.run(_serve(config, replica, address))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _served(config: RunConfig) -> RunConfig:
+    """The configuration with the model that is really served: a 4-bit copy, where one is asked for."""
+    if config.inference.quantization is None:
+        return config
+    copy = four_bit_copy(config.model_folder, config.folder / "model-int4")
+    return config.model_copy(update={"model": ModelConfig(path=copy)})
 
 
 def temporary_folder(config: RunConfig, replica: int) -> Path:

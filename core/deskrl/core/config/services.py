@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from deskrl.core.config.values import Address, Device, Fraction, PositiveInt, PositiveSeconds, Section
 
@@ -62,7 +62,10 @@ class InferenceConfig(Section):
     openai_host: str = "127.0.0.1"
     """Where that endpoint listens. It asks for no certificate, and whoever reaches it can use the model."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Numeric type of weights and activations."""
+    """Numeric type of weights and activations; GPUs older than Ampere (T4, V100) have no bfloat16."""
+    quantization: Literal["int4"] | None = None
+    """`int4`: the language model's matrices are served in 4 bits, from a copy that is made in the run's folder: an
+    eighth of float32, and no longer the policy that learns, so for evaluation only. Unset: weights as they are."""
     max_model_len: PositiveInt = 32768
     """Longest prompt and action together, in tokens."""
     max_images: PositiveInt = 15
@@ -87,6 +90,12 @@ class InferenceConfig(Section):
     """Further vLLM engine arguments, as vLLM names them."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus port of the first replica, counting up; 0: none."""
+
+    @model_validator(mode="after")
+    def _half_precision_beside_integers(self) -> InferenceConfig:
+        if self.quantization is not None and self.dtype == "float32":
+            raise ValueError("quantization needs the dtype bfloat16 or float16")
+        return self
 
     @property
     def num_workers(self) -> int:

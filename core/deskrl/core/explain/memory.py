@@ -123,13 +123,22 @@ def replica_memory(config: RunConfig, shape: ModelShape, gpu_bytes: int | None) 
     inference = config.inference
     width = bytes_per_number(inference.dtype)
     workers = inference.num_workers
-    weights = width * shape.num_parameters // workers
+    weights = served_weight_bytes(config, shape) // workers
     cache = inference.kv_cache_bytes
     if cache is None and gpu_bytes is not None:
         cache = max(0, int(gpu_bytes * inference.gpu_memory_fraction) - weights)
     per_token = width * shape.key_value_numbers_per_token
     tokens = None if cache is None else cache * workers // per_token
     return ReplicaMemory(weights, cache, tokens)
+
+
+def served_weight_bytes(config: RunConfig, shape: ModelShape) -> int:
+    """Of all weights of a replica; in 4 bits, matrices of the language model's layers have a scale to every 32."""
+    width = bytes_per_number(config.inference.dtype)
+    if config.inference.quantization is None:
+        return width * shape.num_parameters
+    matrices = shape.num_layers * shape.layer_matrices
+    return width * (shape.num_parameters - matrices) + matrices // 2 + width * matrices // 32
 
 
 def bytes_per_number(dtype: str) -> int:

@@ -55,10 +55,16 @@ class ModelShape:
     @property
     def num_language_parameters(self) -> int:
         """Embeddings and head counted."""
-        attention = 2 * self.hidden**2 + 2 * self.hidden * self.key_value_width + self.hidden + 2 * self.key_value_width
-        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        biases_and_norms = self.hidden + 2 * self.key_value_width + 2 * self.hidden
+        layer = self.layer_matrices + biases_and_norms
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.num_layers * layer + self.hidden + embeddings
+
+    @property
+    def layer_matrices(self) -> int:
+        """Numbers in the matrices of one layer of the language model."""
+        attention = 2 * self.hidden**2 + 2 * self.hidden * self.key_value_width
+        return attention + 3 * self.hidden * self.intermediate
 
     @property
     def num_vision_parameters(self) -> int:

@@ -96,7 +96,7 @@ def _replica_memory(explanation: Explanation, config: RunConfig) -> Iterable[tup
         yield "all", _UNKNOWN
         return
     yield "replicas", str(config.inference.num_replicas)
-    yield "weights", _gib(told.weights)
+    yield "weights", f"{_gib(told.weights)} in {config.inference.quantization or config.inference.dtype}"
     if told.kv_cache is None or told.kv_tokens is None:
         yield "KV cache", _UNKNOWN
         return
