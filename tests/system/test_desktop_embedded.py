@@ -14,7 +14,7 @@ from deskrl.actor.desktops.base import DesktopError
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
 from deskrl.actor.desktops.packages import missing_packages
 from deskrl.actor.grammar import Turn, parse_turn, render_turn
-from deskrl.core.config import DesktopConfig
+from deskrl.core.config import DesktopConfig, EmbeddedConfig
 
 pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"packages missing: {missing_packages()}")
 
@@ -40,6 +40,22 @@ def test_a_screenshot_is_rgb_of_the_configured_size_and_shows_what_is_opened(run
             await desktop.launch("xterm")
             await desktop.wait_for_window("xterm")
             assert (await desktop.settle()).tobytes() != empty.tobytes()
+
+    asyncio.run(scenario())
+
+
+def test_time_that_is_added_passes_before_the_screen_is_looked_at(run_root: Path) -> None:
+    slow = EmbeddedConfig(
+        added_reset_median_s=0.3, added_reset_sigma=0.0, added_action_median_s=0.2, added_action_sigma=0.0
+    )
+
+    async def scenario() -> None:
+        async with running_desktop(CONFIG.model_copy(update={"embedded": slow}), run_root) as desktop:
+            loop = asyncio.get_running_loop()
+            for done, added_s in ((desktop.act(Action(ActionKind.CLICK, x=5, y=5)), 0.2), (desktop.reset(), 0.3)):
+                started_s = loop.time()
+                await done
+                assert loop.time() - started_s >= added_s
 
     asyncio.run(scenario())
 

@@ -129,6 +129,7 @@ def world(tmp_path: Path) -> Iterator[Callable[..., World]]:
         each.close()
 
 
+BUDGET = 17
 GRPO = {"num_updates": 3, "groups_per_batch": 2, "learning_rate": 1e-3, "max_staleness": 1}
 WARM_START = {"demos_per_task": 2, "stop_likelihood": 0.2, "max_updates": 60}
 
@@ -201,9 +202,12 @@ def test_a_run_learns_again_what_it_has_learnt_bit_for_bit(
 
 def test_arpos_preset_keeps_every_group_and_learns_in_lock_step(world: Callable[..., World]) -> None:
     arpo = PRESETS["arpo"]["learner"]["grpo"]
-    run = world(grpo={**arpo, "num_updates": 2, "groups_per_batch": 2, "learning_rate": 1e-3, "warmup_updates": 1})
+    ends = {"num_updates": 50, "env_steps": BUDGET}
+    run = world(grpo={**arpo, **ends, "groups_per_batch": 2, "learning_rate": 1e-3, "warmup_updates": 1})
     run.finish(run.start())
     updates = run.metrics("update")
+    steps = [update["num_env_steps"] for update in updates]
+    assert sum(steps[:-1]) < BUDGET <= sum(steps), "the update that uses the environment steps up is the last"
     assert [(update["num_trajectories"], update["dropped"]) for update in updates] == [(8, {})] * 2
     assert [update["staleness_max"] for update in updates] == [0, 0]
     assert [update["learning_rate"] for update in updates] == [0.0, 1e-3]

@@ -10,7 +10,7 @@ import pytest
 from deskrl.core.config import ModelConfig, RunConfig, dump_config
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation import comparison
-from deskrl.core.evaluation.comparison import compare_records
+from deskrl.core.evaluation.comparison import Comparison, compare_counts, counts_of
 from deskrl.core.evaluation.play import Plan, configure, plan_groups
 from deskrl.core.evaluation.record import EpisodeRecord, TaskRecord, read_records
 from deskrl.core.evaluation.summary import success_rate, summarise
@@ -61,6 +61,16 @@ def test_infeasible_tasks_stand_apart_and_applications_by_themselves() -> None:
     assert (told["steps_per_episode"], told["seconds_per_episode"], told["act_ms"]) == (2.0, 4.0, {"act": 200.0})
     assert told["tasks"]["d"]["rate"] is None and told["tasks"]["a"]["steps"] == 2
     assert told["versions"] == ["base/0"]
+
+
+def compare_records(a: list[TaskRecord], b: list[TaskRecord], above: float) -> Comparison:
+    return compare_counts(counts_of(a, above), counts_of(b, above))
+
+
+def test_one_shared_task_alone_is_two_rates() -> None:
+    compared = compare_records([task("a", "os", 0.0, 1.0), task("x", "os", 1.0)], [task("a", "os", 1.0, 1.0)], ABOVE)
+    assert (compared.num_paired, compared.num_better, compared.num_worse) == (1, 1, 0)
+    assert (compared.difference, compared.low, compared.high) == newcombe_difference(1, 2, 2, 2)
 
 
 def test_shared_tasks_are_paired() -> None:

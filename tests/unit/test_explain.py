@@ -47,6 +47,20 @@ def test_the_published_shapes_have_the_published_numbers_of_parameters() -> None
     assert shape_of_name("my-model") is None
 
 
+def test_time_added_to_embedded_desktops_is_counted_and_environment_steps_end_a_run() -> None:
+    added = {"added_reset_median_s": 2.0, "added_reset_sigma": 0.0, "added_action_median_s": 0.5}
+    config = config_of(
+        desktop={"embedded": {**added, "added_action_sigma": 1.0}},
+        learner={"grpo": {"num_updates": 50, "env_steps": 100, "groups_per_batch": 2}},
+        tasks={"rollouts": 4},
+    )
+    timing = predict(config, count_batches(config, 4), rows_of(config), SMALL, Assumptions(steps=5))
+    assert timing is not None
+    assert timing.env_reset_s == pytest.approx(0.6 + 2.0)
+    assert timing.env_step_s == pytest.approx(0.15 + 0.5 * 1.6487, abs=1e-4), "a lognormal's mean is above its median"
+    assert timing.run_s == pytest.approx(3 * timing.update_s), "40 steps an update"
+
+
 @pytest.mark.parametrize("architecture", get_args(Architecture))
 def test_parameters_are_those_that_transformers_counts(architecture: Architecture) -> None:
     import torch

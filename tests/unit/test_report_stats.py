@@ -1,8 +1,10 @@
-"""Intervals against the numbers of Newcombe's two papers (Statistics in Medicine 17, 1998)."""
+"""Intervals against the numbers of Newcombe's papers (Statistics in Medicine 17, 1998), Student's against tables."""
+
+import math
 
 import pytest
 
-from deskrl.core.stats import newcombe_difference, wilson_interval
+from deskrl.core.stats import mean_interval, newcombe_difference, student_quantile, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,19 @@ def test_no_trials_say_nothing() -> None:
 def test_impossible_counts_are_refused(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="successes in"):
         wilson_interval(successes, n)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (10, 2.2281), (30, 2.0423), (100, 1.9840)],
+)
+def test_students_quantile_is_that_of_the_tables(freedom: int, quantile: float) -> None:
+    assert student_quantile(freedom) == pytest.approx(quantile, abs=5e-5)
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    # s = 1, n = 3: half of it is 4.3027 / sqrt(3).
+    assert mean_interval([1, 2, 3]) == pytest.approx((2, 2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert mean_interval([0.5]) == (0.5, -math.inf, math.inf)
+    with pytest.raises(ValueError, match="no mean"):
+        mean_interval([])

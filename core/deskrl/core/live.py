@@ -18,10 +18,11 @@ _PLAIN_INTERVAL_S = 10.0
 class LiveDisplay:
     """`with LiveDisplay(...) as display: display.show(progress)` as often as you like."""
 
-    def __init__(self, console: Console, name: str, num_updates: int) -> None:
+    def __init__(self, console: Console, name: str, num_updates: int, env_steps: int = 0) -> None:
         self._console = console
         self._name = name
         self._num_updates = num_updates
+        self._env_steps = env_steps
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._last_plain: tuple[str, float] = ("", 0.0)
 
@@ -55,6 +56,7 @@ class LiveDisplay:
         return [
             ("phase", progress.phase),
             ("update", f"{progress.num_updates}/{self._num_updates}"),
+            *([("env steps", f"{progress.num_env_steps}/{self._env_steps}")] if self._env_steps else []),
             ("success", rate),
             ("episodes", f"{progress.num_episodes} (+{progress.num_running} running)"),
             ("version", progress.version),

@@ -20,6 +20,8 @@ class Progress:
     phase: str
     elapsed_s: float
     num_updates: int
+    num_env_steps: int
+    """Of the fresh episodes that updates have taken."""
     num_episodes: int
     num_running: int
     success_rate: float | None
@@ -55,6 +57,7 @@ class ProgressMeter:
             phase=phase,
             elapsed_s=now - self._started_unix_s,
             num_updates=updates[-1]["update"] if updates else 0,
+            num_env_steps=_num_env_steps(updates),
             num_episodes=sum(queue.num_finished for queue in queues),
             num_running=sum(queue.num_leased for queue in queues),
             success_rate=_success_rate(phase, updates, queues),
@@ -69,6 +72,15 @@ class ProgressMeter:
         (first_at, first), (last_at, last) = self._steps_seen[0], self._steps_seen[-1]
         return (last - first) / (last_at - first_at) if last_at - first_at > 1 else 0.0
 
+    def _updates_left(self, updates: Sequence[dict[str, Any]]) -> float:
+        """Until updates or environment steps are used up."""
+        grpo = self._config.learner.grpo
+        num_updates, num_env_steps = int(updates[-1]["update"]), _num_env_steps(updates)
+        left = max(0, grpo.num_updates - num_updates)
+        if not grpo.env_steps or not num_env_steps:
+            return left
+        return min(left, max(0, grpo.env_steps - num_env_steps) * num_updates / num_env_steps)
+
     def _left_s(
         self, phase: str, updates: Sequence[dict[str, Any]], queues: Sequence[replay_pb2.QueueStatus]
     ) -> float | None:
@@ -77,11 +89,16 @@ class ProgressMeter:
         if len(times) < 3:
             return None
         per_update_s = statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
-        updates_left = max(0, self._config.learner.grpo.num_updates - updates[-1]["update"])
+        updates_left = self._updates_left(updates)
         evals = {queue.queue: queue.num_finished for queue in queues if queue.queue.startswith("eval/")}
         per_update_episodes = self._config.learner.grpo.groups_per_batch * self._config.tasks.rollouts
         episodes_left = max(0, self._config.learner.eval.episodes - evals.get("eval/after", 0))
         return float(updates_left * per_update_s + episodes_left * per_update_s / per_update_episodes)
+
+
+def _num_env_steps(updates: Sequence[dict[str, Any]]) -> int:
+    """Of all updates, the last word on each."""
+    return sum({line["update"]: line.get("num_env_steps", 0) for line in updates}.values())
 
 
 def _success_rate(

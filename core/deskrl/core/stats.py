@@ -1,13 +1,15 @@
-"""How sure a success rate is: intervals for proportions, as pure functions.
+"""How sure a number is: intervals for proportions and for means, as pure functions.
 
-Knows counts only. Wilson's score interval and Newcombe's hybrid of two of them (his method 10), because both keep
-near their nominal coverage for the small counts and the rates near 0 and 1 of an evaluation, where the usual
-rate ± 1.96 standard errors does not.
+Knows counts and values only. For proportions Wilson's score interval and Newcombe's hybrid of two of them (his method
+10), because both keep near their nominal coverage for the small counts and the rates near 0 and 1 of an evaluation,
+where the usual rate ± 1.96 standard errors does not. For the mean of a few values (one a seed) Student's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
 
 Z_95 = 1.959963984540054
 """Standard normal quantile that leaves 2.5 % above it."""
@@ -57,6 +59,57 @@ def newcombe_difference(
     low = difference - math.hypot(rate_b - low_b, high_a - rate_a)
     high = difference + math.hypot(high_b - rate_b, rate_a - low_a)
     return difference, max(-1.0, low), min(1.0, high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of values that were drawn independently, with Student's 95 % interval.
+
+    Returns:
+        (mean, low, high). One value says nothing of how much values differ: its interval is infinite.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("no values have no mean")
+    mean = fmean(values)
+    if len(values) == 1:
+        return mean, -math.inf, math.inf
+    half = student_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def student_quantile(freedom: int, share: float = 0.975) -> float:
+    """The value below which `share` (more than a half) of Student's distribution lies.
+
+    Args:
+        freedom: degrees of it, 1 or more.
+        share: below the value; the default leaves 2.5 % above it.
+    """
+    low, high = 0.0, 2.0 * NormalDist().inv_cdf(share)
+    while _student_share(high, freedom) < share:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_share(middle, freedom) < share else (low, middle)
+    return (low + high) / 2
+
+
+def _student_share(t: float, freedom: int) -> float:
+    """Share of Student's distribution below `t` >= 0: the finite sums for whole degrees of freedom (Abramowitz and
+    Stegun 26.7.3 and 26.7.4)."""
+    theta = math.atan(t / math.sqrt(freedom))
+    cosine = math.cos(theta)
+    term, total = (1.0, 1.0) if freedom % 2 == 0 else (cosine, cosine)
+    for index in range(2 if freedom % 2 == 0 else 3, freedom - 1, 2):
+        factor = (index - 1) / index
+        term *= factor * cosine**2
+        total += term
+    if freedom % 2 == 0:
+        within = math.sin(theta) * total
+    else:
+        within = 2 / math.pi * (theta + (math.sin(theta) * total if freedom > 1 else 0.0))
+    return (1 + within) / 2
 
 
 def _check(successes: float, n: int) -> None:

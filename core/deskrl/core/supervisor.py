@@ -164,11 +164,8 @@ class Supervisor:
         return sum(1 for _ in self._folder.read_metrics("restart"))
 
     def last_line(self, name: str) -> str:
-        """The last line that a role wrote, for a person; its refusal, if it refused (engines may talk on after it)."""
-        written = (self._folder.logs / f"{name}.log").read_bytes()[self.children[name].log_start :]
-        lines = written.decode(errors="replace").strip().splitlines()
-        refusals = [line for line in lines if line.startswith("deskrl: ")]
-        return (refusals or lines or ["no output (is the disk full?)"])[-1]
+        """The last line that a role wrote, for a person; see `last_line_of`."""
+        return last_line_of(self._folder.logs / f"{name}.log", self.children[name].log_start)
 
     def memory_bytes(self) -> int:
         """Proportional memory of all processes of the run (shared pages counted once)."""
@@ -190,6 +187,13 @@ class Supervisor:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
+
+
+def last_line_of(log: Path, start: int) -> str:
+    """The last line of a log, `start` bytes left out; its last refusal, if there is one (engines may talk on after)."""
+    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    refusals = [line for line in lines if line.startswith("deskrl: ")]
+    return (refusals or lines or ["no output (is the disk full?)"])[-1]
 
 
 def temporary_folder(folder: RunFolder) -> Path:

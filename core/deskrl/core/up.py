@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from rich.table import Table
 
 from deskrl.core import devices, preflight
 from deskrl.core.acceptance import Criterion, RunFacts, judge
+from deskrl.core.begun import has_learnt, read_state, refuse_other_config
 from deskrl.core.config import ModelConfig, RunConfig, dump_config, read_resolved
 from deskrl.core.errors import UserError
-from deskrl.core.lifetime import StopEvent, stop_event
+from deskrl.core.lifetime import StopEvent, die_with_parent, stop_event
 from deskrl.core.live import LiveDisplay, clock
 from deskrl.core.progress import ProgressMeter
 from deskrl.core.runfolder import RunFolder, write_json
@@ -47,6 +48,7 @@ _POLL_S = 0.5
 _MEMORY_EVERY = 10
 _MODEL_BUILD_S = 300.0
 _PROOF_S = 300.0
+_STOP_S = 60.0
 
 
 class Interrupted(RuntimeError):
@@ -64,13 +66,14 @@ def up(config: RunConfig) -> int:
 
 def _up(config: RunConfig, folder: RunFolder) -> int:
     stop = stop_event()
+    die_with_parent(_STOP_S)  # a sweep, if one started this
     console = Console()
     num_leftovers = _end_leftovers(folder)
     preflight.refuse_bad_input(config)
     preflight.refuse_unlearnable(config)
     started_unix_s = _open_folder(config, folder, console)
     supervisor = Supervisor(folder)
-    if not _has_learnt(folder):  # nobody else is at it by now
+    if not has_learnt(folder):  # nobody else is at it by now
         shutil.rmtree(folder.root / "model", ignore_errors=True)
         dump_config(config, folder.config)
     if num_leftovers:
@@ -154,7 +157,7 @@ def _watch_until_done(
     meter = ProgressMeter(config, started_unix_s)
     peak_bytes = 0
     with (
-        LiveDisplay(console, config.name, config.learner.grpo.num_updates) as display,
+        LiveDisplay(console, config.name, config.learner.grpo.num_updates, config.learner.grpo.env_steps) as display,
         replay_stub(config) as stub,
     ):
         for turn in range(2**62):
@@ -229,14 +232,14 @@ def _write_report(config: RunConfig, folder: RunFolder, supervisor: Supervisor) 
 
 def _open_folder(config: RunConfig, folder: RunFolder, console: Console) -> float:
     """Begin, resume, or set aside what was finished; returns when the run began (Unix seconds)."""
-    state = _read_state(folder)
+    state = read_state(folder)
     if state.get("state") == "finished":
         aside = folder.root.with_name(time.strftime(f"{folder.root.name}-%Y%m%d-%H%M%S"))
         folder.root.rename(aside)
         console.print(f"the finished run is kept as {aside}", highlight=False, soft_wrap=True)
         state = {}
-    if state and _has_learnt(folder):
-        _refuse_other_config(config, folder)
+    if state and has_learnt(folder):
+        refuse_other_config(config, folder)
         console.print(f"resuming {folder.root}", highlight=False, soft_wrap=True)
         return float(state["started_unix_s"])
     _create(folder)
@@ -245,47 +248,11 @@ def _open_folder(config: RunConfig, folder: RunFolder, console: Console) -> floa
     return started_unix_s
 
 
-def _read_state(folder: RunFolder) -> dict[str, Any]:
-    """What an earlier start noted; empty before the first."""
-    if not folder.supervisor.exists():
-        return {}
-    try:
-        state: dict[str, Any] = json.loads(folder.supervisor.read_text(encoding="utf-8"))
-        return {"state": state["state"], "started_unix_s": float(state["started_unix_s"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder.supervisor} is damaged", "restore it, or choose another --name") from error
-
-
 def _create(folder: RunFolder) -> None:
     try:
         folder.create()
     except OSError as error:
         raise UserError(f"{folder.root}: no run can be kept here ({error.strerror})", "choose other --runs") from error
-
-
-def _has_learnt(folder: RunFolder) -> bool:
-    """Whether the learner of this run has ever got under way. Before, a mended configuration may take its place."""
-    return any(folder.checkpoints.glob("epoch_*")) or any(True for _ in folder.read_metrics("phase"))
-
-
-def _refuse_other_config(config: RunConfig, folder: RunFolder) -> None:
-    """A run goes on as what it was begun as."""
-    begun = json.loads(read_resolved(folder.config).model_dump_json())
-    now = json.loads(config.model_dump_json())
-    changed = [key for key, value in _flatten(now) if dict(_flatten(begun)).get(key) != value]
-    if changed:
-        raise UserError(
-            f"{folder.root} was begun with other values of {', '.join(changed)}",
-            "resume it as it was, remove it, or choose another --name",
-        )
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix("."), value
 
 
 def _replay_status(stub: replay_pb2_grpc.ReplayServiceStub) -> replay_pb2.GetReplayStatusResponse | None:

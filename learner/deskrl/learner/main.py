@@ -89,7 +89,7 @@ class Learner:
         self._announce_version()
         self._evaluate("before")
         self._phase("training")
-        while self._state.num_updates < self._grpo.num_updates:
+        while not self._is_trained():
             self._update()
         self._evaluate("after")
         self._write_results()
@@ -206,9 +206,13 @@ class Learner:
         if self._is_first:
             self._parts.replay.set_policy_version(self._version, self._state.num_updates)
 
+    def _is_trained(self) -> bool:
+        """Whether the reinforcement-learning phase is over: updates or environment steps are used up."""
+        budget = self._grpo.env_steps
+        return self._state.num_updates >= self._grpo.num_updates or 0 < budget <= self._state.num_env_steps()
+
     def _is_checkpoint_due(self) -> bool:
-        every = self._config.learner.checkpoint_every
-        return self._state.num_updates % every == 0 or self._state.num_updates == self._grpo.num_updates
+        return self._state.num_updates % self._config.learner.checkpoint_every == 0 or self._is_trained()
 
     def _save(self) -> None:
         """Write a checkpoint, then commit what it has learnt from."""

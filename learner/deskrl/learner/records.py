@@ -49,6 +49,7 @@ def update_record(
         "success_rate": _mean([member.reward > config.replay.success_above for member in members]),
         "average_reward": _mean([member.reward for member in members]),
         "num_episodes": len(members),
+        "num_env_steps": sum(len(member.steps) for member in members),
         "per_task": per_task,
         "dropped": batch.dropped,
         # As they were played: a stored success that took a member's place hides none of them.

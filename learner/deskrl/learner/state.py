@@ -35,6 +35,10 @@ class LearnerState:
     per_task: dict[str, dict[str, int]] = field(default_factory=dict)
     """Fresh training episodes and successes of each task: {"n": …, "success": …}."""
 
+    def num_env_steps(self) -> int:
+        """Steps of all fresh episodes that were taken, learnt from or not."""
+        return sum(record["num_env_steps"] for record in self.history)
+
     def last_rates(self) -> dict[str, float]:
         """The success rate of each task in the update that last played it."""
         rates = {}

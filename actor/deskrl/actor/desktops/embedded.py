@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import shutil
 import socket
 from pathlib import Path
+from random import Random
 
+from deskrl.actor.actions import Action
 from deskrl.actor.desktops.base import Address, DesktopError, DesktopGone
 from deskrl.actor.desktops.guest_desktop import GuestDesktop
 from deskrl.actor.desktops.limits import create_groups, remove_groups
@@ -39,6 +42,7 @@ class EmbeddedDesktop(GuestDesktop):
         super().__init__(config)
         self._folder = run_root.absolute() / name
         self._group = new_id("deskrl")
+        self._random = Random(name)
         self._sandbox: Sandbox | None = None
         if len(bytes(self.socket_path)) > _SOCKET_PATH_BYTES:
             raise UserError(f"{self.socket_path}: too long for the name of a socket", "choose a shorter run_root")
@@ -78,6 +82,19 @@ class EmbeddedDesktop(GuestDesktop):
         """Back to the first state, in a new sandbox."""
         await self._end()
         await self.start()
+        added = self._config.embedded
+        await self._linger(added.added_reset_median_s, added.added_reset_sigma)
+
+    async def act(self, action: Action) -> None:
+        """Do one action."""
+        await super().act(action)
+        added = self._config.embedded
+        await self._linger(added.added_action_median_s, added.added_action_sigma)
+
+    async def _linger(self, median_s: float, sigma: float) -> None:
+        """Take the time that the configuration adds."""
+        if median_s:
+            await asyncio.sleep(self._random.lognormvariate(math.log(median_s), sigma))
 
     async def close(self) -> None:
         """End it and everything of it."""

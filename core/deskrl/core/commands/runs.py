@@ -38,6 +38,10 @@ def add_commands(commands: Commands) -> None:
     for name, field in Assumptions.model_fields.items():
         kind = int if field.annotation is int else float
         explain.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=field.description)
+    sweep = commands.add("sweep", "run the same under several arms and seeds, and tell which did better", _sweep)
+    sweep.add_argument("file", type=Path, help="sweep (TOML)")
+    sweep.add_argument("--runs", type=Path, default=None, help="folder of all runs; the sweep's lies in it")
+    sweep.add_argument("--dry", action="store_true", help="say what would be run, and run nothing")
     doctor = commands.add(
         "doctor", "check this machine, and a run's servers as it sees them; exit status 0: nothing to mend", _doctor
     )
@@ -86,6 +90,12 @@ def _explain(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config, notes = _configure(options, overrides, must_resume=False)
     assumed = Assumptions(**{name: getattr(options, name) for name in Assumptions.model_fields})
     return explain(config, notes, assumed, as_document=options.json)
+
+
+def _sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from deskrl.core.sweep.main import sweep
+
+    return sweep(options.file, overrides, options.runs, dry=options.dry)
 
 
 def _configure(

@@ -93,9 +93,12 @@ def _add_evaluation(commands: Commands) -> None:
     evaluate.add_argument("--config", type=Path, default=None, help="run configuration; unset: the checkpoint's run's")
     evaluate.add_argument("--name", default=None, help="name of the evaluation; unset: made from what is evaluated")
     compare = commands.add(
-        "compare", "compare two evaluations, paired where their tasks match", _compare, takes_overrides=False
+        "compare",
+        "compare two evaluations or two runs, paired where tasks match",
+        _compare,
+        takes_overrides=False,
     )
-    compare.add_argument("a", type=Path, help="folder of an evaluation")
+    compare.add_argument("a", type=Path, help="folder of an evaluation, or of a run")
     compare.add_argument("b", type=Path, help="folder of another one")
     compare.add_argument("--json", action="store_true", help="print one JSON document")
 

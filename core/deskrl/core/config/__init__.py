@@ -5,7 +5,14 @@ Precedence: preset (`preset = "arpo"`) < TOML file < environment (`DESKRL_LEARNE
 those of the services it calls. Imports no engine, so that `deskrl --help` and a refused key answer at once.
 """
 
-from deskrl.core.config.desktops import DesktopConfig, DockerConfig, OSWorldConfig, RemoteConfig, SimulatedConfig
+from deskrl.core.config.desktops import (
+    DesktopConfig,
+    DockerConfig,
+    EmbeddedConfig,
+    OSWorldConfig,
+    RemoteConfig,
+    SimulatedConfig,
+)
 from deskrl.core.config.learning import EvalConfig, GrpoConfig, LearnerConfig, WarmStartConfig
 from deskrl.core.config.loading import dump_config, load_config, load_values, overridden_keys, read_resolved
 from deskrl.core.config.playing import ActorConfig, AgentConfig, ModelConfig, TasksConfig
@@ -18,6 +25,7 @@ __all__ = [
     "AgentConfig",
     "DesktopConfig",
     "DockerConfig",
+    "EmbeddedConfig",
     "EvalConfig",
     "GrpoConfig",
     "InferenceConfig",

@@ -35,6 +35,34 @@ class SimulatedConfig(Section):
     """Share of episodes that are rewarded whatever was done."""
 
 
+class EmbeddedConfig(Section):
+    """Time that embedded desktops are made to take beyond what they do, so that they are as slow as others are.
+
+    For experiments on scheduling. Each desktop draws its own, lognormal; a median of 0 adds nothing.
+    """
+
+    added_reset_median_s: Annotated[float, Field(ge=0)] = 0.0
+    """Median of what a reset takes longer."""
+    added_reset_sigma: Annotated[float, Field(ge=0)] = 0.35
+    """Standard deviation of the logarithm of that."""
+    added_action_median_s: Annotated[float, Field(ge=0)] = 0.0
+    """Median of what an action takes longer until its screenshot is asked for."""
+    added_action_sigma: Annotated[float, Field(ge=0)] = 0.5
+    """Standard deviation of the logarithm of that."""
+
+    @property
+    def adds_time(self) -> bool:
+        """Whether anything is added."""
+        return self.added_reset_median_s > 0 or self.added_action_median_s > 0
+
+    def describe(self) -> str:
+        """What is added, in words."""
+        return (
+            f"median {self.added_reset_median_s:g} s a reset (sigma {self.added_reset_sigma:g}), "
+            f"{self.added_action_median_s:g} s an action (sigma {self.added_action_sigma:g})"
+        )
+
+
 class DockerConfig(Section):
     """Desktops of the provider `docker`."""
 
@@ -109,6 +137,8 @@ class DesktopConfig(Section):
     """The screen is settled when it has not changed for this long."""
     settle_limit_s: Annotated[float, Field(ge=0)] = 1.0
     """The longest that an action waits for a settled screen."""
+    embedded: EmbeddedConfig = EmbeddedConfig()
+    """For the provider `embedded`."""
     simulated: SimulatedConfig = SimulatedConfig()
     """The provider `simulated`."""
     docker: DockerConfig = DockerConfig()

@@ -42,6 +42,9 @@ class GrpoConfig(Section):
 
     num_updates: Annotated[int, Field(ge=0)] = 100
     """Optimizer updates in all."""
+    env_steps: Annotated[int, Field(ge=0)] = 0
+    """The phase ends earlier, with the update by which so many steps of fresh episodes were taken, those of dropped
+    groups too; 0: `num_updates` alone ends it."""
     groups_per_batch: PositiveInt = 4
     """Groups with spread that make a batch."""
     max_staleness: Annotated[int, Field(ge=0)] = 4

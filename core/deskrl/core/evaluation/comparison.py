@@ -1,14 +1,14 @@
-"""Two evaluations side by side: `deskrl compare`. The statistics are pure; knows folders only to read records.
+"""Two evaluations, or two runs, side by side: `deskrl compare`. The statistics are pure; reads folders beside them.
 
 Tasks that both have played are paired: what is told is the mean over them of the difference of their success rates,
-with an interval over tasks. Where they share none, the difference of the two rates by themselves, with Newcombe's.
+with an interval over tasks. One task alone, and tasks of which none is shared, are two rates with Newcombe's interval.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,13 +16,22 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
+from deskrl.core.begun import changed_keys
 from deskrl.core.config import read_resolved
+from deskrl.core.errors import UserError
 from deskrl.core.evaluation.record import TaskRecord, read_records
 from deskrl.core.evaluation.summary import success_rate
+from deskrl.core.evaluation.training import TrainedRun, read_run
+from deskrl.core.report.history import Count
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.stats import newcombe_difference
 
 _NUM_DRAWS = 2000
+_OWN_KEYS = ("name", "runs", "replay.address", "inference.address")
+
+TaskCounts = Mapping[str, Count]
+Parts = dict[str, tuple[TaskCounts, TaskCounts]]
+"""What is compared, by its name: tasks on both sides."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +51,116 @@ class Comparison:
         return self.num_paired > 0
 
 
-def compare_records(a: Sequence[TaskRecord], b: Sequence[TaskRecord], success_above: float) -> Comparison:
+def compare_counts(a: TaskCounts, b: TaskCounts) -> Comparison:
     """The difference in success, B minus A."""
-    rates_a, rates_b = (_task_rates(records, success_above) for records in (a, b))
-    shared = [name for name in rates_a if name in rates_b]
-    if shared:
-        differences = [rates_b[name] - rates_a[name] for name in shared]
+    rates_a, rates_b = (
+        {task: rate for task, count in counts.items() if (rate := count.rate) is not None} for counts in (a, b)
+    )
+    shared = [task for task in rates_a if task in rates_b]
+    differences = [rates_b[task] - rates_a[task] for task in shared]
+    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    if len(shared) > 1:
         low, high = _interval(differences)
-        better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
         return Comparison(len(shared), better, worse, fmean(differences), low, high)
-    one, other = success_rate(a, success_above), success_rate(b, success_above)
-    counts = (one.num_successes, one.num_episodes, other.num_successes, other.num_episodes)
-    difference, low, high = newcombe_difference(*counts)
-    return Comparison(0, 0, 0, difference, low, high)
+    one, other = (_sum([counts[task] for task in shared] or list(counts.values())) for counts in (a, b))
+    difference, low, high = newcombe_difference(one.successes, one.n, other.successes, other.n)
+    return Comparison(len(shared), better, worse, difference, low, high)
 
 
-def _task_rates(records: Sequence[TaskRecord], success_above: float) -> dict[str, float]:
-    """Success rates of tasks of which an episode ended."""
-    rates = {record.task_id: success_rate([record], success_above).rate for record in records}
-    return {name: rate for name, rate in rates.items() if rate is not None}
+def counts_of(records: Sequence[TaskRecord], success_above: float) -> dict[str, Count]:
+    """Episodes that ended, and successes among them, by task."""
+    rates = {record.task_id: success_rate([record], success_above) for record in records}
+    return {task: Count(rate.num_successes, rate.num_episodes) for task, rate in rates.items()}
+
+
+def main(root_a: Path, root_b: Path, *, as_document: bool = False) -> int:
+    """Print the comparison of two evaluations' folders, or of two runs'; returns the exit status.
+
+    Raises:
+        UserError: one is neither, or one is a run and the other an evaluation.
+    """
+    is_run = [_is_run(root) for root in (root_a, root_b)]
+    if is_run[0] != is_run[1]:
+        run, evaluation = (root_a, root_b) if is_run[0] else (root_b, root_a)
+        raise UserError(f"{run} is a run and {evaluation} an evaluation", "name two runs, or two evaluations")
+    parts, remarks = _of_runs(root_a, root_b) if is_run[0] else (_of_evaluations(root_a, root_b), [])
+    if as_document:
+        document = {name: vars(compare_counts(*of)) for name, of in parts.items() if of[0] and of[1]}
+        print(json.dumps(document, indent=2))
+        return 0
+    table = Table("", root_a.name, root_b.name, "difference", "95 %", "better", "worse", "paired tasks")
+    for name, (of_a, of_b) in parts.items():
+        if of_a and of_b:
+            table.add_row(name, *_row(of_a, of_b))
+    console = Console()
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, highlight=False, markup=False)
+    return 0
+
+
+def _is_run(root: Path) -> bool:
+    """A run has a learner, which writes down its phases; an evaluation has none."""
+    return any(True for _ in RunFolder(root).read_metrics("phase"))
+
+
+def _of_evaluations(root_a: Path, root_b: Path) -> Parts:
+    """All tasks, those that are feasible, and application by application."""
+    a, b = read_records(root_a), read_records(root_b)
+    above = read_resolved(RunFolder(root_b).config).replay.success_above
+    parts: Parts = {
+        "all": (counts_of(a, above), counts_of(b, above)),
+        "feasible": (
+            counts_of([r for r in a if not r.infeasible], above),
+            counts_of([r for r in b if not r.infeasible], above),
+        ),
+    }
+    for name in sorted({record.application for record in (*a, *b)}):
+        of_a, of_b = ([r for r in records if r.application == name] for records in (a, b))
+        parts[name] = (counts_of(of_a, above), counts_of(of_b, above))
+    return parts
+
+
+def _of_runs(root_a: Path, root_b: Path) -> tuple[Parts, list[str]]:
+    """Training at equal environment steps, its last quarter, evaluations, task by task; and what else is to be told."""
+    a, b = read_run(root_a), read_run(root_b)
+    steps = min(a.num_env_steps, b.num_env_steps)
+    parts: Parts = {
+        f"training, first {steps} steps": (a.counts_between(0, steps), b.counts_between(0, steps)),
+        "their last quarter": (a.counts_between(0.75 * steps, steps), b.counts_between(0.75 * steps, steps)),
+    }
+    for when in ("before", "after"):
+        parts[f"evaluation {when}"] = (a.evaluations.get(when, {}), b.evaluations.get(when, {}))
+    trained_a, trained_b = parts[f"training, first {steps} steps"]
+    for task in trained_a:
+        if task in trained_b:
+            parts[f"  {task}"] = ({task: trained_a[task]}, {task: trained_b[task]})
+    changed = [key for key in changed_keys(a.config, b.config) if key not in _OWN_KEYS]
+    told = ", ".join(changed) if changed else "nothing"
+    return parts, [_pace(root_a, a), _pace(root_b, b), f"configured differently: {told}"]
+
+
+def _pace(root: Path, run: TrainedRun) -> str:
+    return (
+        f"{root.name}: {len(run.updates)} updates, {run.num_env_steps} environment steps "
+        f"in {run.training_s / 60:.1f} min of training"
+    )
+
+
+def _row(a: TaskCounts, b: TaskCounts) -> list[str]:
+    compared = compare_counts(a, b)
+    told = [_sum(list(counts.values())) for counts in (a, b)]
+    return [
+        *(f"{count.successes}/{count.n}" for count in told),
+        f"{compared.difference:+.0%}",
+        f"[{compared.low:+.0%}, {compared.high:+.0%}]",
+        *((str(compared.num_better), str(compared.num_worse)) if compared.paired else ("–", "–")),
+        str(compared.num_paired),
+    ]
+
+
+def _sum(counts: Sequence[Count]) -> Count:
+    return Count(sum(count.successes for count in counts), sum(count.n for count in counts))
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
@@ -68,38 +168,3 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
     drawn = random.Random(0)
     means = sorted(fmean(drawn.choices(values, k=len(values))) for _ in range(_NUM_DRAWS))
     return means[int(0.025 * _NUM_DRAWS)], means[int(0.975 * _NUM_DRAWS) - 1]
-
-
-def main(root_a: Path, root_b: Path, *, as_document: bool = False) -> int:
-    """Print the comparison of two evaluations' folders, application by application; returns the exit status."""
-    a, b = read_records(root_a), read_records(root_b)
-    above = read_resolved(RunFolder(root_b).config).replay.success_above
-    applications = sorted({record.application for record in (*a, *b)})
-    parts: dict[str, tuple[list[TaskRecord], list[TaskRecord]]] = {
-        "all": (a, b),
-        "feasible": tuple([record for record in of if not record.infeasible] for of in (a, b)),  # type: ignore[dict-item]
-    }
-    for name in applications:
-        parts[name] = ([r for r in a if r.application == name], [r for r in b if r.application == name])
-    if as_document:
-        document = {name: vars(compare_records(*of, above)) for name, of in parts.items() if of[0] and of[1]}
-        print(json.dumps(document, indent=2))
-        return 0
-    table = Table("", root_a.name, root_b.name, "difference", "95 %", "better", "worse", "paired tasks")
-    for name, (of_a, of_b) in parts.items():
-        if of_a and of_b:
-            table.add_row(name, *_row(of_a, of_b, above))
-    Console().print(table)
-    return 0
-
-
-def _row(a: Sequence[TaskRecord], b: Sequence[TaskRecord], above: float) -> list[str]:
-    compared = compare_records(a, b, above)
-    told = [success_rate(records, above) for records in (a, b)]
-    return [
-        *(f"{rate.num_successes}/{rate.num_episodes}" for rate in told),
-        f"{compared.difference:+.0%}",
-        f"[{compared.low:+.0%}, {compared.high:+.0%}]",
-        *((str(compared.num_better), str(compared.num_worse)) if compared.paired else ("–", "–")),
-        str(compared.num_paired),
-    ]

@@ -22,6 +22,8 @@ class Batches:
     optimizer_steps_per_update: int
     trajectories_per_optimizer_step: list[int]
     num_updates: int
+    env_steps: int
+    """By which the run ends, if it has not come to its last update before; 0: it does not."""
     updates_per_epoch: float | None
     num_epochs: float | None
     num_episodes: int
@@ -68,6 +70,7 @@ def count_batches(config: RunConfig, num_tasks: int | None) -> Batches:
         optimizer_steps_per_update=steps,
         trajectories_per_optimizer_step=[len(range(step, episodes, steps)) for step in range(steps)],
         num_updates=grpo.num_updates,
+        env_steps=grpo.env_steps,
         updates_per_epoch=num_tasks / grpo.groups_per_batch if num_tasks else None,
         num_epochs=grpo.num_updates * grpo.groups_per_batch / num_tasks if num_tasks else None,
         num_episodes=grpo.num_updates * episodes,

@@ -58,6 +58,8 @@ def _batches(explanation: Explanation) -> Iterable[tuple[str, str]]:
         yield "updates in all", f"{told.num_updates}, {told.num_epochs:g} epochs"
     else:
         yield "updates in all", str(told.num_updates)
+    if told.env_steps:
+        yield "environment steps", f"{told.env_steps}: the update that reaches them is the last"
     yield "episodes in all", f"{told.num_episodes}, and those of groups that are dropped"
     if told.num_evaluation_episodes:
         yield "evaluation", f"{told.num_evaluation_episodes} episodes before, and as many after"
@@ -115,6 +117,8 @@ def _timing(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, 
     batch, staleness = explanation.batches.episodes_per_update, explanation.max_staleness
     yield "staleness", f"at most {staleness} updates"
     yield "pacing", f"running and unused episodes <= ({staleness} + 1 + updates) x {batch} - learnt"
+    if config.desktop.provider == "embedded" and config.desktop.embedded.adds_time:
+        yield "made slower", config.desktop.embedded.describe()
     told = explanation.timing
     if told is None:
         yield "wall clock", f"{_UNKNOWN}: tell --learn-s"
@@ -122,8 +126,8 @@ def _timing(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, 
     yield "desktops", f"{told.desktops} ({config.desktop.provider}), {told.desktops_allowed} of them at once"
     yield (
         "an episode",
-        f"{_clock(told.episode_s)}: reset {told.env_reset_s:g} s, {told.steps:g} x (policy {told.act_s:g} s, "
-        f"desktop {told.env_step_s:g} s), evaluation {told.evaluate_s:g} s {_waiting(told)}[dim](assumed)[/]",
+        f"{_clock(told.episode_s)}: reset {told.env_reset_s:.3g} s, {told.steps:g} x (policy {told.act_s:g} s, "
+        f"desktop {told.env_step_s:.3g} s), evaluation {told.evaluate_s:g} s {_waiting(told)}[dim](assumed)[/]",
     )
     yield "acting", f"{_clock(told.acting_s)} an update"
     yield "learning", f"{_clock(told.learning_s)} an update"

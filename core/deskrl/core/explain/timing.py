@@ -114,7 +114,7 @@ def predict(
         learning_s=learning_s,
         overlap=staleness > 0,
         update_s=update_s,
-        run_s=update_s * batches.num_updates,
+        run_s=update_s * _num_updates(batches, steps),
     )
 
 
@@ -150,10 +150,22 @@ def _slowest(num: int, spread: float) -> float:
     return math.exp(spread * math.sqrt(2 * math.log(num)) - spread**2 / 2) if num > 1 else 1.0
 
 
+def _num_updates(batches: Batches, steps: float) -> int:
+    """Until the run ends: by its last update, or by environment steps."""
+    if not batches.env_steps:
+        return batches.num_updates
+    return min(batches.num_updates, math.ceil(batches.env_steps / (batches.episodes_per_update * steps)))
+
+
 def _desktop_times(config: RunConfig) -> tuple[float, float, float]:
     if config.desktop.provider == "simulated":
         times = config.desktop.simulated
         evaluation = (times.evaluation_min_s + times.evaluation_max_s) / 2
         scale = times.time_scale
         return times.reset_median_s * scale, times.action_median_s * scale, evaluation * scale
-    return _PROVIDER_TIMES_S[config.desktop.provider]
+    reset_s, action_s, evaluation_s = _PROVIDER_TIMES_S[config.desktop.provider]
+    if config.desktop.provider == "embedded":
+        added = config.desktop.embedded
+        reset_s += added.added_reset_median_s * math.exp(added.added_reset_sigma**2 / 2)  # a lognormal's mean
+        action_s += added.added_action_median_s * math.exp(added.added_action_sigma**2 / 2)
+    return reset_s, action_s, evaluation_s

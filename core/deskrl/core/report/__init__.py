@@ -11,14 +11,13 @@ import base64
 import hashlib
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from deskrl.core.config import RunConfig
 from deskrl.core.report import page
 from deskrl.core.report.curves import WINDOW, draw_curves
 from deskrl.core.report.evidence import gather
 from deskrl.core.report.frames import data_uris
 from deskrl.core.report.history import read_history
+from deskrl.core.report.templating import source, templates
 from deskrl.core.runfolder import RunFolder, write_atomically
 
 __all__ = ["write_report"]
@@ -35,9 +34,9 @@ def write_report(folder: RunFolder, config: RunConfig, replay_address: str) -> P
     """
     history = read_history(folder)
     evidence = gather(replay_address, config.tasks.tasks, config.replay.success_above)
-    templates = _templates()
-    script = _source(templates, "report.js")
-    html = templates.get_template("report.html.j2").render(
+    environment = templates()
+    script = source(environment, "report.js")
+    html = environment.get_template("report.html.j2").render(
         config=config,
         config_json=config.model_dump_json(indent=2),
         history=history,
@@ -53,32 +52,9 @@ def write_report(folder: RunFolder, config: RunConfig, replay_address: str) -> P
         dropped=page.dropped_groups(history, evidence),
         tasks=page.task_strips(evidence, history, config),
         images=data_uris(evidence.images),
-        style=_source(templates, "report.css"),
+        style=source(environment, "report.css"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_atomically(folder.report, html.encode("utf-8", errors="replace"))
     return folder.report
-
-
-def _templates() -> Environment:
-    templates = Environment(
-        loader=PackageLoader("deskrl.core.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {
-        "span": page.span_text,
-        "points": page.points_text,
-        "percent": page.percent_text,
-        "date": page.date_text,
-    }
-    return templates
-
-
-def _source(templates: Environment, name: str) -> str:
-    """A file beside the template, as it is: our own text, which needs no escaping."""
-    assert templates.loader is not None
-    return templates.loader.get_source(templates, name)[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deskrl.core.report.history import Points
 
@@ -27,6 +27,17 @@ class Line:
     points: Points
     label: str = ""
     faint: bool = False
+    series: int = 0
+    """Which colour it has; 0 is the first."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """An interval along the horizontal axis: (x, low, high) at each place."""
+
+    points: Sequence[tuple[float, float, float]]
+    series: int = 0
+    """As the line's whose interval it is."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,15 @@ class DrawnLine:
     label_x: float
     label_y: float
     faint: bool
+    series: int
+
+
+@dataclass(frozen=True)
+class DrawnBand:
+    """A band in pixels: a closed path."""
+
+    path: str
+    series: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +130,7 @@ class Chart:
     y_ticks: list[Tick]
     lines: list[DrawnLine]
     whiskers: list[DrawnWhisker]
+    bands: list[DrawnBand]
 
     @property
     def empty(self) -> bool:
@@ -127,6 +148,7 @@ def line_chart(
     percent: bool = False,
     log: bool = False,
     whiskers: Sequence[Whisker] = (),
+    bands: Sequence[Band] = (),
     width: float = 360,
     height: float = 190,
 ) -> Chart:
@@ -141,14 +163,16 @@ def line_chart(
         percent: values are shares; the vertical axis is 0 to 100 %.
         log: logarithmic vertical axis, where any value is positive.
         whiskers: values with intervals, drawn on top.
+        bands: intervals along lines, drawn below all.
         width: in pixels of the drawing.
         height: likewise.
     """
     values = [y for line in lines for _, y in line.points if y is not None]
     values += [v for whisker in whiskers for v in (whisker.low, whisker.high)]
+    values += [value for band in bands for _, *ends in band.points for value in ends]
     log = log and any(value > 0 for value in values)
     if log:
-        lines = [Line([(x, y if y and y > 0 else None) for x, y in it.points], it.label, it.faint) for it in lines]
+        lines = [replace(it, points=[(x, y if y and y > 0 else None) for x, y in it.points]) for it in lines]
         values = [value for value in values if value > 0]
     label_room = _LABEL_ROOM if any(line.label for line in lines) else 0
     left = _WIDE_LEFT if width >= _WIDE else _LEFT
@@ -162,7 +186,7 @@ def line_chart(
     return Chart(
         title=title,
         unit=unit,
-        description=_describe(title, unit, lines, percent),
+        description=_describe(title, unit, x_title, lines, percent),
         x_title=x_title,
         width=width,
         height=height,
@@ -177,6 +201,7 @@ def line_chart(
             DrawnWhisker(x_scale(w.x), y_scale(w.value), y_scale(w.low), y_scale(w.high), w.label, w.hollow)
             for w in whiskers
         ],
+        bands=[DrawnBand(_outline(band, x_scale, y_scale), band.series) for band in bands if band.points],
     )
 
 
@@ -253,7 +278,15 @@ def _draw(line: Line, x_scale: Scale, y_scale: Scale) -> DrawnLine:
     runs = [run for run in runs if run]
     path = " ".join("M" + " L".join(f"{x:g},{y:g}" for x, y in run) for run in runs if len(run) > 1)
     end_x, end_y = runs[-1][-1]
-    return DrawnLine(path, [run[0] for run in runs if len(run) == 1], line.label, end_x + 6, end_y + 4, line.faint)
+    dots = [run[0] for run in runs if len(run) == 1]
+    return DrawnLine(path, dots, line.label, end_x + 6, end_y + 4, line.faint, line.series)
+
+
+def _outline(band: Band, x_scale: Scale, y_scale: Scale) -> str:
+    """Along the upper ends, and back along the lower ones."""
+    there = [(x_scale(x), y_scale(high)) for x, _, high in band.points]
+    back = [(x_scale(x), y_scale(low)) for x, low, _ in reversed(band.points)]
+    return "M" + " L".join(f"{x:g},{y:g}" for x, y in (*there, *back)) + " Z"
 
 
 def _part_labels(lines: Sequence[DrawnLine]) -> list[DrawnLine]:
@@ -263,16 +296,13 @@ def _part_labels(lines: Sequence[DrawnLine]) -> list[DrawnLine]:
     for index in sorted((i for i, line in enumerate(lines) if line.label), key=lambda i: lines[i].label_y):
         floor = max(lines[index].label_y, floor + _LABEL_GAP)
         placed[index] = floor
-    return [
-        DrawnLine(it.path, it.dots, it.label, it.label_x, placed.get(index, it.label_y), it.faint)
-        for index, it in enumerate(lines)
-    ]
+    return [replace(it, label_y=placed.get(index, it.label_y)) for index, it in enumerate(lines)]
 
 
-def _describe(title: str, unit: str, lines: Sequence[Line], percent: bool) -> str:
+def _describe(title: str, unit: str, x_title: str, lines: Sequence[Line], percent: bool) -> str:
     """The chart in words, for who cannot see it."""
     values = [y for line in lines[:1] for _, y in line.points if y is not None]
     if not values:
         return f"{title}: not recorded"
     first, last = (f"{v:.0%}" if percent else f"{v:.3g}{' ' + unit if unit else ''}" for v in (values[0], values[-1]))
-    return f"{title} over {len(values)} updates, from {first} to {last}"
+    return f"{title} by {x_title}, {len(values)} values, from {first} to {last}"
