@@ -178,7 +178,7 @@ def test_what_is_complete_is_told_on_a_page_and_beside_it(file: Path, capsys: py
     assert told["runs"]["one-s0"]["result"]["last_success"] == pytest.approx(0.4)
     assert told["runs"]["other-s1"]["missing"] == "failed with status 2: deskrl: no"
     html = (sweep.folder / "sweep.html").read_text()
-    assert html.count('class="band') == 2 * 2 and html.count("<svg") == 2
+    assert html.count('class="band') == 2 and html.count("<svg") == 2
     assert "+30 points" in html and "1 of 4 runs are missing" in html and "failed with status 2" in html
     assert "http" not in html.split("<body>")[1], "it needs nothing but itself"
     page.show(sweep, findings)

@@ -138,6 +138,8 @@ class LearnerConfig(Section):
     """Updates between checkpoints; a batch is consumed when the checkpoint that learnt from it is committed."""
     keep_checkpoints: PositiveInt = 3
     """Checkpoints kept, newest first."""
+    prove_checkpoint: bool = True
+    """At the end, serve the last checkpoint from a fresh engine and compare it with transformers."""
     keep_scores: Annotated[int, Field(ge=0)] = 100
     """Updates of which each token's logprob and entropy are kept for `deskrl view`, newest first."""
     warm_start: WarmStartConfig | None = None

@@ -9,6 +9,7 @@ whatever lies beyond the budget is cut off, so that all are compared at exactly 
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from deskrl.core.stats import mean_interval
 
-WINDOW_SHARE = 0.15
+WINDOW_SHARE = 0.2
 """Of the budget: the window over which success is averaged."""
 NUM_PLACES = 60
 """Of a curve."""
@@ -62,6 +63,11 @@ class Place:
     low: float
     high: float
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether more than one seed is behind it."""
+        return math.isfinite(self.low)
+
 
 def learning_of(updates: Sequence[Mapping[str, Any]]) -> Learning:
     """How a run went, from its records of updates, each of them once and in order."""
@@ -94,7 +100,7 @@ def by_minutes(runs: Sequence[Learning], budget: int) -> list[Place]:
 
 def _place(x: float, rates: Sequence[float]) -> Place:
     mean, low, high = mean_interval(rates)
-    return Place(x, mean, max(0.0, low), min(1.0, high))
+    return Place(x, mean, *((low, high) if len(rates) == 1 else (max(0.0, low), min(1.0, high))))
 
 
 def _between(xs: Sequence[float], ys: Sequence[float], x: float) -> float:

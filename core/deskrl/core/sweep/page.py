@@ -152,7 +152,7 @@ def _chart(title: str, x_title: str, curves: Mapping[str, list[Place]], names: l
     for arm, places in curves.items():
         series = names.index(arm) % _NUM_COLOURS
         lines.append(Line([(0.0, None), *((place.x, place.mean) for place in places)], series=series))
-        bands.append(Band([(place.x, place.low, place.high) for place in places], series))
+        bands.append(Band([(place.x, place.low, place.high) for place in places if place.has_interval], series))
     return line_chart(title, lines, x_title=x_title, percent=True, bands=bands, width=560, height=350)
 
 
