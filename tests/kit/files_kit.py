@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+HANGS_UP = 0
+
 
 @dataclass
 class Site:
@@ -17,7 +19,7 @@ class Site:
     files: dict[str, bytes] = field(default_factory=dict)
     """Contents by path, as "/a.bin"."""
     statuses: dict[str, list[int]] = field(default_factory=dict)
-    """Answers without a file that a path gives first, one after another."""
+    """Answers without a file that a path gives first, one after another; HANGS_UP for none."""
     breaks_after: dict[str, list[int]] = field(default_factory=dict)
     """After how many bytes a path's next answers break off, one after another."""
     types: dict[str, str] = field(default_factory=dict)
@@ -59,7 +61,9 @@ def _answer(handler: BaseHTTPRequestHandler, site: Site) -> None:
     path, wanted = handler.path, handler.headers["Range"]
     site.asked.append((path, wanted))
     if site.statuses.get(path):
-        handler.send_error(site.statuses[path].pop(0))
+        status = site.statuses[path].pop(0)
+        if status != HANGS_UP:
+            handler.send_error(status)
         return
     if path not in site.files:
         handler.send_error(404)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from files_kit import Site, serving
+from files_kit import HANGS_UP, Site, serving
 
 from deskrl.actor.asset_fetch import Fetched, fetch_assets
 from deskrl.actor.assets import asset_folder, find_asset, osworld_path
@@ -101,6 +101,13 @@ def test_what_cannot_be_had_is_told_with_its_reason_and_holds_nothing_up(site: S
     assert reasons[5].startswith("the connection fails: ") and "refused" in reasons[5]
     assert reasons[6].startswith("is no address that can be fetched: ")
     assert [find_asset("t", url) is None for url in urls] == [True, True, True, False]
+
+
+def test_a_host_that_gives_no_answer_is_asked_often_enough_once_and_not_for_every_address(site: Site) -> None:
+    site.statuses = {f"/{number}": [HANGS_UP] * 9 for number in range(5)}
+    results = fetch_assets([site.address(path) for path in site.statuses], num_at_once=1, pause_s=0.0)
+    assert all(result.error.startswith("the connection fails: ") for result in results)
+    assert len(site.asked) == 3 + 4
 
 
 def test_a_copy_that_lost_bytes_is_none_and_is_fetched_again(site: Site) -> None:

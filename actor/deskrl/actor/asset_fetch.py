@@ -38,6 +38,10 @@ class _Interrupted(Exception):
     """The transfer broke off, or did not begin, for a reason that may be over."""
 
 
+class _NoAnswer(_Interrupted):
+    """The host cannot be reached, or has stopped answering."""
+
+
 @dataclass(frozen=True)
 class Fetched:
     """What came of one address."""
@@ -63,9 +67,10 @@ def fetch_assets(
         tell: called with each result as it is there, in this thread.
     """
     stopped = threading.Event()
+    silent: set[str] = set()
     with ThreadPoolExecutor(num_at_once) as pool:
         try:
-            transfers = [pool.submit(_Transfer(url, pause_s, stopped).run) for url in urls]
+            transfers = [pool.submit(_Transfer(url, pause_s, stopped, silent).run) for url in urls]
             for transfer in as_completed(transfers):
                 if tell is not None:
                     tell(transfer.result())
@@ -78,13 +83,18 @@ def fetch_assets(
 class _Transfer:
     """The way of one address into the cache."""
 
-    def __init__(self, url: str, pause_s: float, stopped: threading.Event) -> None:
+    def __init__(self, url: str, pause_s: float, stopped: threading.Event, silent: set[str]) -> None:
         self._url = url
         self._pause_s = pause_s
         self._stopped = stopped
+        self._silent = silent  # hosts that were asked often enough, for any address, and gave no answer
         self._partial = asset_folder() / "partial" / address_key(url)
         self._validator = self._partial.with_suffix(".validator")
         self._received_bytes = 0
+
+    @property
+    def _host(self) -> str:
+        return urlsplit(self._url).netloc
 
     def run(self) -> Fetched:
         """Fetch, unless the cache has it."""
@@ -111,9 +121,12 @@ class _Transfer:
             try:
                 self._receive()
                 return
-            except _Interrupted:
+            except _Interrupted as error:
                 vain = 0 if self._received_bytes > before else vain + 1
-                if vain == _ATTEMPTS or self._stopped.is_set():
+                known = isinstance(error, _NoAnswer) and self._host in self._silent
+                if vain == _ATTEMPTS or known or self._stopped.is_set():
+                    if isinstance(error, _NoAnswer):
+                        self._silent.add(self._host)
                     raise
             if vain:
                 time.sleep(self._pause_s * 2 ** (vain - 1))
@@ -134,7 +147,7 @@ class _Transfer:
         except requests.RequestException as error:
             if isinstance(error, ValueError):
                 raise _Refused(f"is no address that can be fetched: {error}") from error
-            raise _Interrupted(_reason(error)) from error
+            raise _NoAnswer(_reason(error)) from error
 
     def _check(self, response: requests.Response) -> None:
         status = response.status_code
@@ -150,11 +163,11 @@ class _Transfer:
 
     def _write(self, response: requests.Response, begins: int) -> None:
         encoded = "Content-Encoding" in response.headers
-        if not begins:
-            self._note_validator("" if encoded else _strong_validator(response))
         length = response.headers.get("Content-Length")
         ends = None if encoded or length is None else begins + int(length)
         with open(self._partial, "ab" if begins else "wb") as file:
+            if not begins:  # not before what an earlier state of the file left here is gone
+                self._note_validator("" if encoded else _strong_validator(response))
             for chunk in response.iter_content(_CHUNK_BYTES):
                 file.write(chunk)
                 self._received_bytes += len(chunk)
