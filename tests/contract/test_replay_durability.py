@@ -187,6 +187,26 @@ def test_a_truncated_database_is_refused_and_left_as_it_is(start_replay: StartRe
     assert len(process.client().episodes()) == 1
 
 
+def test_what_a_damaged_database_has_in_its_log_outlives_the_refusal(start_replay: StartReplay) -> None:
+    process = start_replay()
+    client = process.client()
+    client.plan("eval/0", num=1)
+    process.stop()  # all of this is in the file now; what follows is in the log alone
+    process.start()
+    client = process.client()
+    client.play(client.acquire(), reward=1)
+    process.kill()
+    path = process.folder / "replay.sqlite"
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) // 2)
+    before = {file.name: file.read_bytes() for file in (path, Path(f"{path}-wal"))}
+    assert str(path) in refused_start(process)
+    assert {name: (process.folder / name).read_bytes() for name in before} == before
+    path.write_bytes(whole)
+    process.start()
+    assert len(process.client().episodes()) == 1
+
+
 def test_screenshots_that_are_cut_short_or_missing_are_refused_and_left_as_they_are(start_replay: StartReplay) -> None:
     process = start_replay()
     store_an_episode(process)

@@ -163,12 +163,18 @@ def open_database(path: Path) -> sqlite3.Connection:
         UserError: the file is damaged, no database, of something else, or of another version. It is left as it is.
     """
     is_empty = not path.exists() or path.stat().st_size == 0
-    if is_empty and path.with_name(path.name + "-wal").exists():
+    has_log = path.with_name(path.name + "-wal").exists()
+    if is_empty and has_log:
         raise UserError(f"{path} is empty, yet has a write-ahead log: it was cut short", _MEND)
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection = open_reader(path) if has_log else _connect(path)
     try:
+        if has_log:
+            # The last writer to close moves the log into the file, even into a damaged one: look before there is one.
+            _check(connection, path)
+            connection.close()
+            connection = _connect(path)
         # A crash in the middle of the first start leaves a file that SQLite rolls back to an empty one.
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+        elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
             _create(connection)
         else:
             _check(connection, path)
@@ -183,6 +189,10 @@ def open_database(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
 
 
 def is_full_disk(error: Exception) -> bool:
