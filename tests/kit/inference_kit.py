@@ -120,7 +120,7 @@ class Reference:
         ids_1T = torch.tensor([[*prompt_ids, *action_ids]])
         pixels = self._processor([Image.open(io.BytesIO(image.data)) for image in images], return_tensors="pt")
         image_token = rendering.image_token_id(self.tokenizer)
-        unexpected = self.model.load_state_dict({_in_memory(n): t for n, t in weights.items()}, strict=False)[1]
+        unexpected = self.model.load_state_dict({in_memory(n): t for n, t in weights.items()}, strict=False)[1]
         assert not unexpected
         with torch.no_grad():
             logits_TV = self.model(
@@ -142,7 +142,7 @@ class Reference:
         }
 
 
-def _in_memory(name: str) -> str:
+def in_memory(name: str) -> str:
     """What transformers calls a tensor in memory whose name in checkpoints is `name`."""
     return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
 

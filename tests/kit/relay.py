@@ -40,16 +40,24 @@ class Relay:
         server.close()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        try:
+            target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        except OSError:  # nobody listens there: whoever came hears of it by a connection that ends
+            writer.close()
+            return
         await asyncio.gather(self._pass(reader, target_writer), self._pass(target_reader, writer))
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(_CHUNK_BYTES):
                 self.num_bytes += len(data)
-                writer.write(data)
+                writer.write(await self._treat(data))
                 await writer.drain()
         except ConnectionError:
             pass
         finally:
             writer.close()
+
+    async def _treat(self, data: bytes) -> bytes:
+        """What becomes of bytes on their way."""
+        return data

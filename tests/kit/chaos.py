@@ -1,0 +1,133 @@
+"""Faults at random moments of running jobs, from a seed, and what has to be true after each job.
+
+Faults fall one after another at random distances, so that some fall on a role that has not got over the last one, until
+the job has ended by itself. The same seed draws the same faults; what they meet depends on the machine. Knows the order
+of things; faults, jobs and rules are the neighbours'.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+from chaos_checks import find_wrong
+from chaos_faults import Fault, draw, inflict
+from chaos_job import ChaosJob
+
+MEAN_GAP_S = 2.5
+
+
+@dataclass(frozen=True)
+class Done:
+    """A fault that was done to a job, and undone."""
+
+    index: int
+    """In its job."""
+    fault: Fault
+    begun_s: float
+    """On the monotonic clock."""
+    ended_s: float
+    wrong: str
+    """What the job did meanwhile that it may not."""
+
+    def __str__(self) -> str:
+        return f"fault {self.index}, {self.fault}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One job and what became of it."""
+
+    seed: str
+    done: Sequence[Done]
+    wrong: Sequence[str]
+    recoveries_s: Sequence[tuple[Done, float]]
+    """From the end of each fault to the next acknowledged episode; of faults after which there was one."""
+    gaps_s: Sequence[float]
+    """Between acknowledged episodes while no fault was on, and none had just ended."""
+
+    def report(self) -> str:
+        """For a person: seed, faults by index, what was found."""
+        told = [f"seed {self.seed}: {len(self.wrong)} findings after {len(self.done)} faults", *self.wrong]
+        return "\n".join([*told, *(f"  {done}" for done in self.done)])
+
+
+class Storm:
+    """Inflicts faults on one job until it has learnt all, or as many as are asked for.
+
+    Args:
+        job: that runs.
+        random: draws the faults and the time between them.
+    """
+
+    def __init__(self, job: ChaosJob, random: Random) -> None:
+        self._job = job
+        self._random = random
+        self._threads: list[threading.Thread] = []
+        self.done: list[Done] = []
+
+    def rage(self, max_faults: int) -> None:
+        """Inflict, then wait until the last one is undone."""
+        try:
+            for index in range(max_faults):
+                fault, gap_s = draw(self._random), self._random.expovariate(1 / MEAN_GAP_S)
+                if self._job.wait(gap_s):
+                    break
+                print(f"{index}: {fault}", file=sys.stderr, flush=True)
+                thread = threading.Thread(target=self._inflict, args=(index, fault))
+                self._threads.append(thread)
+                thread.start()
+        finally:
+            for thread in self._threads:
+                thread.join()
+
+    def _inflict(self, index: int, fault: Fault) -> None:
+        begun_s, wrong = time.monotonic(), ""
+        try:
+            inflict(self._job, fault)
+        except AssertionError as error:
+            wrong = str(error)
+        self.done.append(Done(index, fault, begun_s, time.monotonic(), wrong))
+
+
+def run_job(runs: Path, seed: str, num_updates: int, max_faults: int, model: Path) -> Outcome:
+    """One job from start to judgement; its folder is kept if something is wrong."""
+    random = Random(seed)
+    job = ChaosJob(runs, f"chaos-{seed}", num_updates, random.getrandbits(31), model)
+    storm = Storm(job, random)
+    wrong: list[str] = []
+    try:
+        job.wait_until_running()
+        storm.rage(max_faults)
+        job.wait_until_learnt()
+    except TimeoutError as error:
+        wrong.append(str(error))
+    try:
+        job.end()
+        wrong += [f"{done}: {done.wrong}" for done in storm.done if done.wrong]
+        wrong += find_wrong(job.record())
+    finally:
+        job.close()
+    if not wrong:
+        shutil.rmtree(job.folder.root)
+    done = sorted(storm.done, key=lambda one: one.index)
+    return Outcome(seed, done, wrong, _recoveries(job, done), _gaps(job, done))
+
+
+def _recoveries(job: ChaosJob, done: Sequence[Done]) -> list[tuple[Done, float]]:
+    seen_s = [one.seen_s for one in job.acknowledged]
+    following = ((one, next((at_s for at_s in seen_s if at_s > one.ended_s), None)) for one in done)
+    return [(one, at_s - one.ended_s) for one, at_s in following if at_s is not None]
+
+
+def _gaps(job: ChaosJob, done: Sequence[Done]) -> list[float]:
+    first_s = min((one.begun_s for one in done), default=float("inf"))
+    seen_s = [one.seen_s for one in job.acknowledged if one.seen_s < first_s]
+    return [late - early for early, late in pairwise(seen_s)]
