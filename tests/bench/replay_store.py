@@ -154,9 +154,9 @@ def requests_of(episode: Episode) -> list[rollout_pb2.StreamEpisodeRequest]:
     """What an actor sends after its begin; made beforehand, as the bare side's rows are."""
     requests = []
     for index, (shot, name, payload) in enumerate(episode):
-        requests.append(rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=name, data=shot)))
         step = rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=payload)
-        requests.append(rollout_pb2.StreamEpisodeRequest(step=step))
+        image = common_pb2.Image(hash=name, data=shot)
+        requests.append(rollout_pb2.StreamEpisodeRequest(step=step, images=[image]))
     result = rollout_pb2.EpisodeResult(reward=1, num_steps=STEPS, termination=rollout_pb2.TERMINATION_FINISHED)
     return [*requests, rollout_pb2.StreamEpisodeRequest(result=result)]
 

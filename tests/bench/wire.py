@@ -86,13 +86,12 @@ class ResendingStream(EpisodeStream):
 
     def add_step(self, step: Step) -> None:
         """Its screenshots, then the step."""
-        for name in step.images:
-            self._add(rollout_pb2.StreamEpisodeRequest(image=self._images[name]))
+        self._new_images = [self._images[name] for name in step.images]
         super().add_step(step)
 
     async def finish(self, end: rollout_pb2.EpisodeResult | rollout_pb2.EpisodeFault) -> None:
         """The last screenshot, then the end."""
-        self._add(rollout_pb2.StreamEpisodeRequest(image=list(self._images.values())[-1]))
+        self._new_images = list(self._images.values())[-1:]
         await super().finish(end)
 
 

@@ -49,8 +49,8 @@ class ReplayDouble(rollout_pb2_grpc.RolloutServiceServicer):
         async for request in requests:
             event = request.WhichOneof("event")
             assert event is not None
-            name = {"image": request.image.data.decode(), "step": f"step {request.step.index}"}.get(event, event)
-            self.heard[-1].append(name)
+            name = {"step": f"step {request.step.index}"}.get(event, event)
+            self.heard[-1].append(" with ".join([name, *(image.data.decode() for image in request.images)]))
             if name == until:
                 return
 
@@ -156,19 +156,19 @@ def image(text: str) -> common_pb2.Image:
 def test_an_episode_goes_in_one_stream_each_screenshot_once() -> None:
     double = ReplayDouble(close_it)
     stream_an_episode(double)
-    assert double.heard == [["begin", "first", "step 0", "step 1", "last", "result"]]
+    assert double.heard == [["begin", "step 0 with first", "step 1", "result with last"]]
 
 
 def test_a_broken_stream_is_resumed_with_what_was_not_acknowledged() -> None:
     double = ReplayDouble(break_after_a_step, break_at_once, close_it)
     stream_an_episode(double)
-    assert double.heard == [["begin", "first", "step 0", "step 1"], [], ["begin", "step 1", "last", "result"]]
+    assert double.heard == [["begin", "step 0 with first", "step 1"], [], ["begin", "step 1", "result with last"]]
 
 
 def test_a_stream_that_ends_without_closing_the_episode_is_resumed() -> None:
     double = ReplayDouble(end_early, close_it)
     stream_an_episode(double)
-    assert double.heard[-1] == ["begin", "last", "result"]
+    assert double.heard[-1] == ["begin", "result with last"]
 
 
 def test_a_lost_lease_ends_the_episode() -> None:

@@ -14,7 +14,6 @@ from replay_kit import (
     StartReplay,
     begin,
     fault,
-    image,
     replay_config,
     result,
     screenshot,
@@ -60,8 +59,7 @@ def test_a_screenshot_is_stored_once_however_often_it_is_sent(start_replay: Star
     client.plan("eval/0", num=2)
     for _ in range(2):
         same = b"the desktop as it starts"
-        client.stream([begin(lease := client.acquire()), image(same), step(0, same), image(same), result(1, 1)])
-        assert lease.lease_id
+        client.stream([begin(client.acquire()), step(0, same, sent=[same, same]), result(1, 1)])
     status = client.status()
     assert (status.num_images, status.image_bytes) == (1, 24)
 
@@ -70,7 +68,7 @@ def test_a_step_may_name_a_screenshot_that_another_episode_sent(start_replay: St
     client = start_replay().client()
     client.plan("eval/0", num=2)
     shot = b"shared"
-    client.stream([begin(client.acquire()), image(shot), step(0, shot), result(1, 1)])
+    client.stream([begin(client.acquire()), step(0, shot, sent=[shot]), result(1, 1)])
     assert client.stream([begin(client.acquire()), step(0, shot), result(1, 1)])[-1] == (1, True)
 
 
@@ -114,7 +112,8 @@ def test_a_screenshot_that_came_with_a_step_sent_twice_is_kept_for_a_later_one(s
     stream.read_until(1)
     stream.break_off()
     early = b"sent before a step that is there already"
-    requests = [begin(lease), image(early), *steps(lease, [0]), step(1, early), result(1, 2)]
+    again = step(0, screenshot(lease, 0), sent=[early])
+    requests = [begin(lease), again, step(1, early), result(1, 2)]
     assert client.stream(requests)[-1] == (2, True)
 
 
@@ -207,6 +206,13 @@ def test_an_episode_that_just_ended_is_not_reported_as_lost(start_replay: StartR
 SHOT = b"sent but never stored"
 
 
+def with_image(image: common_pb2.Image) -> rollout_pb2.StreamEpisodeRequest:
+    """A sound step with a screenshot that is none."""
+    request = step(0, SHOT, sent=[SHOT])
+    request.images.append(image)
+    return request
+
+
 @pytest.fixture(scope="module")
 def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplayClient]:
     """One service for the tests that need nothing special of it."""
@@ -218,19 +224,19 @@ def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplayCl
 @pytest.mark.parametrize(
     ("requests", "words"),
     [
-        ([image(SHOT), step(1, SHOT)], "step 0 was expected"),
+        ([step(1, SHOT, sent=[SHOT])], "step 0 was expected"),
         ([step(0, SHOT)], "neither sent nor held"),
-        ([image(SHOT), step(0, SHOT), result(1, 2)], "2 steps, of which 1"),
+        ([step(0, SHOT, sent=[SHOT]), result(1, 2)], "2 steps, of which 1"),
         ([result(float("nan"), 0)], "a reward of nan"),
         ([rollout_pb2.StreamEpisodeRequest(result=rollout_pb2.EpisodeResult(reward=1))], "termination"),
         ([rollout_pb2.StreamEpisodeRequest(fault=rollout_pb2.EpisodeFault(message="?"))], "fault of kind 0"),
         ([rollout_pb2.StreamEpisodeRequest()], "empty message"),
         (
-            [rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=ids.image_hash(b"other"), data=SHOT))],
+            [with_image(common_pb2.Image(hash=ids.image_hash(b"other"), data=SHOT))],
             "do not have the hash",
         ),
         (
-            [rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash="x", data=bytes(16 * 1024**2 + 1)))],
+            [with_image(common_pb2.Image(hash=ids.image_hash(b"large"), data=bytes(16 * 1024**2 + 1)))],
             "over the limit",
         ),
         (
@@ -239,7 +245,6 @@ def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplayCl
         ),
         (
             [
-                image(SHOT),
                 rollout_pb2.StreamEpisodeRequest(step=rollout_pb2.EpisodeStep(payload=step(4, SHOT).step.payload)),
             ],
             "payload of step 4",

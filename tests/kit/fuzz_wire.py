@@ -36,8 +36,10 @@ STREAMED = [
     rollout_pb2.StreamEpisodeRequest(
         begin=rollout_pb2.EpisodeBegin(peer=ME, lease_id="lease-1", episode_id="fuzz/0.0")
     ),
-    rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=image_hash(b"picture"), data=b"picture")),
-    rollout_pb2.StreamEpisodeRequest(step=rollout_pb2.EpisodeStep(index=0, payload=b"\x80")),
+    rollout_pb2.StreamEpisodeRequest(
+        step=rollout_pb2.EpisodeStep(index=0, payload=b"\x80"),
+        images=[common_pb2.Image(hash=image_hash(b"picture"), data=b"picture")],
+    ),
     rollout_pb2.StreamEpisodeRequest(result=rollout_pb2.EpisodeResult(reward=1.0, num_steps=1)),
 ]
 LISTED: dict[str, Message] = {

@@ -154,8 +154,7 @@ def episode_requests(
     """A whole episode as an actor streams it."""
     yield begin(lease)
     for step, shot in zip(steps, shots, strict=True):
-        yield image(shot)
         payload = encode_step(step)
         message = rollout_pb2.EpisodeStep(index=step.index, image_hashes=step.images, payload=payload)
-        yield rollout_pb2.StreamEpisodeRequest(step=message)
+        yield rollout_pb2.StreamEpisodeRequest(step=message, images=[image(shot)])
     yield result(reward, len(steps))

@@ -209,11 +209,12 @@ def begin(lease: rollout_pb2.AcquireLeaseResponse) -> rollout_pb2.StreamEpisodeR
     )
 
 
-def image(data: bytes) -> rollout_pb2.StreamEpisodeRequest:
-    return rollout_pb2.StreamEpisodeRequest(image=common_pb2.Image(hash=ids.image_hash(data), data=data))
+def image(data: bytes) -> common_pb2.Image:
+    return common_pb2.Image(hash=ids.image_hash(data), data=data)
 
 
-def step(index: int, shot: bytes) -> rollout_pb2.StreamEpisodeRequest:
+def step(index: int, shot: bytes, sent: Iterable[bytes] = ()) -> rollout_pb2.StreamEpisodeRequest:
+    """A step that shows one screenshot, with those that are sent along."""
     name = ids.image_hash(shot)
     content = Step(
         index=index,
@@ -226,18 +227,18 @@ def step(index: int, shot: bytes) -> rollout_pb2.StreamEpisodeRequest:
         spans=(Span("test", 7, 0, 2),),
     )
     return rollout_pb2.StreamEpisodeRequest(
-        step=rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=encode_step(content))
+        step=rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=encode_step(content)),
+        images=[image(data) for data in sent],
     )
 
 
 def steps(
     lease: rollout_pb2.AcquireLeaseResponse, indices: Iterable[int], num_bytes: int = 300
 ) -> Iterator[rollout_pb2.StreamEpisodeRequest]:
-    """Each step after its screenshot."""
+    """Each step with its screenshot."""
     for index in indices:
         shot = screenshot(lease, index, num_bytes)
-        yield image(shot)
-        yield step(index, shot)
+        yield step(index, shot, sent=[shot])
 
 
 def result(reward: float, num_steps: int) -> rollout_pb2.StreamEpisodeRequest:

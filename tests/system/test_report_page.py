@@ -109,8 +109,6 @@ def _events(lease: rollout_pb2.AcquireLeaseResponse, play: Play) -> Iterator[rol
     yield request(begin=begin)
     screens = play.screens or [screen(f"{lease.rollout.task_id} {n}") for n in range(len(play.turns) + 1)]
     images = [common_pb2.Image(hash=ids.image_hash(data), data=data) for data in screens]
-    for image in {image.hash: image for image in images}.values():
-        yield request(image=image)
     for index, (text, action) in enumerate(play.turns):
         step = Step(
             index=index,
@@ -123,7 +121,7 @@ def _events(lease: rollout_pb2.AcquireLeaseResponse, play: Play) -> Iterator[rol
             logprobs=(-0.1,),
         )
         record = rollout_pb2.EpisodeStep(index=index, image_hashes=step.images, payload=encode_step(step))
-        yield request(step=record)
+        yield request(step=record, images=images[index : index + 1])
     if play.fault is not None:
         yield request(fault=play.fault)
         return
@@ -136,7 +134,8 @@ def _events(lease: rollout_pb2.AcquireLeaseResponse, play: Play) -> Iterator[rol
             evidence_json=play.evidence,
             final_image_hash=images[-1].hash,
             duration_s=1.5 * len(play.turns),
-        )
+        ),
+        images=images[-1:],
     )
 
 

@@ -60,9 +60,9 @@ def turn(index: int, text: str, action: dict[str, Any], version: int) -> Iterato
         spans=(Span("first-line", version, 0, 2),),
         action=action,
     )
-    yield image(shot)
     yield rollout_pb2.StreamEpisodeRequest(
-        step=rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=encode_step(step))
+        step=rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=encode_step(step)),
+        images=[image(shot)],
     )
 
 

@@ -43,6 +43,7 @@ class EpisodeStream:
         self._step_ends: list[int] = []
         self._num_acked_steps = 0
         self._image_hashes: set[str] = set()
+        self._new_images: list[common_pb2.Image] = []
         self._complete = False
         self._added = asyncio.Event()
         self._pump = asyncio.create_task(self._deliver())
@@ -53,15 +54,16 @@ class EpisodeStream:
         return len(self._step_ends)
 
     def add_image(self, image: common_pb2.Image) -> None:
-        """Send a screenshot, unless this episode sent it before."""
+        """Have a screenshot sent with the next step or the result, unless this episode sent it before."""
         if image.hash not in self._image_hashes:
             self._image_hashes.add(image.hash)
-            self._add(rollout_pb2.StreamEpisodeRequest(image=image))
+            self._new_images.append(image)
 
     def add_step(self, step: Step) -> None:
         """Send a step; its screenshots were added before."""
         record = rollout_pb2.EpisodeStep(index=step.index, image_hashes=step.images, payload=encode_step(step))
-        self._add(rollout_pb2.StreamEpisodeRequest(step=record))
+        self._add(rollout_pb2.StreamEpisodeRequest(step=record, images=self._new_images))
+        self._new_images.clear()
         self._step_ends.append(self._base + len(self._events))
 
     async def finish(self, end: rollout_pb2.EpisodeResult | rollout_pb2.EpisodeFault) -> None:
@@ -72,7 +74,7 @@ class EpisodeStream:
             ReplayRefused: replay will not take this episode.
         """
         if isinstance(end, rollout_pb2.EpisodeResult):
-            self._add(rollout_pb2.StreamEpisodeRequest(result=end))
+            self._add(rollout_pb2.StreamEpisodeRequest(result=end, images=self._new_images))
         else:
             self._add(rollout_pb2.StreamEpisodeRequest(fault=end))
         self._complete = True

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from deskrl.core.ids import image_hash
 from deskrl.core.trajectory import MAX_STEP_BYTES, CodecError, decode_step
 from deskrl.proto.v1 import common_pb2, rollout_pb2
 from deskrl.replay import images, rollouts
@@ -19,8 +18,6 @@ from deskrl.replay.coordinator import Coordinator
 from deskrl.replay.refusals import Malformed
 
 MAX_IMAGE_BYTES = 16 * 1024**2
-MAX_UNNAMED_BYTES = 64 * 1024**2
-"""Screenshots that a stream may send before the step that names them."""
 MAX_STEPS_IN_FLIGHT = 16
 
 _TERMINATIONS = frozenset(rollout_pb2.Termination.values()) - {rollout_pb2.TERMINATION_UNSPECIFIED}
@@ -37,7 +34,6 @@ class EpisodeStream:
         self._lease_id = begin.lease_id
         self._episode_id = begin.episode_id
         self._context = context
-        self._received: list[images.Received] = []
         self._pending: asyncio.Queue[_Ack | None] = asyncio.Queue(MAX_STEPS_IN_FLIGHT)
 
     async def run(self, requests: AsyncIterator[rollout_pb2.StreamEpisodeRequest]) -> None:
@@ -63,12 +59,10 @@ class EpisodeStream:
     async def _receive(self, requests: AsyncIterator[rollout_pb2.StreamEpisodeRequest]) -> None:
         async for request in requests:
             match request.WhichOneof("event"):
-                case "image":
-                    self._receive_image(request.image)
                 case "step":
-                    await self._receive_step(request.step)
+                    await self._receive_step(request.step, self._receive_images(request.images))
                 case "result":
-                    await self._receive_result(request.result)
+                    await self._receive_result(request.result, self._receive_images(request.images))
                     break
                 case "fault":
                     await self._receive_fault(request.fault)
@@ -92,18 +86,15 @@ class EpisodeStream:
                 if pending is _END or not pending[0].done():
                     await self._context.write(response)
 
-    def _receive_image(self, image: common_pb2.Image) -> None:
-        data = image.data  # a copy each time it is asked for
-        if len(data) > MAX_IMAGE_BYTES:
-            raise Malformed(f"a screenshot of {len(data)} bytes is over the limit of {MAX_IMAGE_BYTES}")
-        if image_hash(data) != image.hash:
-            raise Malformed(f"a screenshot's bytes do not have the hash {image.hash[:80]!r}")
-        self._received.append(images.Received(images.parse_hash(image.hash), data))
-        if sum(len(one.data) for one in self._received) > MAX_UNNAMED_BYTES:
-            raise Malformed(f"over {MAX_UNNAMED_BYTES} bytes of screenshots without a step")
-        self._coordinator.metrics.image_bytes.inc(len(data))
+    def _receive_images(self, sent: Iterable[common_pb2.Image]) -> list[images.Received]:
+        received = [images.Received(images.parse_hash(image.hash), image.data) for image in sent]
+        for image in received:
+            if len(image.data) > MAX_IMAGE_BYTES:
+                raise Malformed(f"a screenshot of {len(image.data)} bytes is over the limit of {MAX_IMAGE_BYTES}")
+            self._coordinator.metrics.image_bytes.inc(len(image.data))
+        return received
 
-    async def _receive_step(self, step: rollout_pb2.EpisodeStep) -> None:
+    async def _receive_step(self, step: rollout_pb2.EpisodeStep, received: list[images.Received]) -> None:
         if len(step.payload) > MAX_STEP_BYTES:
             raise Malformed(f"a step of {len(step.payload)} bytes is over the limit of {MAX_STEP_BYTES}")
         try:
@@ -114,7 +105,6 @@ class EpisodeStream:
             raise Malformed(f"step {step.index} carries the payload of step {content.index}")
         spoken_of = {*step.image_hashes, *content.images, content.screenshot} - {""}
         named = [images.parse_hash(text) for text in sorted(spoken_of)]
-        received, self._received = self._received, []
         store = self._coordinator.store
         written = store.submit(
             lambda connection: rollouts.add_step(
@@ -124,13 +114,13 @@ class EpisodeStream:
         self._coordinator.metrics.steps.inc()
         await self._await_commit(asyncio.wrap_future(written), closes=False)
 
-    async def _receive_result(self, result: rollout_pb2.EpisodeResult) -> None:
+    async def _receive_result(self, result: rollout_pb2.EpisodeResult, received: list[images.Received]) -> None:
         if not math.isfinite(result.reward):
             raise Malformed(f"a reward of {result.reward}")
         if result.termination not in _TERMINATIONS:
             raise Malformed(f"a result with termination {result.termination}, which is none")
         named = [images.parse_hash(result.final_image_hash)] if result.final_image_hash else []
-        writing = self._coordinator.finish(self._lease_id, result, self._received, named)
+        writing = self._coordinator.finish(self._lease_id, result, received, named)
         await self._await_commit(asyncio.ensure_future(writing), closes=True)
 
     async def _receive_fault(self, fault: rollout_pb2.EpisodeFault) -> None:

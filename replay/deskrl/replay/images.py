@@ -5,6 +5,7 @@ Knows the rows that say where in the segments a screenshot's bytes lie; not what
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ HASH_BYTES = 32
 
 @dataclass(frozen=True)
 class Received:
-    """A screenshot whose bytes were checked against its hash."""
+    """A screenshot as it came: `keep` checks its bytes against its hash."""
 
     hash: bytes
     data: bytes
@@ -48,9 +49,11 @@ def keep(
     """Store what was received and note that the rollout uses it, and what it names.
 
     Raises:
-        Malformed: a named screenshot is not held.
+        Malformed: the bytes of one do not have its hash, or a named screenshot is not held.
     """
     for image in received:
+        if hashlib.sha256(image.data).digest() != image.hash:
+            raise Malformed(f"a screenshot's bytes do not have the hash {image.hash.hex()}")
         _use(connection, rollout, _find(connection, image.hash) or _insert(connection, segments, image))
     arrived = {image.hash for image in received}
     for value in named:
