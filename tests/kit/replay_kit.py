@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from ports_kit import free_port
+from ports_kit import free_address
 
 from deskrl.core import ids, rpc
 from deskrl.core.config import RunConfig, dump_config
@@ -287,7 +287,8 @@ def replay_config(
         {
             "runs": runs,
             "tasks": {"rollouts": rollouts},
-            "replay": {"address": f"127.0.0.1:{free_port()}", **replay},
+            "replay": {"address": free_address(), **replay},
+            "inference": {"address": free_address()},  # where nobody is, whoever has the usual port
             "security": {"folder": security},
             "learner": {"grpo": {"groups_per_batch": groups_per_batch, "max_staleness": staleness, **(grpo or {})}},
         }
