@@ -75,6 +75,13 @@ def read(data: bytes) -> Task:
     return parse_task(data, "variant")
 
 
+def test_what_lies_on_top_comes_after_a_window_that_the_task_does_not_wait_for() -> None:
+    launch = {"type": "launch", "parameters": {"command": ["google-chrome"]}}
+    sleeps = {"type": "sleep", "parameters": {"seconds": 5}}
+    assert sleeps in variant(task(config=[launch]), "medium")["config"]
+    assert sleeps not in variant(task(config=[launch, *TABS["config"]]), "medium")["config"]  # type: ignore[misc]
+
+
 def test_noise_stays_out_of_folders_and_applications_that_the_task_is_about() -> None:
     for seed in range(10):
         added = json.dumps(variant(task(instruction="Look into Downloads and Music."), "medium", seed)["config"])

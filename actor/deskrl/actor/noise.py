@@ -63,6 +63,10 @@ _WINDOWS = {
 }
 """Kinds of windows, each with the applications that a task must not be about: they might share a window."""
 
+_WAITING = {"activate_window", "chrome_open_tabs", "execute_with_verification", "open", "sleep"}
+"""Setup steps that go on once a window is there."""
+
+_OPENS_WITHIN_S = 5
 _TAB_GETTERS = {"open_tabs_info"}
 _PROGRAM = Path(__file__).with_name("noise_window.py").read_text(encoding="utf-8")
 
@@ -89,6 +93,8 @@ def make_noisy(task: Task, level: Level, seed: int = 0) -> bytes:
     depth = LEVELS.index(level)
     _add_files_and_windows(noise, task, drawn, num_windows=min(2, depth + 1), with_tab=depth >= 1)
     if depth >= 1:
+        if _opens_late(task):
+            noise.after.append({"type": "sleep", "parameters": {"seconds": _OPENS_WITHIN_S}})
         _add_note(noise, task, drawn)
     if depth >= 2:
         title, *lines = drawn.choice(_MESSAGES)
@@ -136,6 +142,12 @@ def _add_files_and_windows(
         )
     if with_tab and any(step.type == "chrome_open_tabs" for step in task.config):
         _add_tab(noise, task, f"file://{folder}/{names[1]}.html")
+
+
+def _opens_late(task: Task) -> bool:
+    """Whether the task's setup ends while a window of it may still be about to open, on top of all and with the focus."""
+    last = max((index for index, step in enumerate(task.config) if step.type == "launch"), default=None)
+    return last is not None and not any(step.type in _WAITING for step in task.config[last + 1 :])
 
 
 def _add_tab(noise: _Noise, task: Task, url: str) -> None:
