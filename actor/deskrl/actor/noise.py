@@ -145,7 +145,7 @@ def _add_files_and_windows(
 
 
 def _opens_late(task: Task) -> bool:
-    """Whether the task's setup ends while a window of it may still be about to open, on top of all and with the focus."""
+    """Whether a window of the task may still be about to open when its setup ends, on top of all and with the focus."""
     last = max((index for index, step in enumerate(task.config) if step.type == "launch"), default=None)
     return last is not None and not any(step.type in _WAITING for step in task.config[last + 1 :])
 
