@@ -37,6 +37,7 @@ from deskrl.actor.agent import make_agent
 from deskrl.actor.desktops.simulated import SimulatedDesktop
 from deskrl.actor.episode_stream import EpisodeStream
 from deskrl.actor.leases import Lease
+from deskrl.actor.players import sampled_player
 from deskrl.actor.policy_client import PolicyClient, PolicySession
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.worker import Worker
@@ -178,7 +179,7 @@ class Wires:
         policy = make_policy(inference, "bench", 60.0)
         desktop = self.config.desktop
         make_desktop = partial(PaintedDesktop, desktop, "painted")
-        worker = Worker(replay, policy, make_agent(self.config.agent), make_desktop, desktop)
+        worker = Worker(replay, partial(sampled_player, policy), make_agent(self.config.agent), make_desktop, desktop)
         tasks = {
             asyncio.create_task(worker.run()),
             asyncio.create_task(replay.keep_alive(self.config.replay.lease_ttl_s)),

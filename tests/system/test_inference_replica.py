@@ -35,8 +35,13 @@ from inference_kit import (
 from ports_kit import free_port
 from safetensors.torch import load_file, save_file
 
+from deskrl.actor.external_policy import ExternalPolicy, chat_messages
+from deskrl.actor.policy_client import InferenceFailed
 from deskrl.core import rpc
+from deskrl.core.config import InferenceConfig
 from deskrl.core.direct import host_name
+from deskrl.core.errors import UserError
+from deskrl.core.evaluation import external
 from deskrl.inference.main import temporary_folder
 from deskrl.proto.v1 import common_pb2, inference_pb2_grpc, weights_pb2, weights_pb2_grpc
 from deskrl.proto.v1 import inference_pb2 as pb
@@ -436,6 +441,21 @@ def test_the_openai_endpoint_answers_from_the_same_engine(replica: Replica) -> N
     with urllib.request.urlopen(request, timeout=60) as reply:
         answer = json.load(reply)
     assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_an_actor_plays_by_an_openai_endpoint_as_it_would_by_anothers(replica: Replica) -> None:
+    address = f"http://127.0.0.1:{replica.config.inference.openai_port}/v1"
+    config = InferenceConfig(external_url=address, external_model=replica.config.name, max_action_tokens=5)
+    external.refuse_absent(config)
+    with pytest.raises(UserError, match="serves no other; set"):
+        external.refuse_absent(config.model_copy(update={"external_model": "other"}))
+    messages = [system("You use a computer."), user("Open it."), user(screenshot(9))]
+    sent = chat_messages(messages, {screenshot(9).hash: screenshot(9).data})
+    policy = ExternalPolicy(config, timeout_s=60)
+    one, same = (asyncio.run(policy.answer(sent, temperature=1.0, seed=3)) for _ in range(2))
+    assert one == same, "seed and screenshot have arrived"
+    with pytest.raises(InferenceFailed, match="400"):
+        asyncio.run(policy.answer(sent, temperature=-1.0, seed=3))
 
 
 def test_its_temporary_folder_is_its_own(replica: Replica) -> None:

@@ -104,6 +104,16 @@ def test_a_scripted_answer_stays_text() -> None:
     assert conversation.prompt().messages[3].contents[0].text == "Thought: Press it.\nAction: wait()"
 
 
+@pytest.mark.parametrize("point", ["(1,2)", "( 1, 2 )", "<|box_start|>(1,2)<|box_end|>"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_that_came_as_text_has_the_marks_that_decoding_drops(family: FamilyName, point: str) -> None:
+    conversation = make_agent(AgentConfig(family=family)).begin("Press it.")
+    conversation.observe(screen(0))
+    conversation.respond(f"Action: click(start_box='{point}')")
+    marked = f"<|box_start|>{point}<|box_end|>" if family == "ui_tars_1_0" and point.startswith("(") else point
+    assert conversation.prompt().messages[3].contents[0].text == f"Action: click(start_box='{marked}')"
+
+
 def test_a_screenshot_is_scaled_encoded_and_named_by_its_bytes() -> None:
     conversation = make_agent(AgentConfig(image_width=504, image_height=280)).begin("Press it.")
     seen = conversation.observe(screen(9))

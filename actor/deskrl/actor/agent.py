@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from deskrl.actor.actions import Action
-from deskrl.actor.grammar import FormatError, Turn, parse_turn, render_turn
+from deskrl.actor.grammar import FormatError, Turn, parse_turn, render_turn, with_marks
 from deskrl.actor.prompts import opening
 from deskrl.core.config import AgentConfig
 from deskrl.core.families import FAMILIES
@@ -43,7 +43,7 @@ class Conversation(ABC):
 
     @abstractmethod
     def respond(self, said: str | Sequence[int]) -> None:
-        """Add the policy's answer: token ids exactly as sampled, or the text of a scripted turn."""
+        """Add the policy's answer: token ids exactly as sampled, or text where a script or an external server spoke."""
 
     @abstractmethod
     def parse(self, text: str) -> Turn:
@@ -120,7 +120,7 @@ class _UiTarsConversation(Conversation):
     def respond(self, said: str | Sequence[int]) -> None:
         role = inference_pb2.MESSAGE_ROLE_ASSISTANT
         if isinstance(said, str):
-            self._answers.append(_message(role, text=said))
+            self._answers.append(_message(role, text=with_marks(said, self._config.family)))
         else:
             self._answers.append(_message(role, token_ids=inference_pb2.TokenIds(ids=said)))
 

@@ -69,6 +69,7 @@ _ARGUMENT = re.compile(
     re.DOTALL,
 )
 _MARKUP = re.compile(r"<\|?/?(?:box_start|box_end|point|bbox)\|?>")
+_BARE_BOX = re.compile(r"(?<=_box=')\([^'<>]*\)(?=')")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _ESCAPED = {"n": "\n", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
@@ -172,6 +173,11 @@ def write_point(family: FamilyName, which: Literal["", "start", "end"], x: int |
             return f"{which or 'start'}_box='({x},{y})'"
         case "ui_tars_2":
             return f"{which + '_' if which else ''}point='<point>{x} {y}</point>'"
+
+
+def with_marks(text: str, family: FamilyName) -> str:
+    """What the policy wrote, of which decoding left the text: UI-TARS 1.0 marks its points with special tokens."""
+    return _BARE_BOX.sub(r"<|box_start|>\g<0><|box_end|>", text) if family == "ui_tars_1_0" else text
 
 
 def _arguments(inside: str) -> dict[str, str]:

@@ -14,12 +14,16 @@ import logging
 import os
 import socket
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from deskrl.actor.agent import make_agent
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.provider import make_desktop, reap
+from deskrl.actor.external_policy import ExternalPolicy
 from deskrl.actor.joined import follow_joined
+from deskrl.actor.players import Player, sampled_player
 from deskrl.actor.policy_client import PolicyClient
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.worker import DesktopsDoNotStart, Worker
@@ -29,6 +33,7 @@ from deskrl.core.errors import UserError
 from deskrl.core.exposition import expose
 from deskrl.core.ids import new_id
 from deskrl.core.lifetime import StopEvent, die_with_parent, stop_event
+from deskrl.proto.v1 import rollout_pb2
 
 FINISH_S = 2.0
 """How long running episodes may go on when the process is asked to end."""
@@ -86,6 +91,9 @@ async def _run(config: RunConfig, actor: int | None, num_desktops: int, stop: St
     name = f"actor-{socket.gethostname() if actor is None else actor}.{os.getpid()}"
     replay = ReplayClient(config.replay.address, name)
     policy = PolicyClient(config.inference, name, config.actor.act_timeout_s)
+    make_player: Callable[[rollout_pb2.Rollout], Player] = partial(sampled_player, policy)
+    if config.inference.external_url is not None:
+        make_player = ExternalPolicy(config.inference, config.actor.act_timeout_s).player
     agent = make_agent(config.agent)
 
     def fresh_desktop() -> Desktop:
@@ -94,7 +102,8 @@ async def _run(config: RunConfig, actor: int | None, num_desktops: int, stop: St
     lock_step = config.replay.schedule == "lock_step"
     judges_all = config.agent.format_error == "evaluate"
     workers = [
-        Worker(replay, policy, agent, fresh_desktop, config.desktop, lock_step, judges_all) for _ in range(num_desktops)
+        Worker(replay, make_player, agent, fresh_desktop, config.desktop, lock_step, judges_all)
+        for _ in range(num_desktops)
     ]
     _log.info("driving %d desktops", num_desktops)
     heartbeat = asyncio.create_task(replay.keep_alive(config.replay.lease_ttl_s))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from deskrl.actor import metrics
 from deskrl.actor.agent import Conversation
 from deskrl.actor.grammar import Turn
-from deskrl.actor.policy_client import PolicySession
+from deskrl.actor.policy_client import PolicyClient, PolicySession
 from deskrl.actor.tasks import Task
 from deskrl.core.ids import derive_seed
 from deskrl.core.trajectory import Span, Step
-from deskrl.proto.v1 import common_pb2
+from deskrl.proto.v1 import common_pb2, rollout_pb2
 
 
 class ScriptEnded(RuntimeError):
@@ -75,6 +75,12 @@ class SampledPlayer(Player):
             "decode": sampled.decode_ms,
         }
         return Decision(step, timings_ms)
+
+
+def sampled_player(policy: PolicyClient, rollout: rollout_pb2.Rollout) -> Player:
+    """The served policy, as it plays one episode."""
+    session = policy.open_session(rollout.episode_id, rollout.temperature)
+    return SampledPlayer(session, rollout.temperature, rollout.seed)
 
 
 class ScriptedPlayer(Player):

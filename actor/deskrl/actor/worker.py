@@ -22,8 +22,7 @@ from deskrl.actor.episode import Episode, Fault, answers, describe
 from deskrl.actor.episode_stream import EpisodeStream
 from deskrl.actor.leases import Lease, LeaseLost, ReplayRefused
 from deskrl.actor.metrics import DesktopState
-from deskrl.actor.players import Player, SampledPlayer, ScriptedPlayer
-from deskrl.actor.policy_client import PolicyClient
+from deskrl.actor.players import Player, ScriptedPlayer
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.retries import Pauses
 from deskrl.actor.tasks import Task, parse_task
@@ -48,7 +47,7 @@ class Worker:
 
     Args:
         replay: where work comes from and goes to.
-        policy: the served policy.
+        make_player: the served policy, as it plays one episode.
         agent: how it is prompted.
         make_desktop: a new desktop, not started.
         config: deadlines.
@@ -59,7 +58,7 @@ class Worker:
     def __init__(
         self,
         replay: ReplayClient,
-        policy: PolicyClient,
+        make_player: Callable[[rollout_pb2.Rollout], Player],
         agent: Agent,
         make_desktop: Callable[[], Desktop],
         config: DesktopConfig,
@@ -67,7 +66,7 @@ class Worker:
         evaluate_format_errors: bool = False,
     ) -> None:
         self._replay = replay
-        self._policy = policy
+        self._make_player = make_player
         self._agent = agent
         self._make_desktop = make_desktop
         self._config = config
@@ -181,8 +180,7 @@ class Worker:
     def _player(self, rollout: rollout_pb2.Rollout, task: Task) -> Player:
         if rollout.acting_policy == rollout_pb2.ACTING_POLICY_SCRIPTED:
             return ScriptedPlayer(task)
-        session = self._policy.open_session(rollout.episode_id, rollout.temperature)
-        return SampledPlayer(session, rollout.temperature, rollout.seed)
+        return self._make_player(rollout)
 
     async def _deliver(self, lease: Lease, stream: EpisodeStream, end: End | None) -> None:
         """Bring the end of an episode to replay; what it refuses as it is becomes a fault of this actor."""

@@ -38,15 +38,22 @@ class Endpoint(NamedTuple):
 def refuse_bad_input(config: RunConfig) -> None:
     """Raise UserError for whatever can be known to be wrong by now; changes nothing."""
     refuse_contradictions(config)
-    if config.inference.num_replicas == 0:
+    served_here = config.inference.external_url is None
+    if served_here and config.inference.num_replicas == 0:
         raise UserError("inference.num_replicas = 0 starts no policy that could act", "set it to 1 or more")
     refuse_ports(config)
     refuse_full_disk(RunFolder(config.folder))
+    if served_here:
+        _refuse_unservable(config)
+    importlib.import_module("deskrl.actor.prepare").load(config)
+    importlib.import_module("deskrl.actor.desktops.provider").refuse_unusable(config.desktop)
+
+
+def _refuse_unservable(config: RunConfig) -> None:
+    """Raise UserError for a model that could not be served or learnt with on this machine."""
     refuse_missing_packages(config)
     if devices.are_named(config):
         devices.refuse_missing(config, importlib.import_module("deskrl.learner.gpus").num_gpus())
-    importlib.import_module("deskrl.actor.prepare").load(config)
-    importlib.import_module("deskrl.actor.desktops.provider").refuse_unusable(config.desktop)
     if config.model.path is not None:
         model_folder.refuse_incomplete(config.model.path)
     else:
@@ -71,6 +78,12 @@ def refuse_contradictions(config: RunConfig) -> None:
 
 def refuse_unlearnable(config: RunConfig) -> None:
     """Raise UserError for what can be evaluated and not learnt with."""
+    if (url := config.inference.external_url) is not None:
+        raise UserError(
+            f"inference.external_url = {url} takes no weights and tells neither token ids nor logprobs nor versions: "
+            "nothing can be learnt from it",
+            "unset it; `deskrl eval` takes it",
+        )
     model_folder.refuse_quantized(config)
 
 

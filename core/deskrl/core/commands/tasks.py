@@ -81,7 +81,12 @@ def _add_list(command: argparse.ArgumentParser) -> None:
 
 def _add_evaluation(commands: Commands) -> None:
     evaluate = commands.add("eval", "play a checkpoint on a task list and say how often it succeeds", _evaluate)
-    evaluate.add_argument("--checkpoint", type=Path, required=True, help="folder of the model, as checkpoints/epoch_N")
+    evaluate.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=None,
+        help="folder of the model, as checkpoints/epoch_N; not with inference.external_url",
+    )
     evaluate.add_argument(
         "--tasks", type=Path, default=None, help="task list (JSON); unset: those of the configuration"
     )
@@ -133,9 +138,15 @@ def _subset(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from deskrl.core.evaluation.play import Plan, configure, evaluate
 
-    checkpoint = options.checkpoint.resolve()
-    path = options.config or checkpoint.parent.parent / "config.json"
+    checkpoint = None if options.checkpoint is None else options.checkpoint.resolve()
+    path = options.config or (checkpoint and checkpoint.parent.parent / "config.json")
+    if path is None:
+        raise UserError(
+            "there is nothing to evaluate", "name a --checkpoint, or a --config with inference.external_url"
+        )
     config = read_config(path, overrides)
+    if (checkpoint is None) == (config.inference.external_url is None):
+        raise UserError("one policy is evaluated", "name either --checkpoint or inference.external_url")
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats} plays nothing", "give 1 or more")
     if options.noisy and options.tasks is None:
@@ -144,7 +155,8 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if options.noisy:
         root, suffix = root or options.tasks.parent / "examples_noisy", suffix or "_noise"
     played = options.tasks.stem if options.tasks else "tasks"
-    name = options.name or f"{config.name}-{checkpoint.name}-{played}{'-noisy' if options.noisy else ''}"
+    policy = checkpoint.name if checkpoint is not None else "external"
+    name = options.name or f"{config.name}-{policy}-{played}{'-noisy' if options.noisy else ''}"
     plan = Plan(options.repeats, options.temperature or config.learner.grpo.temperature)
     return evaluate(configure(config, checkpoint, name, options.tasks, root, suffix), plan)
 

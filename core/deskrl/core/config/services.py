@@ -55,6 +55,12 @@ class InferenceConfig(Section):
     """Where it listens, if not at the host of `address`."""
     num_replicas: Annotated[int, Field(ge=0)] = 1
     """Data-parallel replicas that the launcher starts; 0: only those that join."""
+    external_url: str | None = None
+    """Base address of an OpenAI-compatible server (http://host:9000/v1) that acts in place of replicas. It takes no
+    weights and tells neither token ids nor logprobs nor versions, so for evaluation only. The variable OPENAI_API_KEY
+    holds its key, if it wants one."""
+    external_model: str | None = None
+    """What that server calls the model."""
     join: bool = False
     """This replica is none of those: it is found at its own `address`, which it announces at replay."""
     openai_port: Annotated[int, Field(ge=0, le=65535)] = 0
@@ -90,6 +96,19 @@ class InferenceConfig(Section):
     """Further vLLM engine arguments, as vLLM names them."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Prometheus port of the first replica, counting up; 0: none."""
+
+    @field_validator("external_url")
+    @classmethod
+    def _web_address(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value} is no address such as http://host:9000/v1")
+        return None if value is None else value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _external_model_of_a_server(self) -> InferenceConfig:
+        if (self.external_url is None) != (self.external_model is None):
+            raise ValueError("external_url and external_model go together")
+        return self
 
     @model_validator(mode="after")
     def _half_precision_beside_integers(self) -> InferenceConfig:

@@ -1,7 +1,8 @@
 """`deskrl eval`: a checkpoint's replicas, actors and a replay service play a task list, with no learner beside them.
 
-Nothing publishes weights, so one version acts from the first token to the last. What was played survives an
-interruption: the same command goes on. Knows the order of things; what is kept and told is its neighbours'.
+In place of replicas, somebody's own server may act. Nothing publishes weights, so one version acts from the first token
+to the last. What was played survives an interruption: the same command goes on. Knows the order of things; what is
+kept and told is its neighbours'.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.table import Table
 from deskrl.core import ids, preflight, rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.errors import UserError
+from deskrl.core.evaluation import external
 from deskrl.core.evaluation.record import QUEUE, collect
 from deskrl.core.evaluation.summary import summarise
 from deskrl.core.lifetime import StopEvent, stop_event
@@ -51,7 +53,7 @@ class Plan:
 
 def configure(
     config: RunConfig,
-    checkpoint: Path,
+    checkpoint: Path | None,
     name: str,
     tasks: Path | None = None,
     root: Path | None = None,
@@ -61,7 +63,7 @@ def configure(
 
     Args:
         config: how desktops, agent and inference are set up.
-        checkpoint: folder of the model.
+        checkpoint: folder of the model; None: an external server has it.
         name: of the evaluation; its folder is one of `runs`.
         tasks: list to play; None: the tasks of the configuration.
         root: folder of the list's task files, as `tasks.root`.
@@ -69,10 +71,15 @@ def configure(
     """
     changes: dict[str, Any] = {"list": tasks, "root": root, "suffix": suffix, "suite": None, "tasks": ()}
     kept = config.tasks if tasks is None else config.tasks.model_copy(update=changes)
+    served: dict[str, Any]
+    if checkpoint is not None:
+        served = {"model": config.model.model_copy(update={"path": checkpoint.resolve(), "build": None})}
+    else:
+        served = {"inference": config.inference.model_copy(update={"num_replicas": 0})}
     return config.model_copy(
         update={
             "name": name,
-            "model": config.model.model_copy(update={"path": checkpoint.resolve(), "build": None}),
+            **served,
             "tasks": kept.model_copy(update={"unplayable": "skip" if kept.unplayable == "refuse" else kept.unplayable}),
             "learner": config.learner.model_copy(update={"warm_start": None}),
         }
@@ -115,6 +122,8 @@ def _open_folder(config: RunConfig, plan: Plan, folder: RunFolder) -> None:
     begun = folder.root / "evaluation.json"
     if not begun.exists():
         preflight.refuse_bad_input(config)  # before anything is written
+        if config.inference.external_url is not None:
+            external.refuse_absent(config.inference)
     now = {"plan": vars(plan), "config": json.loads(config.model_dump_json())}
     if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != now:
         raise UserError(f"{folder.root} holds another evaluation", "choose another --name, or remove it")
@@ -148,6 +157,8 @@ def _play(
         summary = summarise(collect(stub, folder), config.replay.success_above)
     left_out = folder.root / "left_out.json"
     summary["left_out"] = json.loads(left_out.read_text(encoding="utf-8")) if left_out.exists() else {}
+    if config.inference.external_url is not None:
+        summary["external"] = external.told_of(config.inference)
     write_json(folder.results / "evaluation.json", summary)
     return summary
 
@@ -206,6 +217,9 @@ def _print(summary: dict[str, Any], folder: RunFolder) -> None:
         pace = f"{summary['steps_per_episode']:.1f} steps and {summary['seconds_per_episode']:.1f} s an episode"
         parts = ", ".join(f"{name} {value:g}" for name, value in summary["act_ms"].items())
         console.print(f"{pace}; ms of an act by part: {parts}", highlight=False)
+    if (server := summary.get("external")) is not None:
+        lost = ", ".join(server["lost"])
+        console.print(f"{server['model']} acted at {server['url']}; not known: {lost}", highlight=False)
     if summary["left_out"]:
         console.print(f"{len(summary['left_out'])} tasks are left out; {folder.root / 'left_out.json'} tells why")
     console.print(f"results: {folder.results}", highlight=False, soft_wrap=True)
