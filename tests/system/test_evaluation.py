@@ -1,6 +1,7 @@
 """`deskrl eval` as a person has it: a model, real desktops, one version from end to end; told again for nothing.
 
-The model is a Qwen2-VL, prompted as UI-TARS 1.0 and served in 4 bits.
+The model is a Qwen2-VL, prompted as UI-TARS 1.0 and served in 4 bits; the tasks are noisy variants, as
+`deskrl tasks noisy` writes them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def test_a_checkpoint_is_evaluated_on_a_list(tmp_path: Path) -> None:
     common += [f"--inference.address=127.0.0.1:{free_port()}", "--desktop.num_envs=2"]
     common += ["--agent.family=ui_tars_1_0"]
     deskrl("prepare", SMOKE, *common)
-    (tmp_path / "list.json").write_text(json.dumps({"os": ["make-a-folder"], "text_editor": ["write-a-word"]}))
+    listed, noisy = tmp_path / "list.json", tmp_path / "noisy"
+    listed.write_text(json.dumps({"os": ["make-a-folder"], "text_editor": ["write-a-word"]}))
+    deskrl("tasks", "noisy", listed, "--root", SUITE, "--level", "light", "--out", noisy)
     command = [
         "eval",
         "--config",
@@ -42,9 +45,10 @@ def test_a_checkpoint_is_evaluated_on_a_list(tmp_path: Path) -> None:
         "--checkpoint",
         tmp_path / "runs" / "smoke" / "model",
         "--tasks",
-        tmp_path / "list.json",
+        noisy / "list.json",
+        "--noisy",
     ]
-    command += ["--root", SUITE, "--repeats", "2", "--name", "judged", *common, "--tasks.tasks=[]"]
+    command += ["--repeats", "2", "--name", "judged", *common, "--tasks.tasks=[]"]
     command += ["--inference.quantization=int4", "--inference.dtype=bfloat16"]
     told = deskrl(*command)
     folder = tmp_path / "runs" / "judged"
