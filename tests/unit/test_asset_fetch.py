@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def test_a_file_is_fetched_once_and_found_by_its_address_whatever_the_task(site:
     for task in ("t", "u"):
         copy = find_asset(task, url)
         assert copy is not None and copy.read_bytes() == DATA
+
+
+def test_two_who_want_the_same_file_at_once_fetch_it_once(site: Site) -> None:
+    url = site.address("/a.bin")
+    with ThreadPoolExecutor(2) as both:
+        fetched = [result for results in both.map(fetch, [url, url]) for result in results]
+    assert sorted(result.received_bytes for result in fetched) == [0, len(DATA)]
+    assert len(site.asked) == 1
 
 
 def test_equal_files_of_several_addresses_are_kept_once(site: Site) -> None:

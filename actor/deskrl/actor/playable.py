@@ -18,8 +18,8 @@ _OF_THIS_MACHINE = {"embedded"}
 """Providers whose desktops see this machine's programs, and no network."""
 
 _MEND = (
-    "install what is absent (deploy/install.sh suite does for deskrl's own), or choose with tasks.unplayable: skip "
-    "such tasks or play them all the same (deskrl tasks check tells what each needs)"
+    "get files with deskrl tasks fetch and applications with deploy/install.sh suite (those of deskrl's own), or choose "
+    "with tasks.unplayable: skip such tasks or play them all the same (deskrl tasks check tells what each needs)"
 )
 
 
