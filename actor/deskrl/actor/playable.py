@@ -18,7 +18,7 @@ _OF_THIS_MACHINE = {"embedded"}
 """Providers whose desktops see this machine's programs, and no network."""
 
 _MEND = (
-    "get files with deskrl tasks fetch and applications with deploy/install.sh suite (those of deskrl's own), or choose "
+    "get files with deskrl tasks fetch, and applications with deploy/install.sh suite (deskrl's own tasks), or choose "
     "with tasks.unplayable: skip such tasks or play them all the same (deskrl tasks check tells what each needs)"
 )
 
