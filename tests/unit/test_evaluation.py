@@ -14,6 +14,7 @@ from deskrl.core.evaluation.comparison import Comparison, compare_counts, counts
 from deskrl.core.evaluation.play import Plan, configure, plan_groups
 from deskrl.core.evaluation.record import EpisodeRecord, TaskRecord, read_records
 from deskrl.core.evaluation.summary import success_rate, summarise
+from deskrl.core.runfolder import RunFolder
 from deskrl.core.stats import newcombe_difference, wilson_interval
 
 ABOVE = 0.5
@@ -125,3 +126,48 @@ def test_an_evaluation_plays_each_task_so_often_under_seeds_of_its_own(tmp_path:
     assert [(group.task_id, len(group.seeds), group.queue) for group in groups] == [("a", 3, "eval"), ("b", 3, "eval")]
     assert len({seed for group in groups for seed in group.seeds}) == 6
     assert groups == plan_groups(config, Plan(repeats=3, temperature=0.6), {"a": {"id": "a"}, "b": {"id": "b"}})
+
+
+def trained(root: Path, *updates: tuple[int, dict[str, tuple[int, int]]], **learner: Any) -> Path:
+    """A run's folder with updates of so many environment steps and, by task, successes among episodes."""
+    folder = RunFolder(root)
+    folder.create()
+    dump_config(RunConfig.model_validate({"name": root.name, "learner": learner}), folder.config)
+    folder.append_metrics("phase", phase="training")
+    for number, (steps, tasks) in enumerate(updates, start=1):
+        per_task = {task: {"success": success, "n": n} for task, (success, n) in tasks.items()}
+        folder.append_metrics("update", update=number, num_env_steps=steps, per_task=per_task, seconds={"wait": 60.0})
+    return root
+
+
+def test_two_runs_are_compared_over_as_many_steps_as_both_have_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = trained(tmp_path / "a", (50, {"x": (0, 4), "y": (1, 4)}), (50, {"x": (2, 4)}), (90, {"x": (4, 4)}))
+    b = trained(tmp_path / "b", (80, {"x": (3, 4), "y": (3, 4)}), (20, {"y": (4, 4)}), grpo={"importance": "off"})
+    assert comparison.main(a, b, as_document=True) == 0
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert list(told) == ["training", "last quarter", "  x", "  y"]
+    # x: 2 of 8 and 3 of 4; y: 1 of 4 and 7 of 8.
+    assert told["training"]["num_paired"] == 2
+    assert told["training"]["difference"] == pytest.approx((0.5 + 0.625) / 2)
+    # Updates that end there: x: 2 of 4 and 3 of 4; y was not played by the first.
+    assert (told["last quarter"]["num_paired"], told["last quarter"]["difference"]) == (1, 0.25)
+    assert told["  x"]["low"] == pytest.approx(newcombe_difference(2, 8, 3, 4)[1])
+    monkeypatch.setenv("COLUMNS", "160")
+    assert comparison.main(a, b) == 0
+    told_text = capsys.readouterr().out
+    assert "the first 100 environment steps of each" in told_text
+    assert "configured differently: learner.grpo.importance\n" in told_text
+    assert "a: 3 updates, 190 environment steps in 3.0 min of training" in told_text
+
+
+def test_a_run_and_an_evaluation_are_not_compared(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", (50, {"x": (0, 4)}))
+    with pytest.raises(UserError, match=r"run is a run and .*eval an evaluation; name two runs, or two evaluations"):
+        comparison.main(kept(tmp_path / "eval", RECORDS), run)
+
+
+def test_a_run_that_has_not_learnt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="new has not learnt yet"):
+        comparison.main(trained(tmp_path / "new"), trained(tmp_path / "run", (50, {"x": (0, 4)})))

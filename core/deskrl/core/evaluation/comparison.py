@@ -126,18 +126,19 @@ def _of_runs(root_a: Path, root_b: Path) -> tuple[Parts, list[str]]:
     a, b = read_run(root_a), read_run(root_b)
     steps = min(a.num_env_steps, b.num_env_steps)
     parts: Parts = {
-        f"training, first {steps} steps": (a.counts_between(0, steps), b.counts_between(0, steps)),
-        "their last quarter": (a.counts_between(0.75 * steps, steps), b.counts_between(0.75 * steps, steps)),
+        "training": (a.counts_between(0, steps), b.counts_between(0, steps)),
+        "last quarter": (a.counts_between(0.75 * steps, steps), b.counts_between(0.75 * steps, steps)),
     }
     for when in ("before", "after"):
-        parts[f"evaluation {when}"] = (a.evaluations.get(when, {}), b.evaluations.get(when, {}))
-    trained_a, trained_b = parts[f"training, first {steps} steps"]
+        parts[f"eval {when}"] = (a.evaluations.get(when, {}), b.evaluations.get(when, {}))
+    trained_a, trained_b = parts["training"]
     for task in trained_a:
         if task in trained_b:
             parts[f"  {task}"] = ({task: trained_a[task]}, {task: trained_b[task]})
     changed = [key for key in changed_keys(a.config, b.config) if key not in _OWN_KEYS]
     told = ", ".join(changed) if changed else "nothing"
-    return parts, [_pace(root_a, a), _pace(root_b, b), f"configured differently: {told}"]
+    equal = f"training: the first {steps} environment steps of each"
+    return parts, [equal, _pace(root_a, a), _pace(root_b, b), f"configured differently: {told}"]
 
 
 def _pace(root: Path, run: TrainedRun) -> str:
