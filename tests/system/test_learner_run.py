@@ -52,6 +52,8 @@ class World:
         self.folder = RunFolder(self.config.folder)
         self.replay = ReplayProcess(self.config)
         build_model(self.config.model_folder)
+        # As if the run began from the checkpoint of another one: nothing of that learner's record is this one's.
+        (self.config.model_folder / "learner.json").write_text('{"schema": 1, "num_updates": 7, "state": {}}')
         (self.folder.root / "tasks.json").write_text(json.dumps(TASKS))
         self.replicas = [
             ToyReplica(f"127.0.0.1:{port + index}", self.config.model_folder, root) for index in range(num_replicas)

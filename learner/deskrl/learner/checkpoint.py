@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 _FULL_BYTES = 1024**2
 """With less than this left, whatever failed to be written failed for want of space."""
+_RECORD = "learner.json"
+"""What a learner keeps of itself beside the model and the engine's state."""
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -126,7 +128,7 @@ class CheckpointStore:
             self._write_model(partial, weights)
             sizes = {str(p.relative_to(partial)): p.stat().st_size for p in partial.rglob("*") if p.is_file()}
             record = {"schema": SCHEMA, "num_updates": num_updates, "layout": self._layout, "files": sizes}
-            (partial / "learner.json").write_text(json.dumps({**record, "state": state}), encoding="utf-8")
+            (partial / _RECORD).write_text(json.dumps({**record, "state": state}), encoding="utf-8")
             _make_durable(partial)
             self._publish(partial, final)
         engine.barrier()
@@ -146,7 +148,7 @@ class CheckpointStore:
 
     def _read(self, path: Path) -> Checkpoint:
         try:
-            record = json.loads((path / "learner.json").read_text(encoding="utf-8"))
+            record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
             if record["schema"] != SCHEMA:
                 raise self._refusal(path, f"it was written by another version of deskrl (schema {record['schema']})")
             return Checkpoint(path, int(record["num_updates"]), record["state"])
@@ -155,7 +157,7 @@ class CheckpointStore:
 
     def check_whole(self, checkpoint: Checkpoint) -> None:
         """Raise UserError if a file of it is missing or cut short, or it is of another model or layout of ranks."""
-        record = json.loads((checkpoint.path / "learner.json").read_text(encoding="utf-8"))
+        record = json.loads((checkpoint.path / _RECORD).read_text(encoding="utf-8"))
         for name, num_bytes in record["files"].items():
             file = checkpoint.path / name
             if not file.is_file() or file.stat().st_size != num_bytes:
@@ -171,7 +173,8 @@ class CheckpointStore:
         from safetensors.torch import save_file
 
         for source in self._model_folder.iterdir():
-            if source.is_file() and not source.name.endswith(_WEIGHT_SUFFIXES):
+            is_own = source.name == _RECORD  # of the run that this one began from
+            if source.is_file() and not is_own and not source.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copyfile(source, folder / source.name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         _set_dtype(config, str(next(iter(weights.values())).dtype).removeprefix("torch."))
