@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Disk:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.lock = threading.Lock()
+        """Held by who fills it, or changes files on it."""
         self._folder = folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         # The first process in the namespace keeps it, and what is on the disk, when those that use it are killed.

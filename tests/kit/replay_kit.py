@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,13 @@ class ReplayProcess:
         """SIGTERM; returns exit status and what it logged."""
         self.process.terminate()
         return self.process.wait(_DEADLINE_S), self._log.read_text()
+
+    def wait_for_log(self, text: str) -> None:
+        """Until it has said so."""
+        deadline_s = time.monotonic() + _DEADLINE_S
+        while text not in self._log.read_text():
+            assert time.monotonic() < deadline_s, f"{text!r} was not said"
+            time.sleep(0.02)
 
     def close(self) -> None:
         for client in self._clients:

@@ -110,7 +110,7 @@ class EpisodeStream:
                 internal = error.code() == grpc.StatusCode.INTERNAL
                 if error.code() == grpc.StatusCode.NOT_FOUND:
                     return self._lease.end(LeaseLost(error.details() or "lease not found"))
-                if error.code() not in TRANSIENT or num_internal == _MAX_INTERNAL:
+                if rpc.code_of(error) not in TRANSIENT or num_internal == _MAX_INTERNAL:
                     return self._lease.end(ReplayRefused(reason))
             progressed = self._num_acked_steps > num_acked
             num_internal = num_internal + 1 if internal and not progressed else 0

@@ -99,7 +99,7 @@ class PolicyClient:
                 reason = f"{replica.address}: {error.code().name}: {error.details()}"
                 if error.code() in rpc.DISTRUST:
                     raise rpc.distrust(error, replica.address) from error
-                if error.code() not in TRANSIENT:
+                if rpc.code_of(error) not in TRANSIENT:
                     raise InferenceFailed(reason) from error
             if pauses.are_new:
                 _log.warning("no action from %s", reason)

@@ -54,7 +54,7 @@ class ReplayClient:
             try:
                 response = await self._stub.AcquireLease(request, timeout=ACQUIRE_WAIT_S + rpc.UNARY_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
-                if error.code() not in TRANSIENT:
+                if rpc.code_of(error) not in TRANSIENT:
                     raise _refusal(error, self._address) from error
                 if pauses.are_new:
                     _log.warning("replay at %s does not answer (%s): waiting for it", self._address, error.details())
@@ -78,7 +78,7 @@ class ReplayClient:
             except grpc.aio.AioRpcError as error:
                 if error.code() == grpc.StatusCode.NOT_FOUND:
                     return lease.end(LeaseLost(error.details() or "lease not found"))
-                if error.code() not in TRANSIENT:
+                if rpc.code_of(error) not in TRANSIENT:
                     raise _refusal(error, self._address) from error
                 await pauses.take()
                 continue

@@ -233,6 +233,17 @@ DISTRUST = frozenset({grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSIO
 """What a server answers to a caller that it will never serve."""
 
 
+def code_of(error: grpc.RpcError) -> grpc.StatusCode:
+    """The status of a failed call: UNAVAILABLE for each connection that broke, also where gRPC's core is at a loss.
+
+    A connection that breaks for a reason of its own (bytes that were changed on their way) ends calls as UNKNOWN, as a
+    server's failure does; only the words differ.
+    """
+    code: grpc.StatusCode = error.code()
+    is_broken = code is grpc.StatusCode.UNKNOWN and (error.details() or "").startswith("Stream removed")
+    return grpc.StatusCode.UNAVAILABLE if is_broken else code
+
+
 def distrust(error: grpc.RpcError, address: str) -> UserError:
     """What a person is told of an error out of `DISTRUST`."""
     return UserError(f"the server at {address} refuses this process: {error.details()}", "mend security.folder")

@@ -1,12 +1,15 @@
 """The learner's side of the replay contract: plans, groups, commits, screenshots. Knows gRPC; decides nothing.
 
-A replay service that restarts is waited for; while waiting, a stop is noticed at once.
+A replay service that restarts, or whose disk is full, is waited for; while waiting, a stop is noticed at once.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -27,9 +30,24 @@ KEPT_IMAGE_BYTES = 1024**3
 """Of screenshots, as they came: about what a batch of 256 episodes shows."""
 NUM_ASKED_AHEAD = 4
 """Groups on their way at once: replay binds the next ones, on its disk, while one is decoded here."""
+FULL_S = 3600.0
+"""How long its disk may be full."""
 _POLL_S = 0.2
-_REFUSALS = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED}
-"""Another protocol version, a store that contradicts this learner, a full disk: a person has to see to it."""
+_RETRY_S = 1.0
+_FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
+_REFUSALS = {grpc.StatusCode.FAILED_PRECONDITION, _FULL}
+"""Another protocol version, a store that contradicts this learner, a disk that stays full: a person sees to it."""
+
+_log = logging.getLogger("deskrl.learner")
+
+
+@dataclass
+class _Asked:
+    """A unary call under way."""
+
+    method: Any
+    request: Any
+    call: Any
 
 
 class ReplayClient:
@@ -79,7 +97,7 @@ class ReplayClient:
             while_waiting: called whenever the next group has not come for `WAIT_S`.
         """
 
-        def ask(ordinal: int) -> tuple[int, Any]:
+        def ask(ordinal: int) -> tuple[int, _Asked]:
             request = replay_pb2.TakeGroupRequest(
                 peer=self._peer,
                 queue=queue,
@@ -94,8 +112,8 @@ class ReplayClient:
         asked = deque(ask(ordinal) for ordinal in islice(places, NUM_ASKED_AHEAD))
         try:
             while asked:
-                ordinal, call = asked[0]
-                response: replay_pb2.TakeGroupResponse = self._result(call)
+                ordinal, next_one = asked[0]
+                response: replay_pb2.TakeGroupResponse = self._result(next_one)
                 if not response.HasField("group"):
                     while_waiting()
                     asked[0] = ask(ordinal)
@@ -104,8 +122,8 @@ class ReplayClient:
                 yield response.group
                 asked.extend(ask(following) for following in islice(places, 1))
         finally:
-            for _, call in asked:
-                call.cancel()
+            for _, given_up in asked:
+                given_up.call.cancel()
 
     def commit(
         self,
@@ -126,9 +144,7 @@ class ReplayClient:
         stopping.check(self._stop)
         images = {name: data for name in wanted if (data := self._images.get(name)) is not None}
         if missing := sorted(wanted.difference(images)):
-            request = replay_pb2.FetchImagesRequest(hashes=missing)
-            for response in self._stub.FetchImages(request, timeout=RESTART_S, wait_for_ready=True):
-                images[response.image.hash] = response.image.data
+            self._fetch(missing, images)
         for name, data in images.items():
             self._images.put(name, data, len(data))
         return images
@@ -158,21 +174,57 @@ class ReplayClient:
         """A unary call that a restart of the service delays, and a stop ends."""
         return self._result(self._begin(method, request))
 
-    def _begin(self, method: Any, request: Any) -> Any:
-        return method.future(request, timeout=RESTART_S, wait_for_ready=True)
+    def _begin(self, method: Any, request: Any) -> _Asked:
+        return _Asked(method, request, method.future(request, timeout=RESTART_S, wait_for_ready=True))
 
-    def _result(self, call: Any) -> Any:
+    def _result(self, asked: _Asked) -> Any:
+        """What a call gives; made again and again while replay cannot answer it."""
+        begun_s = time.monotonic()
+        is_told = False
         while True:
             try:
-                return call.result(timeout=_POLL_S)
+                return asked.call.result(timeout=_POLL_S)
             except grpc.FutureTimeoutError:
                 if self._stop.is_set():
-                    call.cancel()
+                    asked.call.cancel()
                     raise stopping.Stopped from None
             except grpc.RpcError as error:
-                if error.code() in rpc.DISTRUST:
-                    raise rpc.distrust(error, self._address) from error
-                if error.code() not in _REFUSALS:
+                if time.monotonic() - begun_s >= _patience_s(error):
+                    raise self._translated(error) from error
+                if not is_told:
+                    _log.warning("waiting for replay: %s", error.details())
+                    is_told = True
+                self._pause(_RETRY_S)
+                asked.call = self._begin(asked.method, asked.request).call
+
+    def _translated(self, error: grpc.RpcError) -> Exception:
+        """What a person is told of a call that failed for good."""
+        if error.code() in rpc.DISTRUST:
+            return rpc.distrust(error, self._address)
+        if error.code() not in _REFUSALS:
+            return error
+        mend = "see the log of replay; the newest checkpoint stands"
+        return UserError(f"replay refuses this learner: {error.details()}", mend)
+
+    def _fetch(self, hashes: Sequence[str], images: dict[str, bytes]) -> None:
+        """Add screenshots to `images`; when the connection breaks on their way, those that are missing come again."""
+        deadline_s = time.monotonic() + RESTART_S
+        while missing := [name for name in hashes if name not in images]:
+            request = replay_pb2.FetchImagesRequest(hashes=missing)
+            try:
+                for response in self._stub.FetchImages(request, timeout=RESTART_S, wait_for_ready=True):
+                    images[response.image.hash] = response.image.data
+            except grpc.RpcError as error:
+                if rpc.code_of(error) is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline_s:
                     raise
-                mend = "see the log of replay; the newest checkpoint stands"
-                raise UserError(f"replay refuses this learner: {error.details()}", mend) from error
+                self._pause(_POLL_S)
+
+    def _pause(self, pause_s: float) -> None:
+        """Wait; a stop ends it."""
+        self._stop.wait(pause_s)
+        stopping.check(self._stop)
+
+
+def _patience_s(error: grpc.RpcError) -> float:
+    """How long a call that failed so is made again."""
+    return {_FULL: FULL_S, grpc.StatusCode.UNAVAILABLE: RESTART_S}.get(rpc.code_of(error), 0.0)

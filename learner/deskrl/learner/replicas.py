@@ -91,7 +91,9 @@ class Replica:
                     talk.send(chunk=bytes(data[start : start + rpc.CHUNK_BYTES]))
             return self.conclude(announcement, talk, weights_pb2.UpdateCommit(), "stream", late)
         except grpc.RpcError as error:
-            return self.failed(announcement, _reason(error), "stream", late=late, may_recover=error.code() in _PASSING)
+            return self.failed(
+                announcement, _reason(error), "stream", late=late, may_recover=_passes(error)
+            )
         finally:
             talk.end()
 
@@ -109,7 +111,7 @@ class Replica:
                 return None
             return self._open(announcement, status)
         except grpc.RpcError as error:
-            return self.failed(announcement, _reason(error), transfer, may_recover=error.code() in _PASSING)
+            return self.failed(announcement, _reason(error), transfer, may_recover=_passes(error))
         except UserError as error:  # it was another one, with other GPUs, when weights first went to it
             return self.failed(announcement, str(error), transfer)
         except (GaveUp, OSError, RuntimeError) as error:
@@ -240,6 +242,10 @@ def _begin(announcement: Announcement) -> weights_pb2.UpdateBegin:
         canary=announcement.canary,
         model_fingerprint=announcement.processor_hash,
     )
+
+
+def _passes(error: grpc.RpcError) -> bool:
+    return rpc.code_of(error) in _PASSING
 
 
 def _reason(error: grpc.RpcError) -> str:
