@@ -11,7 +11,7 @@ packages=(
     chromium mtpaint gimp mousepad pcmanfm xterm                                                                  # applications
     g++ python3-venv                                                                                              # engines
 )
-[[ " $* " == *" test "* ]] && packages+=(prometheus)  # watches a run in the tests
+[[ " $* " == *" test "* ]] && packages+=(prometheus strace)  # in the tests they watch a run, and make a disk slow
 extras=(actor learner inference-cpu)
 for extra; do
     if [ "$extra" = suite ]; then

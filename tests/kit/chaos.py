@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from pathlib import Path
 from random import Random
 
 from chaos_checks import find_wrong
-from chaos_faults import Fault, draw, inflict
+from chaos_faults import Fault, draw, inflict, kinds_for
 from chaos_job import ChaosJob
 
 MEAN_GAP_S = 2.5
@@ -70,6 +71,7 @@ class Storm:
     def __init__(self, job: ChaosJob, random: Random) -> None:
         self._job = job
         self._random = random
+        self._kinds = kinds_for(job.config.desktop.provider)
         self._threads: list[threading.Thread] = []
         self.done: list[Done] = []
 
@@ -77,7 +79,7 @@ class Storm:
         """Inflict, then wait until the last one is undone."""
         try:
             for index in range(max_faults):
-                fault, gap_s = draw(self._random), self._random.expovariate(1 / MEAN_GAP_S)
+                fault, gap_s = draw(self._random, self._kinds), self._random.expovariate(1 / MEAN_GAP_S)
                 if self._job.wait(gap_s):
                     break
                 print(f"{index}: {fault}", file=sys.stderr, flush=True)
@@ -92,15 +94,17 @@ class Storm:
         begun_s, wrong = time.monotonic(), ""
         try:
             inflict(self._job, fault)
-        except AssertionError as error:
-            wrong = str(error)
+        except Exception as error:  # this program's own mistakes must not pass for a job in which all is well
+            wrong = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
         self.done.append(Done(index, fault, begun_s, time.monotonic(), wrong))
 
 
-def run_job(runs: Path, seed: str, num_updates: int, max_faults: int, model: Path) -> Outcome:
+def run_job(
+    runs: Path, seed: str, num_updates: int, max_faults: int, model: Path, provider: str = "simulated"
+) -> Outcome:
     """One job from start to judgement; its folder is kept if something is wrong."""
     random = Random(seed)
-    job = ChaosJob(runs, f"chaos-{seed}", num_updates, random.getrandbits(31), model)
+    job = ChaosJob(runs, f"chaos-{seed}", num_updates, random.getrandbits(31), model, provider)
     storm = Storm(job, random)
     wrong: list[str] = []
     try:

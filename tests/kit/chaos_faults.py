@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from random import Random
 
+import psutil
 from chaos_disk import SlowCalls
-from chaos_job import LINKS, ROLES, ChaosJob
+from chaos_job import ACTORS, LINKS, ROLES, ChaosJob
 from chaos_roles import RoleProcess
 
 from deskrl.core.supervisor import USER_ERROR_STATUS
@@ -32,7 +33,7 @@ class Fault:
     """A role, a link, or a file of the store."""
     length_s: float
     amount: float
-    """Seconds of a delay or of a jump; share of a file that is left."""
+    """Seconds of a delay or a jump; share of a file that is left; which of several processes, from 0 to 1."""
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.target} ({self.length_s:.2f} s, {self.amount:.3f})"
@@ -89,14 +90,45 @@ def _corrupt(job: ChaosJob, fault: Fault) -> None:
 
 def _fill_disk(job: ChaosJob, fault: Fault) -> None:
     deadline_s = time.monotonic() + fault.length_s
-    while time.monotonic() < deadline_s and not job.wait(0.1):
-        job.disk.fill()  # again and again: what the store gives back is taken too
-    job.disk.free()
+    with job.disk.lock:
+        while time.monotonic() < deadline_s and not job.wait(0.1):
+            job.disk.fill()  # again and again: what the store gives back is taken too
+        job.disk.free()
 
 
 def _slow_disk(job: ChaosJob, fault: Fault) -> None:
     with closing(SlowCalls(job.roles["replay"].pid, fault.amount)):
         job.wait(fault.length_s)
+
+
+def _kill_on_desktop(job: ChaosJob, fault: Fault) -> None:
+    """kill -9 of any process of a desktop: the display, the guest's server, an application, all of it."""
+    processes = [one for desktop in _desktops(job, fault.target) for one in desktop]
+    if processes:
+        _signal([processes[int(fault.amount * len(processes))]], signal.SIGKILL)
+
+
+def _hang_desktop(job: ChaosJob, fault: Fault) -> None:
+    """A whole desktop stops; what is left of it later goes on."""
+    desktops = _desktops(job, fault.target)
+    chosen = desktops[int(fault.amount * len(desktops))] if desktops else []
+    _signal(chosen, signal.SIGSTOP)
+    job.wait(fault.length_s)
+    _signal(chosen, signal.SIGCONT)
+
+
+def _desktops(job: ChaosJob, actor: str) -> list[list[psutil.Process]]:
+    """The processes of each of an actor's desktops."""
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process(job.roles[actor].pid).children()
+        return [[child, *child.children(recursive=True)] for child in children]
+    return []
+
+
+def _signal(processes: Sequence[psutil.Process], number: int) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _jump(job: ChaosJob, fault: Fault) -> None:
@@ -109,7 +141,7 @@ def _jump(job: ChaosJob, fault: Fault) -> None:
 def _cut_short(job: ChaosJob, fault: Fault) -> None:
     """kill -9, and a file cut short: replay refuses its store, and the file is restored, or it has lost nothing."""
     role, store = job.roles["replay"], job.disk.path
-    with role.lock:
+    with job.disk.lock, role.lock:
         role.kill()
         path = max((store / "screenshots").iterdir()) if fault.target == "screenshots" else store / fault.target
         copy = job.folder.root / "copy"
@@ -133,8 +165,8 @@ def _refuses(role: RoleProcess, name: str) -> bool:
     return True
 
 
-KINDS: Mapping[str, _Kind] = {
-    "kill": _Kind(_kill, ("replay", "inference", "actor-0", "actor-1"), 4),
+KINDS: dict[str, _Kind] = {
+    "kill": _Kind(_kill, ("replay", "inference", *ACTORS), 4),
     "kill_learner": _Kind(_kill, ("learner",), 0.7),
     "stop": _Kind(_stop, ROLES, 4, (0.3, 6.0)),
     "delay": _Kind(_delay, LINKS, 3, (0.5, 5.0), (0.02, 0.8)),
@@ -148,16 +180,20 @@ KINDS: Mapping[str, _Kind] = {
 }
 
 
-def left_out() -> dict[str, str]:
-    """Kinds that cannot be done on this machine, with the reason."""
-    return {
-        name: f"{kind.program} is not installed"
-        for name, kind in KINDS.items()
-        if kind.program and shutil.which(kind.program) is None
-    }
+DESKTOP_KINDS: dict[str, _Kind] = {
+    "kill_on_desktop": _Kind(_kill_on_desktop, ACTORS, 6, amounts=(0.0, 1.0)),
+    "hang_desktop": _Kind(_hang_desktop, ACTORS, 6, (0.5, 9.0), (0.0, 1.0)),
+}
+"""Of desktops that have processes of their own."""
 
 
-def draw(random: Random, kinds: Mapping[str, _Kind] = KINDS) -> Fault:
+def kinds_for(provider: str) -> dict[str, _Kind]:
+    """What can be done on this machine to a job with desktops of a provider."""
+    kinds = {**KINDS, **(DESKTOP_KINDS if provider == "embedded" else {})}
+    return {name: kind for name, kind in kinds.items() if not kind.program or shutil.which(kind.program)}
+
+
+def draw(random: Random, kinds: Mapping[str, _Kind]) -> Fault:
     """The next fault."""
     (name,) = random.choices(list(kinds), [kind.weight for kind in kinds.values()])
     kind = kinds[name]
@@ -166,4 +202,4 @@ def draw(random: Random, kinds: Mapping[str, _Kind] = KINDS) -> Fault:
 
 def inflict(job: ChaosJob, fault: Fault) -> None:
     """Do it, and undo it."""
-    KINDS[fault.kind].inflict(job, fault)
+    (KINDS | DESKTOP_KINDS)[fault.kind].inflict(job, fault)

@@ -42,6 +42,9 @@ MAX_STALENESS = 2
 GROUPS_PER_BATCH = 2
 LINKS = ("actor~replay", "learner~replay", "actor~inference", "learner~inference")
 _IMAGE_SIZE = (224, 112)
+_SCREEN_SCALE = {"simulated": 1, "embedded": 4}
+_TASKS = {"simulated": (), "embedded": ("make-a-folder",)}
+"""All there are, or one that is quickly set up."""
 _TEND_EVERY_S = 0.05
 _PATIENCE_S = 300.0
 _CLEAR_S = 15.0
@@ -236,12 +239,12 @@ def _config(runs: Path, name: str, num_updates: int, seed: int, model: Path, pro
             "name": name,
             "seed": seed,
             "model": {"path": model},
-            "tasks": {"rollouts": ROLLOUTS, "max_steps": 4},
+            "tasks": {"rollouts": ROLLOUTS, "max_steps": 4, "tasks": _TASKS[provider]},
             "desktop": {
                 "provider": provider,
                 "num_envs": 2 * NUM_ACTORS,
-                "width": width,
-                "height": height,
+                "width": _SCREEN_SCALE[provider] * width,
+                "height": _SCREEN_SCALE[provider] * height,
                 "step_timeout_s": 5.0,
                 # Some hang for longer than that, and are replaced.
                 "simulated": {"time_scale": 0.02, "luck": 0.5, "hang_share": 0.01, "hang_s": 400.0},
@@ -257,6 +260,7 @@ def _config(runs: Path, name: str, num_updates: int, seed: int, model: Path, pro
                     "num_updates": num_updates,
                     "groups_per_batch": GROUPS_PER_BATCH,
                     "max_staleness": MAX_STALENESS,
+                    "groups_without_spread": "keep",
                     "learning_rate": 1e-4,
                 },
             },

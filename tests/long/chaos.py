@@ -19,13 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 from chaos import Outcome, run_job
 from chaos_job import build_model
 
+from deskrl.actor.desktops.packages import missing_packages
+
+EMBEDDED_EVERY = 4
+"""Every so manieth job has real desktops, which can be killed and stopped too."""
+
 
 def storms(seed: int, num_faults: int, num_updates: int, runs: Path, first_job: int = 0) -> Iterator[Outcome]:
     """Job after job, until there were so many faults."""
     model = build_model(runs / "model")
     number = first_job
     while num_faults > 0:
-        outcome = run_job(runs, f"{seed}-{number}", num_updates, num_faults, model)
+        provider = "embedded" if number % EMBEDDED_EVERY == 1 and not missing_packages() else "simulated"
+        outcome = run_job(runs, f"{seed}-{number}", num_updates, num_faults, model, provider)
         num_faults -= len(outcome.done)
         number += 1
         yield outcome

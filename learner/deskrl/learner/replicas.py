@@ -91,9 +91,7 @@ class Replica:
                     talk.send(chunk=bytes(data[start : start + rpc.CHUNK_BYTES]))
             return self.conclude(announcement, talk, weights_pb2.UpdateCommit(), "stream", late)
         except grpc.RpcError as error:
-            return self.failed(
-                announcement, _reason(error), "stream", late=late, may_recover=_passes(error)
-            )
+            return self.failed(announcement, _reason(error), "stream", late=late, may_recover=_passes(error))
         finally:
             talk.end()
 
