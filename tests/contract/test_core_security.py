@@ -8,12 +8,14 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
+from chaos_clock import Clock, why_no_clock
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from ports_kit import free_port
@@ -88,6 +90,19 @@ def re_sign(folder: Path, role: str, until: datetime.datetime) -> None:
         old.issuer, old.subject, old.public_key(), 1, until - datetime.timedelta(days=1), until, list(old.extensions)
     )
     path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+
+
+@pytest.mark.skipif(bool(why_no_clock()), reason=f"no clock can be set: {why_no_clock()}")
+def test_a_server_whose_clock_is_hours_behind_is_let_in_and_lets_in(tmp_path: Path, folder: Path, be: Be) -> None:
+    clock = Clock(tmp_path / "clock")
+    clock.shift(-12 * 3600)
+    be(folder, "operator")
+    prefix = ["env", *(f"{name}={value}" for name, value in clock.environment.items())]
+    replay = ReplayProcess(replay_config(tmp_path, security=folder), prefix=prefix)
+    try:
+        assert replay.client().status().service.unix_s < time.time() - 11 * 3600
+    finally:
+        replay.close()
 
 
 def test_secrets_are_their_owners_alone(folder: Path) -> None:

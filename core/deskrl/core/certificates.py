@@ -28,7 +28,8 @@ _SERVERS = frozenset({"replay", "inference"})
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _CA_DAYS = 3650
 _RESTORE = "restore it, or choose another folder"
-_CLOCK_SKEW = datetime.timedelta(minutes=5)
+_CLOCK_SKEW = datetime.timedelta(days=1)
+"""How far the clock of who checks a certificate may be behind the one that it was made by."""
 
 
 def make_certificates(folder: Path, hosts: Sequence[str], days: int) -> list[Path]:
