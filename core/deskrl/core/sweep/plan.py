@@ -41,7 +41,7 @@ class SweepFile(Section):
     """With this table (empty, or what that run changes besides), the arms of a seed start from one policy: a run of its
     own does the warm start, with no update."""
     arms: Annotated[dict[Name, dict[str, Any]], Field(min_length=2)]
-    """What each arm changes besides. Differences are told against the first."""
+    """What each arm changes besides."""
 
     @field_validator("seeds")
     @classmethod

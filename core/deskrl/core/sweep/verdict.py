@@ -1,4 +1,4 @@
-"""What a sweep found: each arm in numbers, and how it differs from the first one. Pure arithmetic.
+"""What a sweep found: each arm in numbers, and how each two of them differ. Pure arithmetic.
 
 A seed is one trial: what is told of an arm is the mean over its seeds, and a difference is that between the runs of one
 seed, which start alike and meet the same tasks in the same order. Intervals are Student's over seeds.
@@ -6,6 +6,7 @@ seed, which start alike and meet the same tasks in the same order. Intervals are
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm against the first one, over the seeds that both have."""
+    """An arm against one before it, over the seeds that both have."""
 
     arm: str
     against: str
@@ -86,19 +87,17 @@ def judge_run(updates: Sequence[Mapping[str, Any]], budget: int) -> Trial:
 
 
 def judge_arms(trials: Mapping[str, Mapping[int, Trial]]) -> tuple[list[ArmResult], list[Difference]]:
-    """All arms that have a trial, and each against the first.
+    """All arms that have a trial, and each against those before it.
 
     Args:
         trials: by arm, in the sweep's order, and by seed.
     """
     arms = [_arm(arm, list(by_seed.values())) for arm, by_seed in trials.items() if by_seed]
-    first, *others = trials
     differences = []
-    for arm in others:
-        shared = [seed for seed in trials[first] if seed in trials[arm]]
-        if shared:
-            pairs = [(trials[first][seed], trials[arm][seed]) for seed in shared]
-            differences.append(_difference(arm, first, pairs))
+    for against, arm in itertools.combinations(trials, 2):
+        pairs = [(one, trials[arm][seed]) for seed, one in trials[against].items() if seed in trials[arm]]
+        if pairs:
+            differences.append(_difference(arm, against, pairs))
     return arms, differences
 
 
