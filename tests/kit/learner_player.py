@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from deskrl.core import ids
 from deskrl.core.trajectory import Step, encode_step
-from deskrl.proto.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
+from deskrl.proto.v1 import common_pb2, rollout_pb2, weights_pb2, weights_pb2_grpc
 
 _LOADING = threading.Lock()
 """transformers loads one model at a time: it patches torch.nn.init for as long."""
@@ -75,6 +75,19 @@ class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
             version=begun.version, canary_logprobs=self._canary(policy, begun.canary), phases_ms={"load": 1.0}
         )
         yield weights_pb2.UpdateWeightsResponse(committed=committed)
+
+    def GetWeightStatus(
+        self, request: weights_pb2.GetWeightStatusRequest, context: Any
+    ) -> weights_pb2.GetWeightStatusResponse:
+        with self._lock:
+            lineage, step = self.version
+        version = common_pb2.PolicyVersion(lineage=lineage, step=step)
+        return weights_pb2.GetWeightStatusResponse(version=version, state="serving")
+
+    def start_again(self) -> None:
+        """Serve what it began with, as after a crash."""
+        with self._lock:
+            self.version = ("", 0)
 
     def served(self) -> tuple[ToyPolicy, tuple[str, int]]:
         with self._lock:

@@ -326,6 +326,20 @@ def test_a_replica_that_fails_is_quarantined_and_catches_up(world: Callable[...,
     assert len(run.metrics("update")) == 2, "the run goes on with the other"
 
 
+def test_a_replica_that_was_started_again_is_brought_the_weights_that_the_others_have(
+    world: Callable[..., World],
+) -> None:
+    run = world(num_replicas=2, grpo={**GRPO, "num_updates": 2})
+    learner = run.start()
+    again = run.replicas[1]
+    run.wait_for(lambda: bool(again.versions), learner)
+    again.start_again()
+    run.wait_for(lambda: any(line["late"] and line["ok"] for line in run.metrics("weights")), learner)
+    log = run.finish(learner)
+    assert "replica 1 was started again" in log and "quarantined" not in log
+    assert again.versions[-1] == run.replicas[0].versions[-1]
+
+
 def test_replicas_join_and_leave_while_it_learns(world: Callable[..., World]) -> None:
     run = world(grpo=GRPO)
     stays, leaves = (run.join() for _ in range(2))

@@ -23,8 +23,8 @@ from deskrl.learner import grpo, metrics, stopping
 from deskrl.learner.announcements import Announcement, Outcome, describe
 from deskrl.learner.checkpoint import checkpoint_name
 from deskrl.learner.evaluation import evaluation_record, mismatch_rows
+from deskrl.learner.following import follow_replicas
 from deskrl.learner.imitation import demonstration, image_sizes, imitate
-from deskrl.learner.joined import follow_joined
 from deskrl.learner.parts import Parts, assemble
 from deskrl.learner.plan import DEMO, TRAIN, eval_queue
 from deskrl.learner.records import add_counts, pending_commit, update_record, weights_record
@@ -83,8 +83,9 @@ class Learner:
             self._save()
         self._phase("publishing")
         if self._is_first:
-            follow_joined(self._parts.replay.joined_replicas, self._parts.publisher.set_joined, self._parts.stop)
-            self._parts.publisher.wait_for_replicas()
+            replay, publisher, stop = self._parts.replay, self._parts.publisher, self._parts.stop
+            follow_replicas(replay.joined_replicas, publisher.set_joined, publisher.look_again, stop)
+            publisher.wait_for_replicas()
         self._publish()
         self._announce_version()
         self._evaluate("before")

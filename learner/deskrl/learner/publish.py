@@ -2,7 +2,8 @@
 
 Directly from GPU to GPU where learner and replica have what that takes, else as a stream. A replica that fails or
 stalls is quarantined: the run goes on with the others, and a thread of its own streams it the newest weights as soon as
-it answers again. Knows which replicas there are and which have what; knows nothing of training.
+it answers again. So is one that was started again, and serves what it began with.
+Knows which replicas there are and which have what; knows nothing of training.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class Publisher:
         self._on_outcome = on_outcome
         self._pool = ThreadPoolExecutor(_MAX_AT_ONCE, thread_name_prefix="publish")
         self._newest: Snapshot | None = None
+        self._served: Announcement | None = None  # by all that are not catching up; None during an update
         self._lock = threading.Lock()
         self._catching_up: set[int] = set()
 
@@ -144,7 +146,7 @@ class Publisher:
     def _open(self, announcement: Announcement) -> tuple[list[DirectUpdate], list[Outcome], list[Replica]]:
         """Ask every replica that is not catching up: those that wait for buckets, failed, or want a stream."""
         with self._lock:
-            self._newest = None  # what it was is old by now: nobody has caught up by it
+            self._newest = self._served = None  # what it was is old by now: nobody has caught up by it
             current = [replica for index, replica in self._replicas.items() if index not in self._catching_up]
         if self._sender is not None:
             self._sender.prepare(announcement.specs)
@@ -185,6 +187,8 @@ class Publisher:
             self._on_outcome(outcome)
             if not outcome.ok:
                 self._quarantine(outcome)
+        with self._lock:
+            self._served = announcement
         if any(outcome.ok for outcome in outcomes):
             return
         if all(outcome.may_recover for outcome in outcomes) and self._one_recovers():
@@ -220,6 +224,26 @@ class Publisher:
             _log.info("replica %d at %s has left", replica.index, replica.address)
         for replica in new:
             _log.info("replica %d at %s has joined", replica.index, replica.address)
+            self._start_catching_up(replica)
+
+    def look_again(self) -> None:
+        """Ask who should have the newest weights whether they do; one that was started again is brought them anew."""
+        with self._lock:
+            expected = self._served
+            current = [replica for index, replica in self._replicas.items() if index not in self._catching_up]
+        if expected is None:
+            return
+        for replica in current:
+            version = replica.served_version()
+            with self._lock:
+                if self._served is not expected:
+                    return  # an update began meanwhile
+                if version in (None, expected.version) or replica.index not in self._replicas:
+                    continue
+                self._catching_up.add(replica.index)
+            _log.warning(
+                "replica %d was started again: it does not serve version %d", replica.index, expected.version.step
+            )
             self._start_catching_up(replica)
 
     def _connect(self, index: int, address: str) -> Replica:

@@ -20,7 +20,7 @@ from deskrl.learner.channels import Channel, IpcChannel, NcclChannel
 from deskrl.learner.negotiation import Side, choose_transfer
 from deskrl.learner.sending import Sender, Sent
 from deskrl.learner.talk import Talk
-from deskrl.proto.v1 import weights_pb2, weights_pb2_grpc
+from deskrl.proto.v1 import common_pb2, weights_pb2, weights_pb2_grpc
 
 STALL_S = 120.0
 """An update that takes longer than this and a second for each `BYTES_PER_S` has stalled."""
@@ -66,10 +66,21 @@ class Replica:
         if self._asked == "stream" or (self._asked == "auto" and self._sender is None):
             self._settle("stream")
             return None
-        request = weights_pb2.GetWeightStatusRequest(peer=rpc.peer("learner", "rank-0"))
-        status: weights_pb2.GetWeightStatusResponse = self._stub.GetWeightStatus(request, timeout=_STATUS_S)
+        status = self._status()
         here = Side(direct.host_name(), _gpu_uuids(self._sender), importlib.util.find_spec("vllm") is not None)
         self._settle(choose_transfer(self._asked, here, Side(status.host, status.gpu_uuids)))
+        return status
+
+    def served_version(self) -> common_pb2.PolicyVersion | None:
+        """The version that acts there; None if it does not say."""
+        try:
+            return self._status().version
+        except grpc.RpcError:
+            return None
+
+    def _status(self) -> weights_pb2.GetWeightStatusResponse:
+        request = weights_pb2.GetWeightStatusRequest(peer=rpc.peer("learner", "rank-0"))
+        status: weights_pb2.GetWeightStatusResponse = self._stub.GetWeightStatus(request, timeout=_STATUS_S)
         return status
 
     def _settle(self, transfer: str) -> None:
