@@ -72,7 +72,7 @@ def test_each_pod_gets_the_secrets_of_its_own_role_alone() -> None:
 
 @needs("hadolint")
 def test_images_are_clean() -> None:
-    linted = subprocess.run(["hadolint", *DEPLOY.glob("images/*Dockerfile*")], capture_output=True, text=True)
+    linted = subprocess.run(["hadolint", *DEPLOY.glob("*/Dockerfile")], capture_output=True, text=True)
     assert linted.returncode == 0, linted.stdout
 
 
