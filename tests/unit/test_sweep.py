@@ -185,6 +185,17 @@ def test_what_is_complete_is_told_on_a_page_and_beside_it(file: Path, capsys: py
     assert "other - one" in capsys.readouterr().out
 
 
+def test_a_run_that_ended_before_its_steps_were_used_up_counts_for_nothing(file: Path) -> None:
+    sweep = read_sweep(file)
+    finish(sweep.cells[0], 0.5, 0.5)
+    finish(sweep.cells[1], 0.5)
+    findings = page.find(sweep)
+    assert findings.short == {"other-s0": "ended after 50 steps: remove it and raise learner.grpo.num_updates"}
+    assert not findings.trials["other"] and findings.trials["one"]
+    page.write(sweep, findings, {})
+    assert "ended after 50 steps" in (sweep.folder / "sweep.html").read_text()
+
+
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_sweeps_that_come_along_are_whole(path: Path) -> None:
     sweep = read_sweep(path)

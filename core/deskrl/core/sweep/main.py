@@ -38,6 +38,7 @@ def sweep(path: Path, overrides: Sequence[str], runs: Path | None, *, dry: bool)
         findings = page.find(asked)
         page.write(asked, findings, missing)
     page.show(asked, findings)
+    missing |= findings.short
     for name, why in missing.items():
         print(f"missing: {name}: {why}")
     if stop.is_set() and missing:

@@ -31,6 +31,8 @@ class Findings:
 
     trials: dict[str, dict[int, Trial]]
     """By arm and seed."""
+    short: dict[str, str]
+    """Cells that ended before their steps were used up, by name: what is to be done."""
     arms: list[ArmResult]
     differences: list[Difference]
     by_steps: dict[str, list[Place]]
@@ -40,13 +42,21 @@ class Findings:
 def find(sweep: Sweep) -> Findings:
     """Read the complete cells."""
     trials: dict[str, dict[int, Trial]] = {arm: {} for arm in sweep.file.arms}
+    short: dict[str, str] = {}
     for cell in sweep.cells:
-        if cell.arm != START and is_complete(cell):
-            trials[cell.arm][cell.seed] = judge_run(read_history(folder_of(cell)).updates, sweep.env_steps)
+        if cell.arm == START or not is_complete(cell):
+            continue
+        updates = read_history(folder_of(cell)).updates
+        num_steps = sum(update["num_env_steps"] for update in updates)
+        if num_steps < sweep.env_steps:
+            short[cell.name] = f"ended after {num_steps} steps: remove it and raise learner.grpo.num_updates"
+        else:
+            trials[cell.arm][cell.seed] = judge_run(updates, sweep.env_steps)
     arms, differences = judge_arms(trials)
     runs = {arm: [trial.learning for trial in by_seed.values()] for arm, by_seed in trials.items() if by_seed}
     return Findings(
         trials,
+        short,
         arms,
         differences,
         {arm: by_steps(of_arm, sweep.env_steps) for arm, of_arm in runs.items()},
@@ -62,6 +72,7 @@ def write(sweep: Sweep, findings: Findings, missing: Mapping[str, str]) -> None:
         findings: what came of it.
         missing: why cells are not complete, by name; of those that are not there it is not known yet.
     """
+    missing = {**missing, **findings.short}
     write_json(sweep.folder / "sweep.json", _finite(_document(sweep, findings, missing)))
     environment = templates()
     names = list(sweep.file.arms)
@@ -74,7 +85,7 @@ def write(sweep: Sweep, findings: Findings, missing: Mapping[str, str]) -> None:
         charts=_charts(findings, names),
         series={arm: names.index(arm) % _NUM_COLOURS for arm in names},
         rows=[_row(cell, sweep, findings, missing) for cell in sweep.cells],
-        missing=[cell for cell in sweep.cells if not is_complete(cell)],
+        num_missing=sum(cell.name in findings.short or not is_complete(cell) for cell in sweep.cells),
         level=level_text,
         change=change_text,
         ratio=ratio_text,
@@ -163,7 +174,7 @@ def _row(cell: Cell, sweep: Sweep, findings: Findings, missing: Mapping[str, str
         "name": cell.name,
         "is_start": cell.arm == START and is_done,
         "trial": findings.trials.get(cell.arm, {}).get(cell.seed),
-        "why": "the warm start of this seed" if is_done else missing.get(cell.name, "not run yet"),
+        "why": missing.get(cell.name, "the warm start of this seed" if is_done else "not run yet"),
         "changes": ", ".join(f"{key} = {value}" for key, value in flatten(changes)),
     }
 
@@ -185,7 +196,7 @@ def _document(sweep: Sweep, findings: Findings, missing: Mapping[str, str]) -> d
                 "arm": cell.arm,
                 "seed": cell.seed,
                 "command": cell.command,
-                "missing": None if is_complete(cell) else missing.get(cell.name, "not run yet"),
+                "missing": missing.get(cell.name, None if is_complete(cell) else "not run yet"),
                 "result": None if trial is None else asdict(trial),
             }
             for cell in sweep.cells
