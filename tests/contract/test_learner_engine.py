@@ -166,13 +166,18 @@ t.take_steps(Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
 
 def take_steps(folder: Path, cases: list[tuple[dict[str, Any], bool]], results_folder: Path) -> None:
     """In a child process: for each (settings, spoilt), a fresh engine's optimizer step; writes what came of it."""
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed has float16 on GPUs only; what it does there is the same arithmetic.
+    get_accelerator().is_fp16_supported = lambda: True
     toy = ToyPolicy(folder)
     rows = rows_of([play(toy, task_id, seed) for seed, task_id in enumerate(["red", "green", "blue"])])
     results = []
     for settings, spoilt in cases:
         policy, collator = load(folder)
         grpo = {"learning_rate": 1e-2}
-        engine = Engine(policy, LearnerConfig.model_validate({"dtype": "float32", "grpo": grpo} | settings))
+        config = LearnerConfig.model_validate({"dtype": "float32", "grpo": grpo} | settings)
+        engine = Engine(policy.half() if config.dtype == "float16" else policy, config)
         feed = Feed(collator, engine.rank, engine.world_size, 64, lambda: None)
         share = feed.share(rows)
         denominator = math.nan if spoilt else 10.0
@@ -181,10 +186,15 @@ def take_steps(folder: Path, cases: list[tuple[dict[str, Any], bool]], results_f
             return imitation_loss(scores.logprobs_N, denominator)
 
         outcome = engine.update(feed.batches(share), len(share), 1.0, loss_of)
+        num_skipped = 0
+        while engine.scales_loss and not outcome.applied and not spoilt:
+            outcome = engine.update(feed.batches(share), len(share), 1.0, loss_of)
+            num_skipped += 1
         weights = engine.weights()
         results.append(
             {
                 "applied": outcome.applied,
+                "num_skipped": num_skipped,
                 "norm": outcome.gradient_norm,
                 "probe": weights["model.layers.0.mlp.up_proj.weight"].flatten()[:64].tolist(),
                 "names": sorted(weights),
@@ -233,6 +243,18 @@ def test_bfloat16_learns_from_nearly_the_same_gradient(folder: Path, alone: list
     for result in run_steps(folder, 1, [(setting, False) for setting in settings])[0]:
         assert result["applied"]
         assert result["norm"] == pytest.approx(alone[0]["norm"], rel=0.05)
+
+
+def test_float16_scales_the_loss_until_the_gradient_fits_and_learns_the_same(
+    folder: Path, alone: list[dict[str, Any]]
+) -> None:
+    cases: list[tuple[dict[str, Any], bool]] = [({"dtype": "float16", "zero_stage": stage}, False) for stage in (1, 2)]
+    *results, spoilt = run_steps(folder, 1, [*cases, ({"dtype": "float16"}, True)])[0]
+    for result in results:
+        assert result["applied"] and result["num_skipped"] < 4
+        assert result["norm"] == pytest.approx(alone[0]["norm"], rel=0.01)
+        assert result["probe"] == pytest.approx(alone[0]["probe"], rel=0.05, abs=1e-3)
+    assert not spoilt["applied"]
 
 
 def test_published_names_are_those_of_the_model_folder(folder: Path, alone: list[dict[str, Any]]) -> None:

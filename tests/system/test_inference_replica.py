@@ -33,6 +33,7 @@ from inference_kit import (
     user,
 )
 from ports_kit import free_port
+from published_kit import as_published
 from safetensors.torch import load_file, save_file
 
 from deskrl.actor.external_policy import ExternalPolicy, chat_messages
@@ -480,8 +481,9 @@ def test_a_replica_without_a_gpu_refuses_what_needs_one(run: Any, reference: Ref
     run(scenario)
 
 
-def test_a_qwen2_vl_is_served_and_updated_as_a_qwen2_5_vl_is(tmp_path: Path) -> None:
-    config = replica_config(tmp_path, free_port(), build_model(tmp_path / "model", "qwen2_vl"))
+def test_a_qwen2_vl_as_published_is_served_and_updated_as_a_qwen2_5_vl_is(tmp_path: Path) -> None:
+    model = as_published(build_model(tmp_path / "model", "qwen2_vl"))
+    config = replica_config(tmp_path, free_port(), model)
     reference = Reference(config.model_folder)
     images = [screenshot(1), screenshot(2)]
     messages = [user("Open it.", images[0], "Then this:", images[1])]

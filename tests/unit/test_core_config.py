@@ -66,6 +66,9 @@ def test_unknown_keys_are_all_named_with_their_path(tmp_path: Path) -> None:
         ('name = "../up"\n', "name"),
         ('preset = "apro"\n', "preset"),
         ("[learner.grpo]\ndual_clip = 0.9\n", "nor above 1"),
+        ('[learner]\ndtype = "float16"\nzero_stage = 0\n', "learner: the dtype float16 needs zero_stage 1"),
+        ('[inference]\nexternal_url = "localhost"\n', "localhost is no address such as http://"),
+        ('[inference]\nexternal_url = "http://a/v1"\n', "external_url and external_model go together"),
     ],
 )
 def test_contradictions_are_refused_with_their_reason(tmp_path: Path, text: str, reason: str) -> None:

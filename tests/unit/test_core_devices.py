@@ -10,6 +10,7 @@ import pytest
 from deskrl.core import devices
 from deskrl.core.config import RunConfig, load_config
 from deskrl.core.errors import UserError
+from deskrl.learner.gpus import refuse_dtype
 
 RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 
@@ -83,3 +84,28 @@ def test_the_shipped_runs_for_gpus_fit_together_and_are_refused_without_them(pat
 def test_a_run_that_says_nothing_of_gpus_asks_for_none() -> None:
     assert not devices.are_named(RunConfig())
     devices.refuse_missing(RunConfig(), 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "told"),
+    [
+        ("float16", None, "float16 is for GPUs, and there is none here; set it to float32"),
+        (
+            "bfloat16",
+            (7, 5),
+            r"bfloat16, which this GPU \(compute capability 7.5\) has not; set it to float16 or float32",
+        ),
+        ("float16", (7, 5), None),
+        ("float32", (7, 5), None),
+        ("bfloat16", (9, 0), None),
+        ("bfloat16", None, None),
+    ],
+)
+def test_a_numeric_type_that_a_gpu_has_not_is_refused(
+    dtype: str, capability: tuple[int, int] | None, told: str | None
+) -> None:
+    if told is None:
+        refuse_dtype(dtype, capability)
+        return
+    with pytest.raises(UserError, match=told):
+        refuse_dtype(dtype, capability)

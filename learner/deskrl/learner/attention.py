@@ -7,6 +7,7 @@ keys, values and lengths; knows nothing of rows or screenshots.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
+
+from deskrl.learner.gpus import is_recent
 
 # Transformers tells the lengths of sequences to implementations that have "flash" in their name.
 _NAME = "deskrl_flash"
@@ -88,16 +91,21 @@ def attend(
     num_repeats = query.shape[1] // key.shape[1]
     if num_repeats > 1:
         key, value = (part.repeat_interleave(num_repeats, dim=1) for part in (key, value))
-    if query.is_cuda and query.dtype != torch.float32:
+    if query.dtype != torch.float32 and _has_one_kernel(query.device):
         return _by_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal), None
     each = sequence_lengths or tuple((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist())
     return _one_by_one(query, key, value, each, scaling, causal), None
 
 
+@cache
+def _has_one_kernel(device: torch.device) -> bool:
+    return device.type == "cuda" and is_recent(torch.cuda.get_device_capability(device))
+
+
 def _by_one_kernel(
     query: Tensor, key: Tensor, value: Tensor, cumulative: Tensor, longest: int, scaling: float, causal: bool
 ) -> Tensor:
-    """FlashAttention for sequences of different lengths, as torch brings it: GPU and half precision only."""
+    """FlashAttention for sequences of different lengths, as torch brings it: recent GPUs and half precision only."""
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
     window = (-1, 0 if causal else -1)
     output = varlen.varlen_attn(

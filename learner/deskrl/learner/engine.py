@@ -64,6 +64,8 @@ class Engine:
             model=policy, optimizer=optimizer, config=_deepspeed_config(config)
         )
         self._stage = config.zero_stage
+        self.scales_loss = config.dtype == "float16"
+        """Whether a gradient that is not finite may be the loss scale's doing, which is then lowered."""
         self.policy = policy
         self.device = torch.device(self._engine.device)
         self.rank: int = torch.distributed.get_rank()
@@ -232,6 +234,8 @@ def _deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.dtype == "bfloat16", "check_grad_overflow": True},
+        # Losses are scaled so that small gradients are no zeros; one step is skipped where the scale was too large.
+        "fp16": {"enabled": config.dtype == "float16"},
         # Gradients that are parted over ranks are small enough to add up in float32.
         "data_types": {"grad_accum_dtype": "fp32" if config.zero_stage > 1 else None},
         "steps_per_print": None,

@@ -1,6 +1,11 @@
-"""How many GPUs PyTorch sees on this machine. Knows nothing of what they are for."""
+"""The GPUs that PyTorch sees on this machine, and which numeric types they compute in. Knows nothing of their use."""
 
 from __future__ import annotations
+
+from deskrl.core.errors import UserError
+
+_AMPERE = (8, 0)
+"""From this compute capability on there are bfloat16 and FlashAttention."""
 
 
 def num_gpus() -> int:
@@ -8,3 +13,27 @@ def num_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def capability() -> tuple[int, int] | None:
+    """Compute capability of this process's GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def is_recent(capability: tuple[int, int] | None) -> bool:
+    """Whether a GPU is of Ampere's generation or newer."""
+    return capability is not None and capability >= _AMPERE
+
+
+def refuse_dtype(dtype: str, capability: tuple[int, int] | None) -> None:
+    """Raise UserError for a numeric type in which nothing can be learnt on a GPU of this capability, or without one."""
+    if dtype == "float16" and capability is None:
+        raise UserError("learner.dtype = float16 is for GPUs, and there is none here", "set it to float32")
+    if dtype == "bfloat16" and capability is not None and not is_recent(capability):
+        major, minor = capability
+        raise UserError(
+            f"learner.dtype = bfloat16, which this GPU (compute capability {major}.{minor}) has not",
+            "set it to float16 or float32",
+        )

@@ -152,9 +152,11 @@ def _step(engine: Engine, feed: Feed, rows: Sequence[Row]) -> tuple[float, float
     denominator = float(sum(len(row.targets) for row in rows))
     losses: list[float] = []
     share = feed.share(rows)
-    outcome = engine.update(feed.batches(share), len(share), 1.0, _noting_loss(denominator, losses))
-    if not outcome.applied:
-        raise RuntimeError("imitation met a gradient that is not finite; lower learner.warm_start.learning_rate")
+    noting_loss = _noting_loss(denominator, losses)
+    while not (outcome := engine.update(feed.batches(share), len(share), 1.0, noting_loss)).applied:
+        if not engine.scales_loss:
+            raise RuntimeError("imitation met a gradient that is not finite; lower learner.warm_start.learning_rate")
+        losses.clear()  # once more at half the scale; at a scale of 1 DeepSpeed gives up
     (loss,) = engine.sum_over_ranks([sum(losses)])
     return loss, outcome.gradient_norm
 

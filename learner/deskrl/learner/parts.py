@@ -14,7 +14,7 @@ from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
 from deskrl.core.rendering import ImageSizing, image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
 from deskrl.core.runfolder import RunFolder
-from deskrl.learner import activations, metrics, stopping
+from deskrl.learner import activations, gpus, metrics, stopping
 from deskrl.learner.announcements import Outcome
 from deskrl.learner.canary import CanaryProbe, make_canary
 from deskrl.learner.checkpoint import CheckpointStore, layout_of
@@ -73,6 +73,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
     Raises:
         UserError: the tasks, the model or its processor cannot be read.
     """
+    gpus.refuse_dtype(config.learner.dtype, gpus.capability())
     folder = RunFolder(config.folder)
     folder.create()
     tasks = _read_tasks(folder)

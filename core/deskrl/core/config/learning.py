@@ -123,8 +123,8 @@ class LearnerConfig(Section):
     """DeepSpeed ZeRO stage. 1 adds gradients up in `dtype`, whole on each rank; 2 and 3 in float32, parted."""
     offload_optimizer: bool = False
     """Keep master weights and optimizer states in the host's memory; needs a ZeRO stage above 0."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Numeric type of forward and backward."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Numeric type of forward and backward. `float16`, for GPUs that have no bfloat16, scales the loss by itself."""
     micro_batch_tokens: PositiveInt = 16384
     """Tokens of one forward pass, screenshots counted; a longer row goes alone."""
     activations: Literal["all", "attention", "layers"] = "all"
@@ -155,4 +155,10 @@ class LearnerConfig(Section):
     def _something_to_offload(self) -> LearnerConfig:
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_scale_the_loss(self) -> LearnerConfig:
+        if self.dtype == "float16" and self.zero_stage == 0:
+            raise ValueError("the dtype float16 needs zero_stage 1, 2 or 3, which scale the loss")
         return self

@@ -121,7 +121,7 @@ def predict(
 def learning_seconds(config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape, assumed: Assumptions) -> float:
     """One update of the learner at the assumed share of its GPUs' rate."""
     share = (assumed.steps or rows.steps) / rows.steps
-    device = _BFLOAT16_TFLOPS if config.learner.dtype == "bfloat16" else _FLOAT32_TFLOPS
+    device = _FLOAT32_TFLOPS if config.learner.dtype == "float32" else _BFLOAT16_TFLOPS
     tflops = device if assumed.gpu_tflops is None else assumed.gpu_tflops
     rate = tflops * 1e12 * assumed.utilisation * config.learner.num_processes
     return update_flops(config, batches, rows, shape) * share / rate

@@ -1,0 +1,45 @@
+"""Folders as UI-TARS was published, years before the transformers that loads them: nothing of them is misread."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from learner_kit import ToyPolicy, build_model, play
+from published_kit import as_published
+
+from deskrl.core.explain.shape import shape_of_config
+from deskrl.core.families import Architecture
+from deskrl.core.ids import image_hash
+from deskrl.core.model_folder import refuse_incomplete
+from deskrl.core.rendering import image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
+from deskrl.learner.model import load_policy, load_processor, make_collator
+from deskrl.learner.packing import pack
+
+
+@pytest.mark.parametrize("architecture", get_args(Architecture))
+def test_the_published_form_of_a_model_is_the_same_model(tmp_path: Path, architecture: Architecture) -> None:
+    folder = build_model(tmp_path, architecture=architecture)
+    steps, shots, _ = play(ToyPolicy(folder), "red", seed=0)
+    tokenizer = load_processor(folder).tokenizer
+
+    def known() -> tuple[object, ...]:
+        shape = shape_of_config(json.loads((folder / "config.json").read_text()), "tiny")
+        return shape, image_sizing_of(folder), vocab_size_of(folder), processor_hash(folder, tokenizer)
+
+    before = known()
+    as_published(folder)
+    refuse_incomplete(folder)
+    processor = load_processor(folder)
+    tokenizer = processor.tokenizer
+    assert known() == before
+
+    policy = load_policy(folder, suppressed_ids(tokenizer, vocab_size_of(folder)), freeze_vision=False)
+    collator = make_collator(policy, processor, lambda names: {image_hash(shot): shot for shot in shots})
+    micro = collator.collate(pack(0, steps, [[0] * len(step.action_ids) for step in steps]))
+    with torch.no_grad():
+        logprobs_N = policy(micro, 1.0).logprobs_N
+    torch.testing.assert_close(logprobs_N, micro.behaviour_logprobs_N, rtol=0, atol=1e-5)
