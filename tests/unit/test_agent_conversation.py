@@ -2,6 +2,7 @@
 
 import functools
 import io
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -13,6 +14,7 @@ from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent import Conversation, make_agent
 from deskrl.actor.grammar import FormatError, Turn
 from deskrl.core.config import AgentConfig
+from deskrl.core.errors import UserError
 from deskrl.core.families import FAMILIES, FamilyName
 from deskrl.core.ids import image_hash
 from deskrl.proto.v1 import inference_pb2
@@ -75,6 +77,19 @@ def test_the_brief_prompt_is_the_instruction() -> None:
     messages = converse(AgentConfig(prompt="brief"), 0)[0].prompt().messages
     assert messages[1].contents[0].text == "Press {that} button."
     assert len(messages[0].contents[0].text) < 20
+
+
+def test_a_prompt_of_ones_own_is_told_word_by_word(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("Do {instruction} in {language}, with click(start_box='<|box_start|>(x,y)<|box_end|>') and {}.")
+    words = converse(AgentConfig(prompt_file=path), 0)[0].prompt().messages[1].contents[0].text
+    assert words == "Do Press {that} button. in English, with click(start_box='<|box_start|>(x,y)<|box_end|>') and {}."
+    (tmp_path / "blank.txt").write_text("Do something.")
+    for name, told in (("blank.txt", "has no {instruction}"), ("none.txt", "cannot be read")):
+        with pytest.raises(UserError, match=told):
+            make_agent(AgentConfig(prompt_file=tmp_path / name))
+    with pytest.raises(ValueError, match="and so does prompt_file"):
+        AgentConfig(prompt="brief", prompt_file=path)
 
 
 def test_prompts_of_the_context_episode_extend_one_another() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from deskrl.actor.actions import Action
 from deskrl.actor.grammar import FormatError, Turn, parse_turn, render_turn, with_marks
-from deskrl.actor.prompts import opening
+from deskrl.actor.prompts import opening, read_template
 from deskrl.core.config import AgentConfig
 from deskrl.core.families import FAMILIES
 from deskrl.core.ids import image_hash
@@ -63,7 +63,7 @@ class Agent(ABC):
 
 
 def make_agent(config: AgentConfig) -> Agent:
-    """The agent that a configuration names."""
+    """The agent that a configuration names; raises UserError for a prompt file that is none."""
     return UiTarsAgent(config)
 
 
@@ -77,6 +77,8 @@ class UiTarsAgent(Agent):
     """UI-TARS of any family: thought and action as text."""
 
     def __init__(self, config: AgentConfig) -> None:
+        if config.prompt_file is not None:
+            read_template(config.prompt_file)
         self._config = config
 
     def begin(self, instruction: str) -> Conversation:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from deskrl.actor.grammar import write_point
 from deskrl.core.config import AgentConfig
+from deskrl.core.errors import UserError
 from deskrl.core.families import FamilyName
 
 
@@ -48,6 +51,7 @@ wait() # Waits 5 seconds, then shows a new screenshot.
 {finished} # The task is done.{answer}
 call_user() # The task cannot be done, or only the user can go on."""
 _QUOTING = " Write \\', \\\" and \\n for quotes and line breaks."
+_INSTRUCTION = "{instruction}"
 _BRIEF_SYSTEM = "Use the computer."
 
 
@@ -55,6 +59,9 @@ def opening(config: AgentConfig, instruction: str) -> Opening:
     """What a task's conversation begins with."""
     if config.prompt == "brief":
         return Opening(_BRIEF_SYSTEM, instruction)
+    if config.prompt_file is not None:
+        words = read_template(config.prompt_file).replace("{language}", config.language)
+        return Opening(_FULL_SYSTEM, words.replace(_INSTRUCTION, instruction))
     family = config.family
     thinks = family == "ui_tars_2"
     words = _FULL_PROMPT.format(
@@ -65,6 +72,22 @@ def opening(config: AgentConfig, instruction: str) -> Opening:
         instruction=instruction,
     )
     return Opening(_FULL_SYSTEM, words)
+
+
+@cache
+def read_template(path: Path) -> str:
+    """A prompt of somebody's own.
+
+    Raises:
+        UserError: it cannot be read, or has no place for the instruction.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})", "name a text file in agent.prompt_file") from error
+    if _INSTRUCTION not in text:
+        raise UserError(f"{path} has no {_INSTRUCTION}, so no task would be told", "write it where the task belongs")
+    return text
 
 
 def _action_space(family: FamilyName) -> str:

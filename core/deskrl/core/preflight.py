@@ -45,6 +45,7 @@ def refuse_bad_input(config: RunConfig) -> None:
     refuse_full_disk(RunFolder(config.folder))
     if served_here:
         _refuse_unservable(config)
+    importlib.import_module("deskrl.actor.agent").make_agent(config.agent)
     importlib.import_module("deskrl.actor.prepare").load(config)
     importlib.import_module("deskrl.actor.desktops.provider").refuse_unusable(config.desktop)
 

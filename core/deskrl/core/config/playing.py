@@ -67,6 +67,9 @@ class AgentConfig(Section):
     `ui_tars_2` (either; thousandths, and a form of its own)."""
     prompt: Literal["full", "brief"] = "full"
     """`full`: the family's; `brief`: the instruction and little else, for a policy that learns the grammar anew."""
+    prompt_file: Path | None = None
+    """Text file in place of the family's prompt, with {instruction} and {language} where they belong: models answer
+    best to the very words that they were trained with."""
     context: Literal["window", "episode"] = "window"
     """`window`: the last `window_images` screenshots; `episode`: all of them."""
     window_images: PositiveInt = 5
@@ -80,6 +83,12 @@ class AgentConfig(Section):
     that format matters; `evaluate`: what the evaluator says of the state (`learner.grpo.format_penalty` comes off)."""
     language: str = "English"
     """Language of the thoughts, as the prompt asks for it."""
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> AgentConfig:
+        if self.prompt == "brief" and self.prompt_file is not None:
+            raise ValueError("prompt = brief says what the policy is told, and so does prompt_file")
+        return self
 
 
 class ActorConfig(Section):
