@@ -68,6 +68,7 @@ class ChaosJob:
     ) -> None:
         self.config = _config(runs, name, num_updates, seed, model, provider)
         self.folder = RunFolder(self.config.folder)
+        self.folder.root.mkdir(parents=True)  # not over what another job has left
         self.folder.create()
         self.disk = Disk(self.folder.replay)
         self.actor_logs = [ActorLog(self.folder.logs / f"{name}.log") for name in ACTORS]

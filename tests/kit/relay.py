@@ -18,7 +18,7 @@ class Relay:
         self._over = asyncio.Event()
         self._listening = threading.Event()
         self._port = 0
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), daemon=True)
         self._thread.start()
         self._listening.wait()
 
