@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 import pytest
 from chaos_clock import Clock, why_no_clock
+from chaos_wire import FaultyRelay
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from ports_kit import free_port
@@ -90,6 +91,16 @@ def re_sign(folder: Path, role: str, until: datetime.datetime) -> None:
         old.issuer, old.subject, old.public_key(), 1, until - datetime.timedelta(days=1), until, list(old.extensions)
     )
     path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+
+
+def test_a_server_is_no_stranger_where_bytes_are_corrupted_on_their_way(replay: ReplayProcess) -> None:
+    for seed in range(5):
+        relay = FaultyRelay(replay.config.replay.address, seed)
+        relay.corrupt(True)
+        try:
+            assert not rpc.check_health(relay.address)
+        finally:
+            relay.close()
 
 
 @pytest.mark.skipif(bool(why_no_clock()), reason=f"no clock can be set: {why_no_clock()}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import socket
 import ssl
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,9 @@ TOKEN = "token"
 _RENEW = "make it anew with `deskrl certificates`"
 _SAME = "give both sides certificates of one `deskrl certificates`"
 _PROBE_S = 2.0
+_NUM_LOOKS, _BETWEEN_LOOKS_S = 3, 0.3
+_CORRUPTED = ("BAD_RECORD_MAC", "DECRYPT")
+"""In OpenSSL's words for bytes that are not those which were sent."""
 
 
 @dataclass(frozen=True)
@@ -128,30 +132,53 @@ def _refuse_invalid(identity: Identity) -> None:
 def refuse_stranger(address: str, identity: Identity | None) -> None:
     """Raise UserError if what answers at `host:port` and this process will never trust each other.
 
-    Does nothing where nobody answers, or all is well: then another attempt may succeed.
+    Does nothing where nobody answers, or all is well: then another attempt may succeed. One look proves nothing: a
+    server may be in the midst of ending, and bytes may change on their way. What is wrong has to be so each time.
     """
+    stranger = _look(address, identity)
+    for _ in range(_NUM_LOOKS - 1):
+        if stranger is None:
+            return
+        time.sleep(_BETWEEN_LOOKS_S)
+        if _look(address, identity) != stranger:
+            return
+    if stranger is not None:
+        raise UserError(stranger.reason, stranger.mend)
+
+
+@dataclass(frozen=True)
+class _Stranger:
+    """Why two processes do not trust each other."""
+
+    reason: str
+    mend: str
+    cause: str = ""
+    """OpenSSL's word for it."""
+
+
+def _look(address: str, identity: Identity | None) -> _Stranger | None:
+    """What is wrong with what answers, as far as one hand-shake tells."""
     try:
         is_let_in = _is_let_in(address, identity)
-        if not is_let_in:  # it hung up; one that was just being killed is away or well by the second time
-            is_let_in = _is_let_in(address, identity)
     except ssl.SSLCertVerificationError as error:
         reason = error.verify_message.rstrip(".")
-        raise UserError(f"the certificate of the server at {address} is refused: {reason}", _mend(reason)) from error
+        return _Stranger(f"the certificate of the server at {address} is refused: {reason}", _mend(reason))
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-        return
+        return None
     except ssl.SSLError as error:
-        if identity is not None:
-            reason = f"the server at {address} speaks without encryption, or is no server of deskrl"
-            raise UserError(reason, "start it with the same security.folder") from error
-        return
+        if identity is None or any(word in (error.reason or "") for word in _CORRUPTED):
+            return None
+        reason = f"the server at {address} speaks without encryption, or is no server of deskrl"
+        return _Stranger(reason, "start it with the same security.folder", error.reason or "")
     except OSError:
-        return
+        return None
     if identity is None:
         reason = f"the server at {address} asks for a certificate"
-        raise UserError(reason, "set security.folder to the folder of the run's certificates")
-    if not is_let_in:
-        reason = f"the server at {address} refuses {identity.files.certificate}"
-        raise UserError(reason, f"{_SAME}, and set both machines' clocks")
+        return _Stranger(reason, "set security.folder to the folder of the run's certificates")
+    if is_let_in:
+        return None
+    reason = f"the server at {address} refuses {identity.files.certificate}"
+    return _Stranger(reason, f"{_SAME}, and set both machines' clocks")
 
 
 def _is_let_in(address: str, identity: Identity | None) -> bool:
