@@ -187,10 +187,15 @@ DESKTOP_KINDS: dict[str, _Kind] = {
 """Of desktops that have processes of their own."""
 
 
+def left_out() -> dict[str, str]:
+    """Kinds that cannot be done on this machine, by the program that is absent."""
+    return {name: kind.program for name, kind in KINDS.items() if kind.program and not shutil.which(kind.program)}
+
+
 def kinds_for(provider: str) -> dict[str, _Kind]:
     """What can be done on this machine to a job with desktops of a provider."""
     kinds = {**KINDS, **(DESKTOP_KINDS if provider == "embedded" else {})}
-    return {name: kind for name, kind in kinds.items() if not kind.program or shutil.which(kind.program)}
+    return {name: kind for name, kind in kinds.items() if name not in left_out()}
 
 
 def draw(random: Random, kinds: Mapping[str, _Kind]) -> Fault:

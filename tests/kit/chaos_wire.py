@@ -23,7 +23,6 @@ class FaultyRelay(Relay):
         self._corrupts = False
         self._open: asyncio.Event = asyncio.Event()
         self._open.set()
-        self._writers: set[asyncio.StreamWriter] = set()
         super().__init__(target)
 
     def delay(self, delay_s: float) -> None:
@@ -44,22 +43,16 @@ class FaultyRelay(Relay):
         if is_cut:
             self._loop.call_soon_threadsafe(self._reset)
 
-    def _reset(self) -> None:
-        for writer in self._writers:
-            writer.transport.abort()
+    def close(self) -> None:
+        """Stop; what is held back is let go."""
+        self.hold(False)
+        super().close()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._is_cut:
             writer.transport.abort()
             return
         await super()._connect(reader, writer)
-
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.add(writer)
-        try:
-            await super()._pass(reader, writer)
-        finally:
-            self._writers.discard(writer)
 
     async def _treat(self, data: bytes) -> bytes:
         await asyncio.sleep(self._delay_s)

@@ -13,6 +13,7 @@ class Relay:
 
     def __init__(self, target: str) -> None:
         self.num_bytes = 0
+        self._writers: set[asyncio.StreamWriter] = set()
         self._target_port = int(target.rpartition(":")[2])
         self._loop = asyncio.new_event_loop()
         self._over = asyncio.Event()
@@ -38,10 +39,13 @@ class Relay:
         self._listening.set()
         await self._over.wait()
         server.close()
-        passing = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in passing:
-            task.cancel()
-        await asyncio.gather(*passing, return_exceptions=True)
+        self._reset()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+
+    def _reset(self) -> None:
+        """End all connections at once."""
+        for writer in self._writers:
+            writer.transport.abort()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -49,9 +53,14 @@ class Relay:
         except OSError:  # nobody listens there: whoever came hears of it by a connection that ends
             writer.close()
             return
+        if self._over.is_set():
+            writer.transport.abort()
+            target_writer.transport.abort()
+            return
         await asyncio.gather(self._pass(reader, target_writer), self._pass(target_reader, writer))
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         try:
             while data := await reader.read(_CHUNK_BYTES):
                 self.num_bytes += len(data)
@@ -60,6 +69,7 @@ class Relay:
         except ConnectionError:
             pass
         finally:
+            self._writers.discard(writer)
             writer.close()
 
     async def _treat(self, data: bytes) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
 from chaos import Outcome, run_job
+from chaos_faults import left_out
 from chaos_job import build_model
 
 from deskrl.actor.desktops.packages import missing_packages
@@ -47,6 +48,8 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, help="where jobs are run, and what is found is kept; default: temporary")
     options = parser.parse_args()
     runs = options.runs or Path(tempfile.mkdtemp(prefix="deskrl-chaos-"))
+    for kind, program in left_out().items():
+        print(f"no {kind}: {program} is not installed")
     num_done, num_wrong = 0, 0
     for outcome in storms(options.seed, options.faults, options.updates, runs, options.job):
         num_done += len(outcome.done)
