@@ -12,7 +12,7 @@ is started again at once.
 - `undisturbed_s`: between two such signs in the same job before the first fault and after each round, median.
 - `ratio`: recovery over undisturbed, median of all kinds: 1 is a fault that nobody would notice once it is over.
 
-    python tests/bench/recovery.py [--rounds 5] [--window 20]
+    python tests/bench/recovery.py [--rounds 5] [--window 20] [--only kill stop]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -106,10 +106,8 @@ def sign_of(fault: Fault) -> str:
     return "updates" if fault.target.startswith("learner") else "episodes"
 
 
-def measure(job: ChaosJob, rounds: int, window_s: float) -> dict[str, object]:
-    """All faults in turns, and the quiet between the rounds."""
-    kinds = kinds_for("simulated")
-    faults = [fault for fault in FAULTS if fault.kind in kinds]
+def measure(job: ChaosJob, faults: Sequence[Fault], rounds: int, window_s: float) -> dict[str, object]:
+    """Faults in turns, and the quiet before each round."""
     recoveries_s: defaultdict[Fault, list[float]] = defaultdict(list)
     quiet_s: defaultdict[str, list[float]] = defaultdict(list)
     names = ("episodes", "updates", *ACTORS)
@@ -118,6 +116,7 @@ def measure(job: ChaosJob, rounds: int, window_s: float) -> dict[str, object]:
         for _ in range(rounds):
             begun_s = time.monotonic()
             time.sleep(window_s)
+            signs.wait_for(names, max(signs.wait_for(names, begun_s)))  # two of each at the least
             for name in names:
                 quiet_s[name] += [late - early for early, late in pairwise(signs.of(name)) if early > begun_s]
             for fault in faults:
@@ -147,12 +146,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="how long a job takes to get over a fault, kind by kind")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--window", type=float, default=20.0, help="seconds without a fault before each round")
+    parser.add_argument("--only", nargs="+", default=sorted({fault.kind for fault in FAULTS}), help="these kinds")
     options = parser.parse_args()
+    kinds = kinds_for("simulated").keys() & set(options.only)
+    faults = [fault for fault in FAULTS if fault.kind in kinds]
     with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as folder:
         job = ChaosJob(Path(folder), "recovery", _NUM_UPDATES, 1, build_model(Path(folder) / "model"))
         try:
             job.wait_until_running()
-            result = measure(job, options.rounds, options.window)
+            result = measure(job, faults, options.rounds, options.window)
         finally:
             job.close()
     print(json.dumps(result))
