@@ -10,11 +10,9 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -32,9 +30,6 @@ class Done:
     index: int
     """In its job."""
     fault: Fault
-    begun_s: float
-    """On the monotonic clock."""
-    ended_s: float
     wrong: str
     """What the job did meanwhile that it may not."""
 
@@ -49,10 +44,6 @@ class Outcome:
     seed: str
     done: Sequence[Done]
     wrong: Sequence[str]
-    recoveries_s: Sequence[tuple[Done, float]]
-    """From the end of each fault to the next acknowledged episode; of faults after which there was one."""
-    gaps_s: Sequence[float]
-    """Between acknowledged episodes while no fault was on, and none had just ended."""
 
     def report(self) -> str:
         """For a person: seed, faults by index, what was found."""
@@ -91,12 +82,12 @@ class Storm:
                 thread.join()
 
     def _inflict(self, index: int, fault: Fault) -> None:
-        begun_s, wrong = time.monotonic(), ""
+        wrong = ""
         try:
             inflict(self._job, fault)
         except Exception as error:  # this program's own mistakes must not pass for a job in which all is well
             wrong = str(error) if isinstance(error, AssertionError) else traceback.format_exc()
-        self.done.append(Done(index, fault, begun_s, time.monotonic(), wrong))
+        self.done.append(Done(index, fault, wrong))
 
 
 def run_job(
@@ -122,16 +113,4 @@ def run_job(
     if not wrong:
         shutil.rmtree(job.folder.root)
     done = sorted(storm.done, key=lambda one: one.index)
-    return Outcome(seed, done, wrong, _recoveries(job, done), _gaps(job, done))
-
-
-def _recoveries(job: ChaosJob, done: Sequence[Done]) -> list[tuple[Done, float]]:
-    seen_s = [one.seen_s for one in job.acknowledged]
-    following = ((one, next((at_s for at_s in seen_s if at_s > one.ended_s), None)) for one in done)
-    return [(one, at_s - one.ended_s) for one, at_s in following if at_s is not None]
-
-
-def _gaps(job: ChaosJob, done: Sequence[Done]) -> list[float]:
-    first_s = min((one.begun_s for one in done), default=float("inf"))
-    seen_s = [one.seen_s for one in job.acknowledged if one.seen_s < first_s]
-    return [late - early for early, late in pairwise(seen_s)]
+    return Outcome(seed, done, wrong)

@@ -254,7 +254,7 @@ def _config(runs: Path, name: str, num_updates: int, seed: int, model: Path, pro
             "actor": {"desktops_per_actor": 2, "act_timeout_s": 60.0},
             "replay": {"address": replay, "lease_ttl_s": LEASE_TTL_S},
             "inference": {"address": inference, "dtype": "float32", "max_model_len": 2048, "max_action_tokens": 48},
-            "security": {"folder": runs / f"{name}-certificates"},
+            "security": {"folder": runs / name / "certificates"},
             "learner": {
                 "dtype": "float32",
                 "grpo": {
