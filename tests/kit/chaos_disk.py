@@ -92,6 +92,6 @@ class SlowCalls:
         self._tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def close(self) -> None:
-        """Let the process go."""
-        self._tracer.terminate()
+        """Let the process go. The kernel sees to it: strace would wait for threads that were killed meanwhile."""
+        self._tracer.kill()
         self._tracer.wait()
