@@ -107,6 +107,7 @@ class Learner:
             checkpoints.load(checkpoint, engine)
             self._state = LearnerState.from_json(checkpoint.state)
             _log.info("resumed from %s after %d updates", checkpoint.path.name, self._state.num_updates)
+            self._write_missing_line()
         lineage = engine.from_rank_0(ids.new_id("lineage"))  # by now every rank has read the tree
         self._tree = tree.branch_off(lineage, self._state.lineage, self._state.num_updates)
         self._state.lineage = lineage
@@ -275,6 +276,13 @@ class Learner:
         stored = {success.task_id: success.num_stored for success in status.successes}
         used = {success.task_id: success.num_used for success in status.successes}
         self._append_metrics("replay", stored=stored, used=used)
+
+    def _write_missing_line(self) -> None:
+        """Of the newest update, where the last learner was killed between its checkpoint and the line."""
+        written = {line["update"] for line in self._parts.folder.read_metrics("update")}
+        for record in self._state.history[-1:]:
+            if record["update"] not in written:
+                self._append_metrics("update", **record, seconds={})  # how long its parts took, nobody knows
 
     def _phase(self, name: str) -> None:
         _log.info("phase: %s", name)
