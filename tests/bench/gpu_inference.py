@@ -254,8 +254,8 @@ def build_model(name: str, folder: Path) -> None:
     if (folder / "config.json").exists():
         say(f"the model in {folder} is used")
         return
-    from deskrl.learner.shaped_model import UI_TARS_7B, build_shaped_model
-    from deskrl.learner.tiny_model import build_tiny_model
+    from deskrl.learner.policy.shaped_model import UI_TARS_7B, build_shaped_model
+    from deskrl.learner.policy.tiny_model import build_tiny_model
 
     say(f"building the model in {folder}")
     if name == "tiny":

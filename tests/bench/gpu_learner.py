@@ -59,14 +59,15 @@ from deskrl.core.config import GrpoConfig, LearnerConfig
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_sizing_of, suppressed_ids
 from deskrl.core.trajectory import Span, Step
-from deskrl.learner import activations, attention, grpo
-from deskrl.learner.batch import MicroBatch
-from deskrl.learner.engine import Engine
-from deskrl.learner.feed import Feed
-from deskrl.learner.model import Policy, load_processor, make_collator
-from deskrl.learner.packing import Row, pack
+from deskrl.learner import grpo
+from deskrl.learner.batches.batch import MicroBatch
+from deskrl.learner.batches.feed import Feed
+from deskrl.learner.batches.packing import Row, pack
+from deskrl.learner.policy import activations, attention
+from deskrl.learner.policy.engine import Engine
+from deskrl.learner.policy.model import Policy, load_processor, make_collator
+from deskrl.learner.policy.shaped_model import UI_TARS_7B, write_all_but_weights
 from deskrl.learner.select import Selection
-from deskrl.learner.shaped_model import UI_TARS_7B, write_all_but_weights
 from deskrl.learner.trajectories import Trajectory
 
 SIZE = (1280, 720)

@@ -43,13 +43,13 @@ from torch import Tensor
 from weights_kit import Changing, load_changing
 
 from deskrl.core import ids, rpc
-from deskrl.core.buckets import BUCKET_BYTES, Bucket, plan_buckets
 from deskrl.core.config import ModelConfig, RunConfig
 from deskrl.core.lifetime import StopEvent
-from deskrl.learner.announcements import Outcome, describe
-from deskrl.learner.publish import Publisher
-from deskrl.learner.sending import Sender
-from deskrl.learner.shaped_model import UI_TARS_7B, build_shaped_model
+from deskrl.core.weights.buckets import BUCKET_BYTES, Bucket, plan_buckets
+from deskrl.learner.policy.shaped_model import UI_TARS_7B, build_shaped_model
+from deskrl.learner.weights.announcements import Outcome, describe
+from deskrl.learner.weights.publish import Publisher
+from deskrl.learner.weights.sending import Sender
 from deskrl.proto.v1 import common_pb2, inference_pb2_grpc
 
 SCREEN = (1280, 720)

@@ -1,6 +1,6 @@
 """How long a job takes to get over a fault, kind by kind, against how long it goes without news when there is none.
 
-One job as in the chaos program (tests/kit/chaos_job.py): replay, learner, two actors on simulated desktops, and an
+One job as in the chaos program (tests/kit/chaos_kit/job.py): replay, learner, two actors on simulated desktops, and an
 inference service whose engine is not vLLM, which would need half a minute more to start. Faults are done to it one at a
 time, in turns, all kinds in each round; the next waits until acting and learning have both gone on. Whoever is killed
 is started again at once.
@@ -32,8 +32,8 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
-from chaos_faults import Fault, inflict, kinds_for
-from chaos_job import ACTORS, ChaosJob, build_model
+from chaos_kit.faults import Fault, inflict, kinds_for
+from chaos_kit.job import ACTORS, ChaosJob, build_model
 
 LENGTH_S = 2.0
 FAULTS = (

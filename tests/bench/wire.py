@@ -33,12 +33,12 @@ from PIL import Image
 from relay import Relay
 
 from deskrl.actor import prepare
-from deskrl.actor.agent import make_agent
+from deskrl.actor.agent.conversation import make_agent
+from deskrl.actor.agent.players import sampled_player
+from deskrl.actor.agent.policy_client import PolicyClient, PolicySession
 from deskrl.actor.desktops.simulated import SimulatedDesktop
 from deskrl.actor.episode_stream import EpisodeStream
 from deskrl.actor.leases import Lease
-from deskrl.actor.players import sampled_player
-from deskrl.actor.policy_client import PolicyClient, PolicySession
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.worker import Worker
 from deskrl.core import ids

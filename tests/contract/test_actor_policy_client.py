@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from deskrl.actor.policy_client import InferenceFailed, PolicyClient, PolicySession
+from deskrl.actor.agent.policy_client import InferenceFailed, PolicyClient, PolicySession
 from deskrl.core.config import InferenceConfig
 from deskrl.core.ids import image_hash
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc

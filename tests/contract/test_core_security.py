@@ -15,8 +15,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from chaos_clock import Clock, why_no_clock
-from chaos_wire import FaultyRelay
+from chaos_kit.clock import Clock, why_no_clock
+from chaos_kit.wire import FaultyRelay
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from ports_kit import free_port
@@ -24,12 +24,12 @@ from replay_kit import ReplayProcess, StartReplay, replay_config
 
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.core import rpc
-from deskrl.core.admission import CALLERS
-from deskrl.core.certificates import CA_KEY, make_certificates
 from deskrl.core.config import dump_config
 from deskrl.core.errors import UserError
-from deskrl.core.identity import Identity, load_identity
 from deskrl.core.lifetime import StopEvent
+from deskrl.core.security.admission import CALLERS
+from deskrl.core.security.certificates import CA_KEY, make_certificates
+from deskrl.core.security.identity import Identity, load_identity
 from deskrl.learner.replay_client import ReplayClient as LearnerReplayClient
 from deskrl.proto.v1 import directory_pb2, inference_pb2, replay_pb2, rollout_pb2, weights_pb2
 

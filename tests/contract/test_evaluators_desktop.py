@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.assets import osworld_path
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
-from deskrl.actor.evaluators import Evaluation, EvaluatorError, evaluate_task
-from deskrl.actor.tasks import parse_task
+from deskrl.actor.tasks.assets import osworld_path
+from deskrl.actor.tasks.evaluators import Evaluation, EvaluatorError, evaluate_task
+from deskrl.actor.tasks.files import parse_task
 from deskrl.core.config import DesktopConfig
 
 FINISHED, GAVE_UP = Action(ActionKind.FINISHED), Action(ActionKind.INFEASIBLE)

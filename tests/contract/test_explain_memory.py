@@ -10,9 +10,9 @@ from deskrl.core.config import LearnerConfig
 from deskrl.core.explain.memory import MicroBatch as Counted
 from deskrl.core.explain.memory import activation_bytes
 from deskrl.core.explain.shape import shape_of_config
-from deskrl.learner import activations
-from deskrl.learner.batch import MicroBatch
-from deskrl.learner.model import Policy
+from deskrl.learner.batches.batch import MicroBatch
+from deskrl.learner.policy import activations
+from deskrl.learner.policy.model import Policy
 
 TOKENS, TARGETS = 1024, 4
 # The proportions of a 7B: an MLP of 5.3 hidden widths, seven heads for one of keys and values.

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deskrl.actor.agent import make_agent
-from deskrl.actor.external_policy import ExternalPolicy
-from deskrl.actor.policy_client import InferenceFailed
+from deskrl.actor.agent.conversation import make_agent
+from deskrl.actor.agent.external_policy import ExternalPolicy
+from deskrl.actor.agent.policy_client import InferenceFailed
 from deskrl.core.config import AgentConfig, InferenceConfig, RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation.external import refuse_absent
-from deskrl.core.preflight import refuse_unlearnable
+from deskrl.core.running.preflight import refuse_unlearnable
 from deskrl.proto.v1 import rollout_pb2
 
 Answer = tuple[int, dict[str, Any]]

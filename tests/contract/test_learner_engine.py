@@ -20,13 +20,13 @@ from deskrl.core.config import LearnerConfig
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_sizing_of, suppressed_ids, vocab_size_of
 from deskrl.core.trajectory import Step
-from deskrl.learner.batch import Collator, MicroBatch
-from deskrl.learner.engine import Engine
-from deskrl.learner.feed import Feed
+from deskrl.learner.batches.batch import Collator, MicroBatch
+from deskrl.learner.batches.feed import Feed
+from deskrl.learner.batches.packing import Row, micro_batches, pack
 from deskrl.learner.imitation import demonstration, image_sizes
 from deskrl.learner.losses import imitation_loss
-from deskrl.learner.model import Policy, Scores, load_policy, load_processor, make_collator
-from deskrl.learner.packing import Row, micro_batches, pack
+from deskrl.learner.policy.engine import Engine
+from deskrl.learner.policy.model import Policy, Scores, load_policy, load_processor, make_collator
 from deskrl.learner.trajectories import Trajectory
 
 Episode = tuple[list[Step], list[bytes], float]

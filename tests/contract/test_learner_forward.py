@@ -21,12 +21,12 @@ from deskrl.core.families import Architecture
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_token_id, suppressed_ids, vocab_size_of
 from deskrl.core.trajectory import Step
-from deskrl.learner import activations, attention
-from deskrl.learner import model as learner_model
-from deskrl.learner.batch import Collator, MicroBatch
+from deskrl.learner.batches.batch import Collator, MicroBatch
+from deskrl.learner.batches.packing import Row, pack
 from deskrl.learner.losses import imitation_loss
-from deskrl.learner.model import Policy, load_policy, load_processor, make_collator
-from deskrl.learner.packing import Row, pack
+from deskrl.learner.policy import activations, attention
+from deskrl.learner.policy import model as learner_model
+from deskrl.learner.policy.model import Policy, load_policy, load_processor, make_collator
 
 TEMPERATURE = 0.7
 DENOMINATOR = 10.0

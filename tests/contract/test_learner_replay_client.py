@@ -8,14 +8,14 @@ from pathlib import Path
 
 import grpc
 import pytest
-from chaos_disk import Disk, why_no_disk
+from chaos_kit.disk import Disk, why_no_disk
 from relay import Relay
 from replay_kit import ReplayProcess, StartReplay, begin, replay_config, result, screenshot, steps
 
 from deskrl.core import rpc
-from deskrl.core.certificates import make_certificates
 from deskrl.core.ids import image_hash
 from deskrl.core.lifetime import StopEvent
+from deskrl.core.security.certificates import make_certificates
 from deskrl.learner import replay_client
 from deskrl.learner.replay_client import ReplayClient
 from deskrl.proto.v1 import replay_pb2, rollout_pb2

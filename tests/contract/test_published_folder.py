@@ -16,8 +16,8 @@ from deskrl.core.explain.shape import shape_of_config
 from deskrl.core.ids import image_hash
 from deskrl.core.model_folder import refuse_incomplete
 from deskrl.core.rendering import image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
-from deskrl.learner.model import load_policy, load_processor, make_collator
-from deskrl.learner.packing import pack
+from deskrl.learner.batches.packing import pack
+from deskrl.learner.policy.model import load_policy, load_processor, make_collator
 
 
 def test_the_published_form_of_a_model_is_the_same_model(tmp_path: Path) -> None:

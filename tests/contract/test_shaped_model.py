@@ -12,10 +12,10 @@ from learner_kit import SMALL_SHAPE
 
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_sizing_of, suppressed_ids, vocab_size_of
-from deskrl.learner.canary import make_canary
-from deskrl.learner.model import load_policy, load_processor
-from deskrl.learner.shaped_model import UI_TARS_7B, build_shaped_model, model_config
-from deskrl.learner.tiny_model import SPECIAL_TOKENS
+from deskrl.learner.policy.model import load_policy, load_processor
+from deskrl.learner.policy.shaped_model import UI_TARS_7B, build_shaped_model, model_config
+from deskrl.learner.policy.tiny_model import SPECIAL_TOKENS
+from deskrl.learner.weights.canary import make_canary
 
 CORPUS = ["press the red button"] * 8
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from files_kit import Site, serving
 
-from deskrl.actor.asset_fetch import fetch_assets
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
-from deskrl.actor.setup_steps import SetupError, setup_task
-from deskrl.actor.tasks import Task, parse_task
+from deskrl.actor.tasks.asset_fetch import fetch_assets
+from deskrl.actor.tasks.files import Task, parse_task
+from deskrl.actor.tasks.setup_steps import SetupError, setup_task
 from deskrl.core.config import DesktopConfig
 
 Step = tuple[str, dict[str, Any]]

@@ -17,13 +17,13 @@ from learner_kit import ToyPolicy, build_model, play
 from deskrl.core.config import LearnerConfig
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import suppressed_ids, vocab_size_of
-from deskrl.learner import activations, attention
-from deskrl.learner.batch import MicroBatch
-from deskrl.learner.engine import Engine
-from deskrl.learner.feed import Feed
+from deskrl.learner.batches.batch import MicroBatch
+from deskrl.learner.batches.feed import Feed
+from deskrl.learner.batches.packing import Row, pack
 from deskrl.learner.losses import imitation_loss
-from deskrl.learner.model import Policy, Scores, load_policy, load_processor, make_collator
-from deskrl.learner.packing import Row, pack
+from deskrl.learner.policy import activations, attention
+from deskrl.learner.policy.engine import Engine
+from deskrl.learner.policy.model import Policy, Scores, load_policy, load_processor, make_collator
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,10 +16,10 @@ from ports_kit import free_port
 from weights_kit import Changing, load_changing
 
 from deskrl.core.errors import UserError
-from deskrl.learner import replicas, sending
-from deskrl.learner.announcements import Outcome
-from deskrl.learner.replicas import DirectUpdate
-from deskrl.learner.sending import Sender, Sent
+from deskrl.learner.weights import replicas, sending
+from deskrl.learner.weights.announcements import Outcome
+from deskrl.learner.weights.replicas import DirectUpdate
+from deskrl.learner.weights.sending import Sender, Sent
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from replay_kit import ReplayProcess, replay_config
 
-from deskrl.actor.tasks import SIMULATED_SUITE, load_tasks
+from deskrl.actor.tasks.files import SIMULATED_SUITE, load_tasks
 from deskrl.core import rpc
 from deskrl.core.config import DesktopConfig, SimulatedConfig
 from deskrl.proto.v1 import replay_pb2, rollout_pb2

@@ -12,8 +12,8 @@ import msgpack
 from hypothesis import strategies as st
 from PIL import Image
 
-from deskrl.actor.grammar import FormatError, parse_turn
-from deskrl.actor.tasks import OWN_SUITE, parse_task
+from deskrl.actor.agent.grammar import FormatError, parse_turn
+from deskrl.actor.tasks.files import OWN_SUITE, parse_task
 from deskrl.core.errors import UserError
 from deskrl.core.ids import image_hash
 from deskrl.core.trajectory import CodecError, Span, Step, decode_step, encode_step

@@ -29,7 +29,7 @@ from deskrl.core import rendering, rpc
 from deskrl.core.config import InferenceConfig, ModelConfig, RunConfig, dump_config
 from deskrl.core.families import Architecture
 from deskrl.core.ids import image_hash
-from deskrl.learner.tiny_model import build_tiny_model
+from deskrl.learner.policy.tiny_model import build_tiny_model
 from deskrl.proto.v1 import common_pb2, weights_pb2, weights_pb2_grpc
 from deskrl.proto.v1 import inference_pb2 as pb
 

@@ -29,8 +29,8 @@ from deskrl.core.rendering import (
     vocab_size_of,
 )
 from deskrl.core.trajectory import Span, Step
-from deskrl.learner.shaped_model import UI_TARS_7B, Shape
-from deskrl.learner.tiny_model import build_tiny_model
+from deskrl.learner.policy.shaped_model import UI_TARS_7B, Shape
+from deskrl.learner.policy.tiny_model import build_tiny_model
 from deskrl.proto.v1 import inference_pb2
 
 SIZE = (112, 112)

@@ -10,7 +10,7 @@ import torch
 from ports_kit import free_port
 from safetensors.torch import load_file
 
-from deskrl.core.buckets import plan_buckets
+from deskrl.core.weights.buckets import plan_buckets
 
 
 def place_and_compare(folder: Path, results: multiprocessing.Queue[list[str]]) -> None:

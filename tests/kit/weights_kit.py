@@ -13,10 +13,10 @@ from torch import Tensor
 
 from deskrl.core.config import RunConfig
 from deskrl.core.rendering import image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
-from deskrl.learner.announcements import Announcement, describe
-from deskrl.learner.canary import CanaryProbe, make_canary
-from deskrl.learner.checkpoint_names import checkpoint_tensors
-from deskrl.learner.model import Policy, load_policy, load_processor
+from deskrl.learner.policy.checkpoint_names import checkpoint_tensors
+from deskrl.learner.policy.model import Policy, load_policy, load_processor
+from deskrl.learner.weights.announcements import Announcement, describe
+from deskrl.learner.weights.canary import CanaryProbe, make_canary
 from deskrl.proto.v1 import common_pb2
 
 

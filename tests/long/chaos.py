@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
-from chaos import Outcome, run_job
-from chaos_faults import left_out
-from chaos_job import build_model
+from chaos_kit.faults import left_out
+from chaos_kit.job import build_model
+from chaos_kit.run import Outcome, run_job
 
 from deskrl.actor.desktops.packages import missing_packages
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from chaos_disk import why_no_disk
+from chaos_kit.disk import why_no_disk
 
 PROGRAM = Path(__file__).with_name("chaos.py")
 SEED = 1

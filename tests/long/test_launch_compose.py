@@ -24,7 +24,7 @@ from replay_kit import ReplayClient
 
 import deskrl.core
 from deskrl.core import rpc
-from deskrl.core.certificates import make_certificates
+from deskrl.core.security.certificates import make_certificates
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "deploy" / "compose" / "launch.sh"

@@ -17,10 +17,10 @@ import pytest
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
 from deskrl.actor.desktops.packages import missing_packages
-from deskrl.actor.evaluators import evaluate_task, judge_officially
 from deskrl.actor.official.environment import provided
-from deskrl.actor.setup_steps import run_steps, setup_task
-from deskrl.actor.tasks import Task, read_task
+from deskrl.actor.tasks.evaluators import evaluate_task, judge_officially
+from deskrl.actor.tasks.files import Task, read_task
+from deskrl.actor.tasks.setup_steps import run_steps, setup_task
 from deskrl.core.config import DesktopConfig
 
 EXAMPLES = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples" / "examples"

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from deskrl.actor.desktops.packages import missing_packages
-from deskrl.actor.noise import LEVELS, Level, make_noisy
-from deskrl.actor.prove import prove
-from deskrl.actor.tasks import load_tasks, parse_task
+from deskrl.actor.tasks.files import load_tasks, parse_task
+from deskrl.actor.tasks.noise import LEVELS, Level, make_noisy
+from deskrl.actor.tasks.prove import prove
 from deskrl.core.config import DesktopConfig, RunConfig
 
 MISSING = missing_packages(whole_suite=True)

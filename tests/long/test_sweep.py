@@ -15,7 +15,7 @@ import pytest
 from ports_kit import free_port
 
 from deskrl.core.runfolder import RunFolder
-from deskrl.core.supervisor import describe_leftovers
+from deskrl.core.running.supervisor import describe_leftovers
 
 RUN = Path(__file__).parents[2] / "deploy" / "runs" / "simulated.toml"
 ENV_STEPS = 60

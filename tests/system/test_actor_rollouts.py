@@ -27,7 +27,7 @@ import pytest
 from ports_kit import free_port, free_ports
 
 from deskrl.actor.desktops.orphans import processes_of
-from deskrl.actor.tasks import load_tasks
+from deskrl.actor.tasks.files import load_tasks
 from deskrl.core import rpc
 from deskrl.core.ids import image_hash
 from deskrl.core.lifetime import supervised_environment

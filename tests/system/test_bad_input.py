@@ -28,8 +28,8 @@ from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
 from deskrl.core.runfolder import RunFolder
+from deskrl.learner.policy.tiny_model import build_tiny_model
 from deskrl.learner.replay_client import ReplayClient
-from deskrl.learner.tiny_model import build_tiny_model
 from deskrl.proto.v1 import rollout_pb2, rollout_pb2_grpc
 from deskrl.replay.schema import open_database
 
@@ -260,8 +260,9 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(small_disk: Pat
     (small_disk / "epoch_1" / "learner.json").write_text("{}")
     program = (
         "import sys; from pathlib import Path; from deskrl.core.config import LearnerConfig\n"
-        "from deskrl.learner.checkpoint import CheckpointStore; from deskrl.learner.engine import Engine\n"
-        "from deskrl.learner.model import load_policy; from deskrl.core.errors import UserError\n"
+        "from deskrl.learner.policy.checkpoint import CheckpointStore\n"
+        "from deskrl.learner.policy.engine import Engine; from deskrl.learner.policy.model import load_policy\n"
+        "from deskrl.core.errors import UserError\n"
         "disk, model = map(Path, sys.argv[1:])\n"
         "engine = Engine(load_policy(model, (), False), LearnerConfig(dtype='float32'))\n"
         "try: CheckpointStore(disk, model, {}, 3).save('epoch_2', engine, 2, {})\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from chaos import run_job
-from chaos_disk import why_no_disk
-from chaos_job import build_model
+from chaos_kit.disk import why_no_disk
+from chaos_kit.job import build_model
+from chaos_kit.run import run_job
 
 
 @pytest.mark.skipif(bool(why_no_disk()), reason=f"chaos needs a small disk: {why_no_disk()}")

@@ -15,7 +15,7 @@ from ports_kit import free_port
 from deskrl.core.config import dump_config, load_config
 from deskrl.core.errors import UserError
 from deskrl.core.runfolder import RunFolder
-from deskrl.core.supervisor import RoleFailed, Supervisor, describe_leftovers, temporary_folder
+from deskrl.core.running.supervisor import RoleFailed, Supervisor, describe_leftovers, temporary_folder
 
 SMOKE = Path(__file__).parents[2] / "deploy" / "runs" / "smoke.toml"
 
@@ -73,7 +73,7 @@ def test_one_run_has_one_supervisor(folder: RunFolder) -> None:
 def test_roles_end_with_a_supervisor_that_was_killed_and_the_next_one_removes_the_rest(folder: RunFolder) -> None:
     program = (
         "import sys, time; from pathlib import Path; from deskrl.core.runfolder import RunFolder\n"
-        "from deskrl.core.supervisor import Supervisor\n"
+        "from deskrl.core.running.supervisor import Supervisor\n"
         "supervisor = Supervisor(RunFolder(Path(sys.argv[1])))\n"
         "print(supervisor.start('replay', 'replay', sys.argv[1] + '/config.json').process.pid, flush=True)\n"
         "time.sleep(600)"

@@ -10,10 +10,10 @@ import pytest
 from desktop_kit import DEADLINE_S, running_desktop
 
 from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.agent.grammar import Turn, parse_turn, render_turn
 from deskrl.actor.desktops.base import DesktopError
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
 from deskrl.actor.desktops.packages import missing_packages
-from deskrl.actor.grammar import Turn, parse_turn, render_turn
 from deskrl.core.config import DesktopConfig, EmbeddedConfig
 
 pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"packages missing: {missing_packages()}")

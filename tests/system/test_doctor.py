@@ -16,11 +16,11 @@ from ports_kit import free_port
 from replay_kit import StartReplay
 
 from deskrl.core import rpc
-from deskrl.core.certificates import make_certificates
 from deskrl.core.cli import main
 from deskrl.core.config import RunConfig
 from deskrl.core.doctor import machine, network
 from deskrl.core.doctor.findings import Finding, Mark
+from deskrl.core.security.certificates import make_certificates
 from deskrl.core.top.scrape import Gpu
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc
 

@@ -36,13 +36,13 @@ from ports_kit import free_port
 from published_kit import as_published
 from safetensors.torch import load_file, save_file
 
-from deskrl.actor.external_policy import ExternalPolicy, chat_messages
-from deskrl.actor.policy_client import InferenceFailed
+from deskrl.actor.agent.external_policy import ExternalPolicy, chat_messages
+from deskrl.actor.agent.policy_client import InferenceFailed
 from deskrl.core import rpc
 from deskrl.core.config import InferenceConfig
-from deskrl.core.direct import host_name
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation import external
+from deskrl.core.weights.direct import host_name
 from deskrl.inference.main import temporary_folder
 from deskrl.proto.v1 import common_pb2, inference_pb2_grpc, weights_pb2, weights_pb2_grpc
 from deskrl.proto.v1 import inference_pb2 as pb

@@ -18,8 +18,8 @@ from replay_kit import ReplayClient
 from slurm_kit import slurm, why_no_slurm
 
 from deskrl.core import rpc
-from deskrl.core.certificates import make_certificates
 from deskrl.core.config import load_config
+from deskrl.core.security.certificates import make_certificates
 
 LAUNCH = Path(__file__).parents[2] / "deploy" / "slurm" / "launch.sh"
 pytestmark = pytest.mark.skipif(bool(why_no_slurm()), reason=f"Slurm: {why_no_slurm()}")

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from deskrl.actor.assets import osworld_path
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
 from deskrl.actor.desktops.packages import missing_packages
-from deskrl.actor.evaluators import EvaluatorError, evaluate_task, is_built_in, is_official, judge_officially
 from deskrl.actor.official import environment
 from deskrl.actor.official.client import OfficialEvaluators, OfficialFault
-from deskrl.actor.task_needs import unsupported
-from deskrl.actor.tasks import Task, parse_task
+from deskrl.actor.tasks.assets import osworld_path
+from deskrl.actor.tasks.evaluators import EvaluatorError, evaluate_task, is_built_in, is_official, judge_officially
+from deskrl.actor.tasks.files import Task, parse_task
+from deskrl.actor.tasks.needs import unsupported
 from deskrl.core.config import DesktopConfig
 
 needs_evaluators = pytest.mark.skipif(

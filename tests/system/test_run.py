@@ -20,7 +20,7 @@ from ports_kit import free_port
 
 from deskrl.core.rpc import VERSION
 from deskrl.core.runfolder import RunFolder
-from deskrl.core.supervisor import describe_leftovers
+from deskrl.core.running.supervisor import describe_leftovers
 
 SMOKE = Path(__file__).parents[2] / "deploy" / "runs" / "smoke.toml"
 DEADLINE_S = 300.0

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
-from deskrl.actor.noise import make_noisy
-from deskrl.actor.prove import main, prove
-from deskrl.actor.setup_steps import setup_task
-from deskrl.actor.tasks import SMOKE_TASKS, load_tasks, parse_task
+from deskrl.actor.tasks.files import SMOKE_TASKS, load_tasks, parse_task
+from deskrl.actor.tasks.noise import make_noisy
+from deskrl.actor.tasks.prove import main, prove
+from deskrl.actor.tasks.setup_steps import setup_task
 from deskrl.core.config import DesktopConfig, RunConfig
 
 CONFIG = RunConfig(desktop=DesktopConfig(num_envs=2))

@@ -34,7 +34,7 @@ from ports_kit import free_port, free_ports
 from prometheus_client.metrics import MetricWrapperBase
 from replay_kit import ME, ReplayProcess
 
-from deskrl.actor.tasks import load_tasks
+from deskrl.actor.tasks.files import load_tasks
 from deskrl.core.config import RunConfig
 from deskrl.core.lifetime import supervised_environment
 from deskrl.inference import metrics as inference_metrics

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from deskrl.actor.actions import Action
-from deskrl.actor.agent import Conversation, UiTarsAgent
+from deskrl.actor.agent.conversation import Conversation, UiTarsAgent
+from deskrl.actor.agent.players import Decision, Player, ScriptedPlayer
+from deskrl.actor.agent.policy_client import InferenceFailed
 from deskrl.actor.desktops.base import CommandResult, Desktop, DesktopError, DesktopGone
 from deskrl.actor.episode import Episode, Fault
-from deskrl.actor.players import Decision, Player, ScriptedPlayer
-from deskrl.actor.policy_client import InferenceFailed
-from deskrl.actor.tasks import parse_task
+from deskrl.actor.tasks.files import parse_task
 from deskrl.core.config import AgentConfig, DesktopConfig
 from deskrl.core.trajectory import Step
 from deskrl.proto.v1 import common_pb2, inference_pb2, rollout_pb2

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from deskrl.actor.agent import UiTarsAgent
+from deskrl.actor.agent.conversation import UiTarsAgent
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.main import desktops_of
 from deskrl.actor.worker import MAX_FAILED_STARTS, DesktopsDoNotStart, Worker

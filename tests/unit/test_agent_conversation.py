@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.agent import Conversation, make_agent
-from deskrl.actor.grammar import FormatError, Turn
+from deskrl.actor.agent.conversation import Conversation, make_agent
+from deskrl.actor.agent.grammar import FormatError, Turn
 from deskrl.core.config import AgentConfig
 from deskrl.core.errors import UserError
 from deskrl.core.families import FAMILIES, FamilyName

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.grammar import FormatError, Turn, parse_action, parse_turn, render_action, render_turn
+from deskrl.actor.agent.grammar import FormatError, Turn, parse_action, parse_turn, render_action, render_turn
 from deskrl.core.families import FamilyName
 
 CLICK = Action(ActionKind.CLICK, x=412, y=230)

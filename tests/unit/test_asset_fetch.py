@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from files_kit import HANGS_UP, Site, serving
 
-from deskrl.actor.asset_fetch import Fetched, fetch_assets
-from deskrl.actor.assets import asset_folder, find_asset, osworld_path
+from deskrl.actor.tasks.asset_fetch import Fetched, fetch_assets
+from deskrl.actor.tasks.assets import asset_folder, find_asset, osworld_path
 from deskrl.core.cli import main
 
 DATA = os.urandom(1_000_000)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from chaos_checks import (
+from chaos_kit.checks import (
     all_is_learnt,
     find_wrong,
     groups_are_whole,
@@ -18,7 +18,7 @@ from chaos_checks import (
     staleness_is_bounded,
     weights_are_verified,
 )
-from chaos_record import Acknowledged, Record, StoredEpisode, StoredGroup
+from chaos_kit.record import Acknowledged, Record, StoredEpisode, StoredGroup
 
 GROUP = "train/000000"
 NAMES = tuple(f"{GROUP}.{member}" for member in range(2))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deskrl.core.acceptance import RunFacts, judge
+from deskrl.core.running.acceptance import RunFacts, judge
 
 PROOF = {"num_tokens": 64, "mean_difference": 1e-6, "max_difference": 1e-5}
 CLEAN = RunFacts(num_restarts=0, leftovers=(), checkpoint=PROOF)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deskrl.core.again import spans_text
+from deskrl.core.running.again import spans_text
 
 
 @pytest.mark.parametrize(

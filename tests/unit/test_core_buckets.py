@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deskrl.core.buckets import ROW_BYTES, Bucket, plan_buckets
-from deskrl.core.weight_sums import BucketSums
+from deskrl.core.weights.buckets import ROW_BYTES, Bucket, plan_buckets
+from deskrl.core.weights.sums import BucketSums
 
 
 def layout(buckets: tuple[Bucket, ...]) -> list[list[tuple[int, int, int]]]:
@@ -64,7 +64,7 @@ def test_sums_are_the_same_however_many_rows_are_weighted_at_once(
     words: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_once = sums(words, SIZES)
-    monkeypatch.setattr("deskrl.core.weight_sums._SLICE_ROWS", 2)
+    monkeypatch.setattr("deskrl.core.weights.sums._SLICE_ROWS", 2)
     assert sums(words, SIZES) == at_once
 
 

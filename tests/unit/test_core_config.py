@@ -100,7 +100,7 @@ def test_a_refused_key_is_one_line_and_status_2(tmp_path: Path) -> None:
 
 def test_the_command_line_imports_no_engine() -> None:
     program = (
-        "import sys, deskrl.core.cli, deskrl.core.up\n"
+        "import sys, deskrl.core.cli, deskrl.core.running.up\n"
         "print([m for m in ('torch', 'vllm', 'deepspeed', 'transformers', 'docker') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

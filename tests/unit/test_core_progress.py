@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from deskrl.core.config import RunConfig
-from deskrl.core.progress import Progress, ProgressMeter
+from deskrl.core.running.progress import Progress, ProgressMeter
 from deskrl.proto.v1 import replay_pb2
 
 STATUS = replay_pb2.GetReplayStatusResponse(

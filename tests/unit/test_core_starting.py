@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deskrl.core.config import RunConfig
-from deskrl.core.starting import needs_model
+from deskrl.core.running.starting import needs_model
 
 
 @pytest.mark.parametrize("last_written", ["model.safetensors", "model.safetensors.index.json"])

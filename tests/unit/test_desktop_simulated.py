@@ -14,10 +14,10 @@ from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import DesktopGone
 from deskrl.actor.desktops.provider import make_desktop
 from deskrl.actor.desktops.simulated import Latencies, SimulatedDesktop
-from deskrl.actor.evaluators import Evaluation, evaluate_task
 from deskrl.actor.prepare import load
-from deskrl.actor.setup_steps import setup_task
-from deskrl.actor.tasks import OWN_SUITE, Task, load_tasks
+from deskrl.actor.tasks.evaluators import Evaluation, evaluate_task
+from deskrl.actor.tasks.files import OWN_SUITE, Task, load_tasks
+from deskrl.actor.tasks.setup_steps import setup_task
 from deskrl.core.config import DesktopConfig, RunConfig, SimulatedConfig, load_config
 from deskrl.core.errors import UserError
 

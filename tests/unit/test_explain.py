@@ -19,8 +19,8 @@ from deskrl.core.explain.shape import ModelShape, shape_of_config, shape_of_name
 from deskrl.core.explain.storage import checkpoint_bytes
 from deskrl.core.explain.timing import Assumptions, predict, update_flops
 from deskrl.core.families import Architecture
-from deskrl.core.preflight import refuse_small_disk
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.running.preflight import refuse_small_disk
 
 RUNS = Path(__file__).parents[2] / "deploy" / "runs"
 SEVEN = shape_of_name("UI-TARS-1.5-7B")
@@ -66,7 +66,7 @@ def test_parameters_are_those_that_transformers_counts(architecture: Architectur
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from deskrl.learner import tiny_model
+    from deskrl.learner.policy import tiny_model
 
     text = {**tiny_model.TEXT, "vocab_size": 512, "tie_word_embeddings": True}
     vision = dict(tiny_model.VISION[architecture])
@@ -101,7 +101,7 @@ def test_rows_of_a_whole_episode_and_of_a_window() -> None:
 def test_a_window_makes_the_rows_that_the_learner_packs() -> None:
     """The same steps, as conversations have them and as `pack` joins them."""
     from deskrl.core.trajectory import Step
-    from deskrl.learner.packing import pack
+    from deskrl.learner.batches.packing import pack
 
     steps = []
     for index in range(4):

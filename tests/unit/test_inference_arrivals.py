@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from deskrl.core import direct
+from deskrl.core.weights import direct
 from deskrl.inference.acting import RequestRefused
 from deskrl.inference.arrivals import DirectArrival, next_commit
 from deskrl.inference.weights import Received, UpdateRefused

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deskrl.core.errors import UserError
-from deskrl.learner.negotiation import Side, choose_transfer
+from deskrl.learner.weights.negotiation import Side, choose_transfer
 
 LEARNER = Side("here", ["gpu-0"])
 SHARING = Side("here", ["gpu-0"])

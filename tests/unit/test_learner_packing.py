@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deskrl.core.trajectory import Span, Step
-from deskrl.learner.packing import Row, micro_batches, pack, rank_micro_batches, share_out, token_lags
+from deskrl.learner.batches.packing import Row, micro_batches, pack, rank_micro_batches, share_out, token_lags
 
 
 def step(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deskrl.core.bounds import GaveUp
-from deskrl.core.buckets import plan_buckets
-from deskrl.core.weight_sums import BucketSums
-from deskrl.learner.sending import _Live, _pack
+from deskrl.core.weights.buckets import plan_buckets
+from deskrl.core.weights.sums import BucketSums
+from deskrl.learner.weights.sending import _Live, _pack
 
 TENSORS = [torch.randn(3, 5), torch.randn(700).bfloat16(), torch.empty(0), torch.randn(2, 2, 2).double()]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from deskrl.actor.noise import LEVELS, Level, make_noisy
-from deskrl.actor.task_needs import absent_programs, task_needs
-from deskrl.actor.tasks import OWN_SUITE, Task, load_tasks, parse_task, read_task
+from deskrl.actor.tasks.files import OWN_SUITE, Task, load_tasks, parse_task, read_task
+from deskrl.actor.tasks.needs import absent_programs, task_needs
+from deskrl.actor.tasks.noise import LEVELS, Level, make_noisy
 from deskrl.core.cli import main
 
 OSWORLD = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples"

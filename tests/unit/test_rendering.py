@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from deskrl.core import rendering
 from deskrl.core.errors import UserError
 from deskrl.core.rendering import ImageSizing, RenderingError, encode_action, encode_text, expand_images, render
-from deskrl.learner.tiny_model import build_tiny_model
+from deskrl.learner.policy.tiny_model import build_tiny_model
 from deskrl.proto.v1 import inference_pb2 as pb
 
 CORPUS = ["Action: click(start_box='(100,80)')", "Thought: I open the editor and type hello."] * 20

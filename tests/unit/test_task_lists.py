@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deskrl.actor.task_lists import balance, load_list, locate, read_list
+from deskrl.actor.tasks.lists import balance, load_list, locate, read_list
 from deskrl.core.errors import UserError
 
 OSWORLD = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from deskrl.actor.assets import osworld_path
-from deskrl.actor.task_needs import Needs, absent_applications, absent_files, absent_programs, task_needs, unsupported
-from deskrl.actor.tasks import Task, load_tasks, parse_task, read_task
+from deskrl.actor.tasks.assets import osworld_path
+from deskrl.actor.tasks.files import Task, load_tasks, parse_task, read_task
+from deskrl.actor.tasks.needs import Needs, absent_applications, absent_files, absent_programs, task_needs, unsupported
 from deskrl.core.errors import UserError
 
 OSWORLD = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples"

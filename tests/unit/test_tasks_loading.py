@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.assets import osworld_path
-from deskrl.actor.task_lists import load_list
-from deskrl.actor.task_needs import unsupported
-from deskrl.actor.tasks import OWN_SUITE, SMOKE_TASKS, load_tasks, parse_task, read_task
+from deskrl.actor.tasks.assets import osworld_path
+from deskrl.actor.tasks.files import OWN_SUITE, SMOKE_TASKS, load_tasks, parse_task, read_task
+from deskrl.actor.tasks.lists import load_list
+from deskrl.actor.tasks.needs import unsupported
 from deskrl.core.errors import UserError
 
 OSWORLD = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples"

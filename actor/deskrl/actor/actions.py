@@ -1,4 +1,4 @@
-"""What can be done to a desktop, in screen pixels. Knows no prompt grammar (`agent.py`), no X server (`desktops/`)."""
+"""What can be done to a desktop, in screen pixels. Knows no prompt grammar (`agent/`), no X server (`desktops/`)."""
 
 from __future__ import annotations
 

@@ -28,15 +28,15 @@ from PIL import Image
 
 from deskrl.actor import metrics
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.agent import Conversation
+from deskrl.actor.agent.conversation import Conversation
+from deskrl.actor.agent.grammar import FormatError
+from deskrl.actor.agent.players import Player, ScriptEnded
+from deskrl.actor.agent.policy_client import InferenceFailed
 from deskrl.actor.desktops.base import Desktop, DesktopError, DesktopGone
-from deskrl.actor.evaluators import evaluate_task
-from deskrl.actor.grammar import FormatError
 from deskrl.actor.metrics import DesktopState
-from deskrl.actor.players import Player, ScriptEnded
-from deskrl.actor.policy_client import InferenceFailed
-from deskrl.actor.setup_steps import setup_task
-from deskrl.actor.tasks import Task
+from deskrl.actor.tasks.evaluators import evaluate_task
+from deskrl.actor.tasks.files import Task
+from deskrl.actor.tasks.setup_steps import setup_task
 from deskrl.core.config import DesktopConfig
 from deskrl.core.trajectory import Step
 from deskrl.proto.v1 import common_pb2, rollout_pb2

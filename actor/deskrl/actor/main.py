@@ -18,13 +18,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from deskrl.actor.agent import make_agent
+from deskrl.actor.agent.conversation import make_agent
+from deskrl.actor.agent.external_policy import ExternalPolicy
+from deskrl.actor.agent.joined import follow_joined
+from deskrl.actor.agent.players import Player, sampled_player
+from deskrl.actor.agent.policy_client import PolicyClient
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.provider import make_desktop, reap
-from deskrl.actor.external_policy import ExternalPolicy
-from deskrl.actor.joined import follow_joined
-from deskrl.actor.players import Player, sampled_player
-from deskrl.actor.policy_client import PolicyClient
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.worker import DesktopsDoNotStart, Worker
 from deskrl.core.allocator import keep_freed_memory

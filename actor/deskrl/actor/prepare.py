@@ -13,11 +13,11 @@ from collections import Counter
 
 from PIL import Image
 
-from deskrl.actor.agent import make_agent
-from deskrl.actor.grammar import Turn
-from deskrl.actor.playable import split_playable
-from deskrl.actor.task_lists import load_list
-from deskrl.actor.tasks import OWN_SUITE, SIMULATED_SUITE, Task, load_tasks
+from deskrl.actor.agent.conversation import make_agent
+from deskrl.actor.agent.grammar import Turn
+from deskrl.actor.tasks.files import OWN_SUITE, SIMULATED_SUITE, Task, load_tasks
+from deskrl.actor.tasks.lists import load_list
+from deskrl.actor.tasks.playable import split_playable
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.runfolder import write_atomically, write_json

@@ -16,16 +16,16 @@ from collections.abc import Callable
 from functools import partial
 
 from deskrl.actor import metrics
-from deskrl.actor.agent import Agent
+from deskrl.actor.agent.conversation import Agent
+from deskrl.actor.agent.players import Player, ScriptedPlayer
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.episode import Episode, Fault, answers, describe
 from deskrl.actor.episode_stream import EpisodeStream
 from deskrl.actor.leases import Lease, LeaseLost, ReplayRefused
 from deskrl.actor.metrics import DesktopState
-from deskrl.actor.players import Player, ScriptedPlayer
 from deskrl.actor.replay_client import ReplayClient
 from deskrl.actor.retries import Pauses
-from deskrl.actor.tasks import Task, parse_task
+from deskrl.actor.tasks.files import Task, parse_task
 from deskrl.core.config import DesktopConfig
 from deskrl.core.errors import UserError
 from deskrl.proto.v1 import rollout_pb2

@@ -19,9 +19,9 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from deskrl.core.admission import Doorkeeper
 from deskrl.core.errors import UserError
-from deskrl.core.identity import Identity, load_identity, refuse_stranger
+from deskrl.core.security.admission import Doorkeeper
+from deskrl.core.security.identity import Identity, load_identity, refuse_stranger
 from deskrl.proto.v1 import common_pb2
 
 # gRPC's core would write lines of its own to standard error beside the one line that a person is meant to read.

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from deskrl.core import direct
+from deskrl.core.weights import direct
 from deskrl.inference.acting import RequestRefused
 from deskrl.inference.engine import Engine
 from deskrl.inference.weights import UpdateRefused, WeightFile, differing

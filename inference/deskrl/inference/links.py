@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deskrl.core import direct
 from deskrl.core.bounds import in_background, outcome, wait_until
-from deskrl.core.buckets import Bucket
+from deskrl.core.weights import direct
+from deskrl.core.weights.buckets import Bucket
 
 _WARM_UP_BYTES = 1024**2
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deskrl.core.buckets import Bucket
+from deskrl.core.weights.buckets import Bucket
 
 _LOG = logging.getLogger(__name__)
 

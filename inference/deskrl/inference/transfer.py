@@ -20,10 +20,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from deskrl.core import direct, lifetime
+from deskrl.core import lifetime
 from deskrl.core.bounds import GaveUp
-from deskrl.core.buckets import Bucket, plan_buckets
-from deskrl.core.weight_sums import BucketSums
+from deskrl.core.weights import direct
+from deskrl.core.weights.buckets import Bucket, plan_buckets
+from deskrl.core.weights.sums import BucketSums
 from deskrl.inference import engine_mends as engine_mends  # mends as it is imported
 from deskrl.inference.engine_settings import TRANSFER_BACKEND
 from deskrl.inference.links import IpcLink, Link, NcclCommunicator, NcclLink

@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 import grpc
 import grpc.aio
 
-from deskrl.core.direct import host_name
 from deskrl.core.rpc import protocol_refusal
+from deskrl.core.weights.direct import host_name
 from deskrl.inference import metrics
 from deskrl.inference.acting import Context, Prompter, RequestRefused
 from deskrl.inference.arrivals import (

@@ -16,9 +16,9 @@ from deskrl.core.errors import UserError
 from deskrl.core.lifetime import die_with_parent, stop_event
 from deskrl.core.runfolder import RunFolder, write_json
 from deskrl.core.trajectory import Span
-from deskrl.learner.checkpoint import Checkpoint
 from deskrl.learner.main import learn_batch
 from deskrl.learner.parts import Parts, assemble
+from deskrl.learner.policy.checkpoint import Checkpoint
 from deskrl.learner.records import update_record
 from deskrl.learner.state import LearnerState
 from deskrl.learner.take import BatchTaker

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from deskrl.core.trajectory import Span
-from deskrl.learner.packing import Row, pack
+from deskrl.learner.batches.packing import Row, pack
 from deskrl.learner.trajectories import TaskGroup, Trajectory
 
 COMPARED_PER_GROUP = 1

@@ -19,14 +19,14 @@ from deskrl.core.config import GrpoConfig
 from deskrl.core.scores import BatchScores
 from deskrl.core.trajectory import Span
 from deskrl.learner.advantages import group_advantages, learnt_reward
-from deskrl.learner.batch import MicroBatch
-from deskrl.learner.engine import Engine
-from deskrl.learner.feed import Feed
+from deskrl.learner.batches.batch import MicroBatch
+from deskrl.learner.batches.feed import Feed
+from deskrl.learner.batches.packing import Row, pack, token_lags
+from deskrl.learner.batches.token_scores import TokenScores
 from deskrl.learner.losses import policy_loss, token_denominators
-from deskrl.learner.model import Scores
-from deskrl.learner.packing import Row, pack, token_lags
+from deskrl.learner.policy.engine import Engine
+from deskrl.learner.policy.model import Scores
 from deskrl.learner.select import Selection
-from deskrl.learner.token_scores import TokenScores
 from deskrl.learner.trajectories import Trajectory
 
 _log = logging.getLogger("deskrl.learner")

@@ -21,12 +21,12 @@ from deskrl.core import ids
 from deskrl.core.config import WarmStartConfig
 from deskrl.core.rendering import ImageSizing, encode_action, expand_images, image_token_id, render
 from deskrl.core.trajectory import Step
-from deskrl.learner.batch import MicroBatch
-from deskrl.learner.engine import Engine
-from deskrl.learner.feed import Feed
+from deskrl.learner.batches.batch import MicroBatch
+from deskrl.learner.batches.feed import Feed
+from deskrl.learner.batches.packing import Row, pack
 from deskrl.learner.losses import imitation_loss
-from deskrl.learner.model import Scores
-from deskrl.learner.packing import Row, pack
+from deskrl.learner.policy.engine import Engine
+from deskrl.learner.policy.model import Scores
 from deskrl.learner.trajectories import Trajectory
 from deskrl.proto.v1 import inference_pb2
 

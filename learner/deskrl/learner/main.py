@@ -20,17 +20,17 @@ from deskrl.core.runfolder import RunFolder
 from deskrl.core.scores import write_scores
 from deskrl.core.trajectory import Span
 from deskrl.learner import grpo, metrics, stopping
-from deskrl.learner.announcements import Announcement, Outcome, describe
-from deskrl.learner.checkpoint import checkpoint_name
 from deskrl.learner.evaluation import evaluation_record, mismatch_rows
-from deskrl.learner.following import follow_replicas
 from deskrl.learner.imitation import demonstration, image_sizes, imitate
 from deskrl.learner.parts import Parts, assemble
 from deskrl.learner.plan import DEMO, TRAIN, eval_queue
+from deskrl.learner.policy.checkpoint import checkpoint_name
 from deskrl.learner.records import add_counts, pending_commit, update_record, weights_record
 from deskrl.learner.state import LearnerState, PendingCommit
 from deskrl.learner.take import TakenBatch
 from deskrl.learner.trajectories import TaskGroup, Trajectory, decode_group
+from deskrl.learner.weights.announcements import Announcement, Outcome, describe
+from deskrl.learner.weights.following import follow_replicas
 from deskrl.proto.v1 import common_pb2, replay_pb2
 
 _log = logging.getLogger("deskrl.learner")

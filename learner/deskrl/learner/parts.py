@@ -14,20 +14,21 @@ from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent
 from deskrl.core.rendering import ImageSizing, image_sizing_of, processor_hash, suppressed_ids, vocab_size_of
 from deskrl.core.runfolder import RunFolder
-from deskrl.learner import activations, gpus, metrics, stopping
-from deskrl.learner.announcements import Outcome
-from deskrl.learner.canary import CanaryProbe, make_canary
-from deskrl.learner.checkpoint import CheckpointStore, layout_of
-from deskrl.learner.engine import Engine
-from deskrl.learner.feed import Feed
-from deskrl.learner.model import load_policy, load_processor, make_collator
+from deskrl.learner import gpus, metrics, stopping
+from deskrl.learner.batches.feed import Feed
 from deskrl.learner.plan import Curriculum
-from deskrl.learner.publish import TOLERANCE_BFLOAT16, TOLERANCE_FLOAT32, Publisher
+from deskrl.learner.policy import activations
+from deskrl.learner.policy.checkpoint import CheckpointStore, layout_of
+from deskrl.learner.policy.engine import Engine
+from deskrl.learner.policy.model import load_policy, load_processor, make_collator
 from deskrl.learner.replay_client import ReplayClient
 from deskrl.learner.results import Results
-from deskrl.learner.sending import Sender
 from deskrl.learner.take import BatchTaker
 from deskrl.learner.tracking import Tracker
+from deskrl.learner.weights.announcements import Outcome
+from deskrl.learner.weights.canary import CanaryProbe, make_canary
+from deskrl.learner.weights.publish import TOLERANCE_BFLOAT16, TOLERANCE_FLOAT32, Publisher
+from deskrl.learner.weights.sending import Sender
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from deskrl.core.config import RunConfig
 from deskrl.learner.advantages import has_spread
-from deskrl.learner.announcements import Outcome
 from deskrl.learner.evaluation import count_successes
 from deskrl.learner.grpo import UpdateReport, learning_rate
 from deskrl.learner.state import LearnerState, PendingCommit
 from deskrl.learner.take import TakenBatch
+from deskrl.learner.weights.announcements import Outcome
 from deskrl.proto.v1 import replay_pb2
 
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from deskrl.actor import metrics
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import CommandResult, Desktop, DesktopGone
-from deskrl.actor.tasks import Task
+from deskrl.actor.tasks.files import Task
 from deskrl.core.config import DesktopConfig, SimulatedConfig
 from deskrl.core.ids import derive_seed
 

@@ -109,34 +109,34 @@ def _run_ranks(config: RunConfig, command: Sequence[str]) -> int:
 
 def _model(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = identified(read_config(options.config, overrides), "learner")
-    return int(importlib.import_module("deskrl.learner.build_model").main(config))
+    return int(importlib.import_module("deskrl.learner.policy.build_model").main(config))
 
 
 def _prove_checkpoint(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = identified(read_config(options.config, overrides), "learner")
-    return int(importlib.import_module("deskrl.learner.proof").main(config, options.outcome))
+    return int(importlib.import_module("deskrl.learner.policy.proof").main(config, options.outcome))
 
 
 def _prepare(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from deskrl.core.launching import prepare
+    from deskrl.core.running.launching import prepare
 
     return prepare(read_config(options.config, overrides))
 
 
 def _size(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from deskrl.core.launching import size
+    from deskrl.core.running.launching import size
 
     return size(read_config(options.config, overrides))
 
 
 def _health(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from deskrl.core.launching import health
+    from deskrl.core.running.launching import health
 
     return health(read_config(options.config, overrides), options.server, options.index)
 
 
 def _certify(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from deskrl.core.certificates import make_certificates
+    from deskrl.core.security.certificates import make_certificates
 
     for path in make_certificates(options.folder, options.host, options.days):
         print(path)

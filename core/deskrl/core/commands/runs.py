@@ -78,7 +78,7 @@ def _add_looks(commands: Commands) -> None:
 
 
 def _up(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from deskrl.core.up import up
+    from deskrl.core.running.up import up
 
     config, _ = _configure(options, overrides, must_resume=True)
     return up(identified(config, "operator"))
@@ -120,7 +120,7 @@ def _doctor(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _report(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from deskrl.core.up import report
+    from deskrl.core.running.up import report
 
     return report(options.run)
 
@@ -142,6 +142,6 @@ def _top(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _replay_run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from deskrl.core.again import replay_run
+    from deskrl.core.running.again import replay_run
 
     return replay_run(options.run)

@@ -109,29 +109,29 @@ def _add_evaluation(commands: Commands) -> None:
 
 
 def _prove(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    prove = importlib.import_module("deskrl.actor.prove").main
+    prove = importlib.import_module("deskrl.actor.tasks.prove").main
     if options.list is not None and (options.suite is not None or options.ids):
         raise UserError("--list names the tasks, and so do --suite and ids", "give the one or the others")
     return int(prove(options.suite, tuple(options.ids), options.repeats, options.list, options.root))
 
 
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    check = importlib.import_module("deskrl.actor.task_commands").check
+    check = importlib.import_module("deskrl.actor.tasks.commands").check
     return int(check(options.list, options.root, options.suffix, as_document=options.json))
 
 
 def _noisy(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    noisy = importlib.import_module("deskrl.actor.task_commands").noisy
+    noisy = importlib.import_module("deskrl.actor.tasks.commands").noisy
     return int(noisy(options.list, options.out, options.level, options.seed, options.root))
 
 
 def _fetch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    fetch = importlib.import_module("deskrl.actor.task_commands").fetch
+    fetch = importlib.import_module("deskrl.actor.tasks.commands").fetch
     return int(fetch(options.list, options.root, options.suffix, options.jobs))
 
 
 def _subset(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    subset = importlib.import_module("deskrl.actor.task_commands").subset
+    subset = importlib.import_module("deskrl.actor.tasks.commands").subset
     return int(subset(options.list, options.num, options.seed, options.out))
 
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from deskrl.core import model_folder, preflight, rpc
+from deskrl.core import model_folder, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.doctor import machine, network
 from deskrl.core.doctor.findings import Finding, Mark, attempt, bad
 from deskrl.core.errors import UserError
+from deskrl.core.running import preflight
 
 _SIGNS = {Mark.GOOD: ("ok  ", "green"), Mark.NOTE: ("note", "yellow"), Mark.BAD: ("BAD ", "bold red")}
 

@@ -23,8 +23,8 @@ from deskrl.core import rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.doctor.findings import Finding, attempt, bad, good, note
 from deskrl.core.errors import UserError, missing_package
-from deskrl.core.preflight import ENGINES, refuse_full_disk
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.running.preflight import ENGINES, refuse_full_disk
 from deskrl.core.top.scrape import read_gpus
 
 _MIB = 1024**2

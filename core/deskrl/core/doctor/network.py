@@ -16,8 +16,8 @@ from deskrl.core import rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.doctor.findings import Finding, attempt, bad, good, note
 from deskrl.core.errors import UserError
-from deskrl.core.identity import IdentityFiles, load_identity
-from deskrl.core.preflight import Endpoint, endpoints
+from deskrl.core.running.preflight import Endpoint, endpoints
+from deskrl.core.security.identity import IdentityFiles, load_identity
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc, replay_pb2, replay_pb2_grpc
 
 _TIMEOUT_S = 5.0

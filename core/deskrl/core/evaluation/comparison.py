@@ -16,7 +16,6 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
-from deskrl.core.begun import changed_keys
 from deskrl.core.config import read_resolved
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation.record import TaskRecord, read_records
@@ -24,6 +23,7 @@ from deskrl.core.evaluation.summary import success_rate
 from deskrl.core.evaluation.training import TrainedRun, read_run
 from deskrl.core.report.history import Count
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.running.begun import changed_keys
 from deskrl.core.stats import newcombe_difference
 
 _NUM_DRAWS = 2000

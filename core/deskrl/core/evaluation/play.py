@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deskrl.core import ids, preflight, rpc
+from deskrl.core import ids, rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation import external
@@ -26,7 +26,8 @@ from deskrl.core.evaluation.record import QUEUE, collect
 from deskrl.core.evaluation.summary import summarise
 from deskrl.core.lifetime import StopEvent, stop_event
 from deskrl.core.runfolder import RunFolder, write_json
-from deskrl.core.starting import (
+from deskrl.core.running import preflight
+from deskrl.core.running.starting import (
     INFERENCE_START_S,
     replay_stub,
     start_actors,
@@ -35,7 +36,7 @@ from deskrl.core.starting import (
     tell_failure,
     wait_healthy,
 )
-from deskrl.core.supervisor import RoleFailed, Supervisor
+from deskrl.core.running.supervisor import RoleFailed, Supervisor
 from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc, rollout_pb2
 
 _POLL_S = 0.5

@@ -45,7 +45,7 @@ def gather(config: RunConfig) -> Facts:
     remarks: list[str] = []
     model, shape, sizing = model_of(config, remarks)
     num_tasks = _count_tasks(config, remarks)
-    characters = importlib.import_module("deskrl.actor.agent").prompt_characters(config.agent)
+    characters = importlib.import_module("deskrl.actor.agent.conversation").prompt_characters(config.agent)
     prompt_tokens = round((characters + _INSTRUCTION_CHARACTERS) / _CHARACTERS_PER_TOKEN)
     return Facts(model, shape, sizing, prompt_tokens, num_tasks, remarks)
 
@@ -72,14 +72,14 @@ def model_of(config: RunConfig, remarks: list[str]) -> tuple[str, ModelShape | N
 
 
 def _built(config: RunConfig) -> tuple[str, ModelShape, ImageSizing]:
-    tiny = importlib.import_module("deskrl.learner.tiny_model")
+    tiny = importlib.import_module("deskrl.learner.policy.tiny_model")
     if config.model.build == "tiny":
         vision = tiny.VISION[FAMILIES[config.agent.family].architectures[0]]
         text, tied = {**tiny.TEXT, "vocab_size": tiny.VOCAB_SIZE}, True
         pixels = config.image_size[0] * config.image_size[1]
         sizing = ImageSizing(tiny.PATCH_PIXELS, tiny.MERGE, pixels, pixels)
     else:
-        built = importlib.import_module("deskrl.learner.shaped_model").SHAPES[config.model.build]
+        built = importlib.import_module("deskrl.learner.policy.shaped_model").SHAPES[config.model.build]
         text, vision, tied = built.text, built.vision, built.tied
         sizing = ImageSizing(vision["patch_size"], vision["spatial_merge_size"], built.min_pixels, built.max_pixels)
     name = f"built: {config.model.build}"

@@ -20,7 +20,7 @@ from deskrl.core.explain.memory import LearnerMemory, ReplicaMemory, learner_mem
 from deskrl.core.explain.show import show
 from deskrl.core.explain.storage import checkpoint_bytes
 from deskrl.core.explain.timing import Assumptions, Timing, predict
-from deskrl.core.preflight import refuse_contradictions
+from deskrl.core.running.preflight import refuse_contradictions
 
 
 def explain(config: RunConfig, notes: Sequence[Note], assumed: Assumptions, *, as_document: bool) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deskrl.core.acceptance import Criterion
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.running.acceptance import Criterion
 from deskrl.core.stats import wilson_interval
 
 Record = Mapping[str, Any]

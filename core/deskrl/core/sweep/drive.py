@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deskrl.core.begun import is_finished, refuse_other_config
 from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent, supervised_environment
-from deskrl.core.live import clock
 from deskrl.core.runfolder import RunFolder
-from deskrl.core.supervisor import last_line_of
+from deskrl.core.running.begun import is_finished, refuse_other_config
+from deskrl.core.running.live import clock
+from deskrl.core.running.supervisor import last_line_of
 from deskrl.core.sweep.plan import START, Cell, Sweep, cell_name
 
 _POLL_S = 0.2

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from deskrl.core import preflight
 from deskrl.core.config import RunConfig, Section, load_config
 from deskrl.core.errors import UserError
+from deskrl.core.running import preflight
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 START = "start"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prometheus_client.parser import text_string_to_metric_families
 
 from deskrl.core.config import RunConfig
-from deskrl.core.preflight import endpoints
+from deskrl.core.running.preflight import endpoints
 from deskrl.core.top.window import Scrape
 
 _TIMEOUT_S = 2.0

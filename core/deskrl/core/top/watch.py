@@ -14,8 +14,8 @@ from rich.text import Text
 
 from deskrl.core.config import read_resolved
 from deskrl.core.errors import UserError
-from deskrl.core.live import clock
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.running.live import clock
 from deskrl.core.status import phase_of
 from deskrl.core.top import panels
 from deskrl.core.top.panels import Figures

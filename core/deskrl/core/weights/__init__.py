@@ -1,0 +1,1 @@
+"""What learner and replicas do alike to move weights: buckets, checksums, communicators."""

@@ -1,0 +1,1 @@
+"""From episodes to tensors: rows, screenshots, micro-batches. Knows no loss."""
