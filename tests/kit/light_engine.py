@@ -1,6 +1,6 @@
 """An engine for tests that is not vLLM, behind all else of the inference role: up in seconds instead of a minute.
 
-`python -m light_engine CONFIG` is `deskrl inference CONFIG` with it: the same services, screenshots, weight updates and
+`python light_engine.py CONFIG` is `deskrl inference CONFIG` with it: the same services, screenshots, weight updates and
 canary. Weights are real, and so is every logprob: transformers' forward pass over the tiny model. Only what is said is
 made up: well-formed actions, drawn by the request's seed. Knows no GPU; takes weights as a stream alone.
 """

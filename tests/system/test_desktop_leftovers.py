@@ -92,16 +92,20 @@ def test_close_leaves_neither_process_nor_group_nor_folder(run_root: Path) -> No
     assert Path("/proc/self/mounts").read_text() == mounts
 
 
+def num_held(desktop: Path) -> tuple[int, int]:
+    """Processes of a desktop, and files that this process has open."""
+    return len(all_processes(desktop)), len(os.listdir("/proc/self/fd"))
+
+
 def test_many_resets_leave_no_process_behind(run_root: Path) -> None:
     async def scenario() -> None:
         desktop = EmbeddedDesktop(CONFIG, "desktop", run_root)
         try:
             await desktop.start()
-            before = len(all_processes(run_root / "desktop"))
+            before = num_held(run_root / "desktop")
             for _ in range(10):
                 await desktop.reset()
-            assert len(all_processes(run_root / "desktop")) == before
-            assert len(os.listdir("/proc/self/fd")) < 40
+            assert num_held(run_root / "desktop") == before
         finally:
             await desktop.close()
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import light_engine
 import psutil
-from light_engine import WORDS
 from ports_kit import free_ports
 
 from chaos_kit.clock import Clock
@@ -173,7 +173,7 @@ class ChaosJob:
         cli = [sys.executable, "-m", "deskrl.core.cli"]
         commands = {
             "replay": [*self.disk.prefix, *cli, "replay", str(self.folder.config)],
-            "inference": [sys.executable, "-m", "light_engine", str(self.folder.config)],
+            "inference": [sys.executable, light_engine.__file__, str(self.folder.config)],
             "learner": [*cli, "learner", self._seen_by("learner")],
         }
         for index, name in enumerate(ACTORS):
@@ -226,7 +226,10 @@ class ChaosJob:
 
 def build_model(folder: Path) -> Path:
     """The model of all jobs, which none of them changes."""
-    words = [f"Type the word {word}. Thought: Go on. Action: type(content='{word}') finished()" for word in WORDS]
+    words = [
+        f"Type the word {word}. Thought: Go on. Action: type(content='{word}') finished()"
+        for word in light_engine.WORDS
+    ]
     build_tiny_model(folder, 0, _IMAGE_SIZE, words * 8)
     return folder
 
