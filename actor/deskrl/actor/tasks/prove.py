@@ -31,6 +31,9 @@ from deskrl.core.config import RunConfig
 
 _PHASES = ("reset", "setup", "act", "evaluate")
 _PLAIN_WIDTH = 120
+_QUIET_S = 0.3
+"""How long a screen must rest here, at the least. A policy looks and thinks for longer than that before it acts; a
+solution clicks at once where something will be, were it there already or not."""
 
 
 @dataclass
@@ -89,13 +92,14 @@ async def prove(tasks: Sequence[Task], config: RunConfig, num_times: int = 3) ->
         config: sections `desktop` and `agent`, and the seed of the first time.
         num_times: how often a solution drawn from its boxes is played, each time another, after the demonstration.
     """
+    unhurried = config.desktop.model_copy(update={"settle_quiet_s": max(config.desktop.settle_quiet_s, _QUIET_S)})
     waiting = list(reversed(tasks))
     proofs: dict[str, Proof] = {}
 
     async def work(name: str, root: Path) -> None:
         while waiting:
             task = waiting.pop()
-            desktop = make_desktop(config.desktop, name, root)
+            desktop = make_desktop(unhurried, name, root)
             try:
                 proofs[task.id] = await _prove_task(desktop, task, config, num_times)
             finally:
