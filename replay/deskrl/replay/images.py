@@ -5,11 +5,11 @@ Knows the rows that say where in the segments a screenshot's bytes lie; not what
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from deskrl.core.ids import image_hash
 from deskrl.replay.refusals import Malformed, NotHeld
 from deskrl.replay.segments import Place, SegmentReader, Segments
 
@@ -52,7 +52,7 @@ def keep(
         Malformed: the bytes of one do not have its hash, or a named screenshot is not held.
     """
     for image in received:
-        if hashlib.sha256(image.data).digest() != image.hash:
+        if image_hash(image.data) != image.hash.hex():
             raise Malformed(f"a screenshot's bytes do not have the hash {image.hash.hex()}")
         _use(connection, rollout, _find(connection, image.hash) or _insert(connection, segments, image))
     arrived = {image.hash for image in received}

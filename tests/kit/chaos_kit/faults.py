@@ -71,21 +71,21 @@ def _delay(job: ChaosJob, fault: Fault) -> None:
 
 
 def _partition(job: ChaosJob, fault: Fault) -> None:
-    job.links[fault.target].hold(True)
-    job.wait(fault.length_s)
-    job.links[fault.target].hold(False)
+    _for_a_while(job, fault, job.links[fault.target].hold)
 
 
 def _reset(job: ChaosJob, fault: Fault) -> None:
-    job.links[fault.target].cut(True)
-    job.wait(fault.length_s)
-    job.links[fault.target].cut(False)
+    _for_a_while(job, fault, job.links[fault.target].cut)
 
 
 def _corrupt(job: ChaosJob, fault: Fault) -> None:
-    job.links[fault.target].corrupt(True)
+    _for_a_while(job, fault, job.links[fault.target].corrupt)
+
+
+def _for_a_while(job: ChaosJob, fault: Fault, switch: Callable[[bool], None]) -> None:
+    switch(True)
     job.wait(fault.length_s)
-    job.links[fault.target].corrupt(False)
+    switch(False)
 
 
 def _fill_disk(job: ChaosJob, fault: Fault) -> None:

@@ -5,7 +5,6 @@ Judges nothing (`checks`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sqlite3
@@ -16,6 +15,7 @@ from typing import Any
 
 from chaos_kit.record import Acknowledged, Record, StoredEpisode, StoredGroup
 from deskrl.core.config import RunConfig
+from deskrl.core.ids import image_hash
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.scores import read_scores
 from deskrl.core.trajectory import decode_step
@@ -114,7 +114,7 @@ def _whole_images(database: sqlite3.Connection, segments: SegmentReader) -> froz
     return frozenset(
         name.hex()
         for name, segment, position, num_bytes in rows
-        if hashlib.sha256(segments.read(Place(segment, position), num_bytes)).digest() == name
+        if image_hash(segments.read(Place(segment, position), num_bytes)) == name.hex()
     )
 
 

@@ -105,7 +105,7 @@ _KINDS: dict[str, Callable[[ValidTask], bool]] = {
 
 
 def check_list(path: Path, root: Path | None = None, suffix: str | None = None) -> ListReport:
-    """Read a list and every task file of it; `root` and `suffix` are as in `task_lists.locate`.
+    """Read a list and every task file of it; `root` and `suffix` are as in `lists.locate`.
 
     Raises:
         UserError: the list itself is malformed, or there is no folder of task files.

@@ -73,7 +73,7 @@ def main(
         task_ids: which of its tasks; none named means all.
         num_times: as in `prove`.
         listed: a task list, in place of a suite and ids.
-        root: folder of its task files, as in `task_lists.locate`.
+        root: folder of its task files, as in `lists.locate`.
 
     Returns:
         The exit status: 0 if every proof holds, else 1.

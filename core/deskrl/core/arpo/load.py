@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from deskrl.core.arpo.translate import Note, Refusal, Translation, schedule, translate
-from deskrl.core.config import RunConfig, load_values, overridden_keys
+from deskrl.core.config import RunConfig, dotted, load_values, overridden_keys
 from deskrl.core.errors import UserError
 from deskrl.core.runfolder import RunFolder
 
@@ -101,7 +101,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not readable as YAML: {error}", "mend the file") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no keys", "name one of ARPO's YAML files")
-    return dict(_flatten(content))
+    return dict(dotted(content))
 
 
 def _parse(override: str) -> tuple[str, Any]:
@@ -110,11 +110,3 @@ def _parse(override: str) -> tuple[str, Any]:
         return key, yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{override}: the value is no YAML", "quote it") from error
-
-
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -14,7 +14,7 @@ from deskrl.core.config.desktops import (
     SimulatedConfig,
 )
 from deskrl.core.config.learning import EvalConfig, GrpoConfig, LearnerConfig, WarmStartConfig
-from deskrl.core.config.loading import dump_config, load_config, load_values, overridden_keys, read_resolved
+from deskrl.core.config.loading import dotted, dump_config, load_config, load_values, overridden_keys, read_resolved
 from deskrl.core.config.playing import ActorConfig, AgentConfig, ModelConfig, TasksConfig
 from deskrl.core.config.run import RunConfig
 from deskrl.core.config.services import InferenceConfig, ReplayConfig, SecurityConfig
@@ -40,6 +40,7 @@ __all__ = [
     "SimulatedConfig",
     "TasksConfig",
     "WarmStartConfig",
+    "dotted",
     "dump_config",
     "load_config",
     "load_values",

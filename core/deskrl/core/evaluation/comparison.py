@@ -23,7 +23,7 @@ from deskrl.core.evaluation.summary import success_rate
 from deskrl.core.evaluation.training import TrainedRun, read_run
 from deskrl.core.report.history import Count
 from deskrl.core.runfolder import RunFolder
-from deskrl.core.running.begun import changed_keys
+from deskrl.core.running.begun import changed_keys, has_learnt
 from deskrl.core.stats import newcombe_difference
 
 _NUM_DRAWS = 2000
@@ -62,7 +62,7 @@ def compare_counts(a: TaskCounts, b: TaskCounts) -> Comparison:
     if len(shared) > 1:
         low, high = _interval(differences)
         return Comparison(len(shared), better, worse, fmean(differences), low, high)
-    one, other = (_sum([counts[task] for task in shared] or list(counts.values())) for counts in (a, b))
+    one, other = (sum([counts[task] for task in shared] or counts.values(), Count(0, 0)) for counts in (a, b))
     difference, low, high = newcombe_difference(one.successes, one.n, other.successes, other.n)
     return Comparison(len(shared), better, worse, difference, low, high)
 
@@ -79,7 +79,7 @@ def main(root_a: Path, root_b: Path, *, as_document: bool = False) -> int:
     Raises:
         UserError: one is neither, or one is a run and the other an evaluation.
     """
-    is_run = [_is_run(root) for root in (root_a, root_b)]
+    is_run = [has_learnt(RunFolder(root)) for root in (root_a, root_b)]  # an evaluation has no learner
     if is_run[0] != is_run[1]:
         run, evaluation = (root_a, root_b) if is_run[0] else (root_b, root_a)
         raise UserError(f"{run} is a run and {evaluation} an evaluation", "name two runs, or two evaluations")
@@ -97,11 +97,6 @@ def main(root_a: Path, root_b: Path, *, as_document: bool = False) -> int:
     for remark in remarks:
         console.print(remark, highlight=False, markup=False)
     return 0
-
-
-def _is_run(root: Path) -> bool:
-    """A run has a learner, which writes down its phases; an evaluation has none."""
-    return any(True for _ in RunFolder(root).read_metrics("phase"))
 
 
 def _of_evaluations(root_a: Path, root_b: Path) -> Parts:
@@ -150,7 +145,7 @@ def _pace(root: Path, run: TrainedRun) -> str:
 
 def _row(a: TaskCounts, b: TaskCounts) -> list[str]:
     compared = compare_counts(a, b)
-    told = [_sum(list(counts.values())) for counts in (a, b)]
+    told = [sum(counts.values(), Count(0, 0)) for counts in (a, b)]
     return [
         *(f"{count.successes}/{count.n}" for count in told),
         f"{compared.difference:+.0%}",
@@ -158,10 +153,6 @@ def _row(a: TaskCounts, b: TaskCounts) -> list[str]:
         *((str(compared.num_better), str(compared.num_worse)) if compared.paired else ("–", "–")),
         str(compared.num_paired),
     ]
-
-
-def _sum(counts: Sequence[Count]) -> Count:
-    return Count(sum(count.successes for count in counts), sum(count.n for count in counts))
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:

@@ -39,8 +39,7 @@ class TrainedRun:
         for update, end in zip(self.updates, ends, strict=True):
             if low < end <= high:
                 for task, count in task_counts(update).items():
-                    sofar = found.get(task, Count(0, 0))
-                    found[task] = Count(sofar.successes + count.successes, sofar.n + count.n)
+                    found[task] = found.get(task, Count(0, 0)) + count
         return found
 
 

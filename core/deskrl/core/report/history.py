@@ -29,6 +29,10 @@ class Count:
     successes: int
     n: int
 
+    def __add__(self, other: Count) -> Count:
+        """Both together."""
+        return Count(self.successes + other.successes, self.n + other.n)
+
     @property
     def rate(self) -> float | None:
         """Share of successes; None of nothing."""
@@ -141,8 +145,7 @@ def _count(successes: float | None, n: float | None) -> Count | None:
 
 def _evaluation(line: Record) -> Evaluation:
     per_task = task_counts(line)
-    summed = Count(sum(count.successes for count in per_task.values()), sum(count.n for count in per_task.values()))
-    overall = _count(number(line, "successes"), number(line, "episodes")) or summed
+    overall = _count(number(line, "successes"), number(line, "episodes")) or sum(per_task.values(), Count(0, 0))
     return Evaluation(overall, per_task, number(line, "mismatch_mean"), number(line, "mismatch_max"))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-from deskrl.core.config import RunConfig, read_resolved
+from deskrl.core.config import RunConfig, dotted, read_resolved
 from deskrl.core.errors import UserError
 from deskrl.core.runfolder import RunFolder
 
@@ -43,13 +42,5 @@ def refuse_other_config(config: RunConfig, folder: RunFolder) -> None:
 
 def changed_keys(one: RunConfig, other: RunConfig) -> list[str]:
     """Dotted keys whose values differ, in the other's order."""
-    values = dict(_flatten(json.loads(one.model_dump_json())))
-    return [key for key, value in _flatten(json.loads(other.model_dump_json())) if values.get(key) != value]
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}{key}.")
-    else:
-        yield prefix.removesuffix("."), value
+    values = dict(dotted(json.loads(one.model_dump_json())))
+    return [key for key, value in dotted(json.loads(other.model_dump_json())) if values.get(key) != value]

@@ -13,13 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deskrl.core.config import dotted
 from deskrl.core.report.charts import Band, Chart, Line, line_chart
 from deskrl.core.report.history import read_history
 from deskrl.core.report.templating import source, templates
 from deskrl.core.runfolder import write_atomically, write_json
 from deskrl.core.sweep.curves import WINDOW_SHARE, Place, by_minutes, by_steps
 from deskrl.core.sweep.drive import folder_of, is_complete
-from deskrl.core.sweep.plan import START, Cell, Sweep, flatten
+from deskrl.core.sweep.plan import START, Cell, Sweep
 from deskrl.core.sweep.verdict import ArmResult, Difference, Interval, Trial, judge_arms, judge_run
 
 _NUM_COLOURS = 4
@@ -29,6 +30,8 @@ _NUM_COLOURS = 4
 class Findings:
     """All that is known of a sweep by now."""
 
+    complete: frozenset[str]
+    """Cells, by name."""
     trials: dict[str, dict[int, Trial]]
     """By arm and seed."""
     short: dict[str, str]
@@ -43,8 +46,9 @@ def find(sweep: Sweep) -> Findings:
     """Read the complete cells."""
     trials: dict[str, dict[int, Trial]] = {arm: {} for arm in sweep.file.arms}
     short: dict[str, str] = {}
+    complete = frozenset(cell.name for cell in sweep.cells if is_complete(cell))
     for cell in sweep.cells:
-        if cell.arm == START or not is_complete(cell):
+        if cell.arm == START or cell.name not in complete:
             continue
         updates = read_history(folder_of(cell)).updates
         num_steps = sum(update["num_env_steps"] for update in updates)
@@ -55,6 +59,7 @@ def find(sweep: Sweep) -> Findings:
     arms, differences = judge_arms(trials)
     runs = {arm: [trial.learning for trial in by_seed.values()] for arm, by_seed in trials.items() if by_seed}
     return Findings(
+        complete,
         trials,
         short,
         arms,
@@ -75,17 +80,17 @@ def write(sweep: Sweep, findings: Findings, missing: Mapping[str, str]) -> None:
     missing = {**missing, **findings.short}
     write_json(sweep.folder / "sweep.json", _finite(_document(sweep, findings, missing)))
     environment = templates()
-    names = list(sweep.file.arms)
+    series = {arm: number % _NUM_COLOURS for number, arm in enumerate(sweep.file.arms)}
     html = environment.get_template("sweep.html.j2").render(
         sweep=sweep,
         about=_about(sweep),
         window=round(WINDOW_SHARE * sweep.env_steps),
         results=findings.arms,
         differences=findings.differences,
-        charts=_charts(findings, names),
-        series={arm: names.index(arm) % _NUM_COLOURS for arm in names},
+        charts=_charts(findings, series),
+        series=series,
         rows=[_row(cell, sweep, findings, missing) for cell in sweep.cells],
-        num_missing=sum(cell.name in findings.short or not is_complete(cell) for cell in sweep.cells),
+        num_missing=len(sweep.cells) - len(findings.complete - findings.short.keys()),
         level=level_text,
         change=change_text,
         ratio=ratio_text,
@@ -150,32 +155,31 @@ def _about(sweep: Sweep) -> list[str]:
     return told
 
 
-def _charts(findings: Findings, names: list[str]) -> list[Chart]:
+def _charts(findings: Findings, series: Mapping[str, int]) -> list[Chart]:
     shown = (
         ("Success against environment steps", "environment steps", findings.by_steps),
         ("Success against wall clock", "minutes of training", findings.by_minutes),
     )
-    return [_chart(title, x_title, curves, names) for title, x_title, curves in shown]
+    return [_chart(title, x_title, curves, series) for title, x_title, curves in shown]
 
 
-def _chart(title: str, x_title: str, curves: Mapping[str, list[Place]], names: list[str]) -> Chart:
+def _chart(title: str, x_title: str, curves: Mapping[str, list[Place]], series: Mapping[str, int]) -> Chart:
     lines, bands = [], []
     for arm, places in curves.items():
-        series = names.index(arm) % _NUM_COLOURS
-        lines.append(Line([(0.0, None), *((place.x, place.mean) for place in places)], series=series))
-        bands.append(Band([(place.x, place.low, place.high) for place in places if place.has_interval], series))
+        lines.append(Line([(0.0, None), *((place.x, place.mean) for place in places)], series=series[arm]))
+        bands.append(Band([(place.x, place.low, place.high) for place in places if place.has_interval], series[arm]))
     return line_chart(title, lines, x_title=x_title, percent=True, bands=bands, width=560, height=350)
 
 
 def _row(cell: Cell, sweep: Sweep, findings: Findings, missing: Mapping[str, str]) -> dict[str, Any]:
     changes = sweep.file.arms.get(cell.arm, {})
-    is_done = is_complete(cell)
+    is_done = cell.name in findings.complete
     return {
         "name": cell.name,
         "is_start": cell.arm == START and is_done,
         "trial": findings.trials.get(cell.arm, {}).get(cell.seed),
         "why": missing.get(cell.name, "the warm start of this seed" if is_done else "not run yet"),
-        "changes": ", ".join(f"{key} = {value}" for key, value in flatten(changes)),
+        "changes": ", ".join(f"{key} = {value}" for key, value in dotted(changes)),
     }
 
 
@@ -196,7 +200,7 @@ def _document(sweep: Sweep, findings: Findings, missing: Mapping[str, str]) -> d
                 "arm": cell.arm,
                 "seed": cell.seed,
                 "command": cell.command,
-                "missing": missing.get(cell.name, None if is_complete(cell) else "not run yet"),
+                "missing": missing.get(cell.name, None if cell.name in findings.complete else "not run yet"),
                 "result": None if trial is None else asdict(trial),
             }
             for cell in sweep.cells

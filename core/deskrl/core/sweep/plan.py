@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from deskrl.core.config import RunConfig, Section, load_config
+from deskrl.core.config import RunConfig, Section, dotted, load_config
 from deskrl.core.errors import UserError
 from deskrl.core.running import preflight
 
@@ -151,16 +151,16 @@ def _read_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _layout(file: SweepFile, folder: Path, overrides: dict[str, Any]) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
     """Arm, seed and changed keys of every cell."""
-    every = dict(flatten(file.every))
+    every = dict(dotted(file.every))
     for seed in file.seeds:
         begins: dict[str, Any] = {}
         if file.start is not None:
             none = {"learner.grpo.num_updates": 0, "learner.grpo.env_steps": 0, "learner.eval.episodes": 0}
-            yield START, seed, every | dict(flatten(file.start)) | overrides | none
+            yield START, seed, every | dict(dotted(file.start)) | overrides | none
             policy = folder / cell_name(START, seed) / "checkpoints" / "epoch_0"
             begins = {"model.path": str(policy), "model.build": None, "learner.warm_start": None}
         for arm, changes in file.arms.items():
-            cell = every | dict(flatten(changes)) | overrides
+            cell = every | dict(dotted(changes)) | overrides
             # A warm start that is done has no keys left to change.
             kept = {key: value for key, value in cell.items() if not (begins and key.startswith("learner.warm_start"))}
             yield arm, seed, kept | begins
@@ -181,15 +181,6 @@ def _cell(arm: str, seed: int, changes: Mapping[str, Any], file: Path, base: Pat
     except UserError as error:
         raise UserError(f"{file}: {arm}: {error.message}", error.mend) from error
     return Cell(arm, seed, base, tuple(options), config)
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of nested tables, with their values."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _as_option(value: Any) -> str:
