@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
     from deskrl.actor.tasks.asset_fetch import Fetched
 
-_PLAIN_WIDTH = 120
 _COUNTED = {
     "tasks": "on the list",
     "missing": "do not exist",
@@ -156,9 +154,9 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _print_report(report: ListReport) -> None:
-    from rich.console import Console
+    from deskrl.core.terminal import table_console
 
-    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    console = table_console()
     for name in report.applications:
         console.print(_tasks_table(name, report.of(name)))
     console.print(_counts_table(report))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,6 @@ from deskrl.actor.tasks.setup_steps import SetupError, setup_task
 from deskrl.core.config import RunConfig
 
 _PHASES = ("reset", "setup", "act", "evaluate")
-_PLAIN_WIDTH = 120
 _QUIET_S = 0.3
 """How long a screen must rest here, at the least. A policy looks and thinks for longer than that before it acts; a
 solution clicks at once where something will be, were it there already or not."""
@@ -162,8 +160,9 @@ async def _play(
 
 def print_proofs(proofs: Sequence[Proof]) -> None:
     """A table: one line a task, median seconds by phase."""
-    from rich.console import Console
     from rich.table import Table
+
+    from deskrl.core.terminal import table_console
 
     table = Table("task", "untouched", "solved", *[f"{phase} s" for phase in _PHASES], "proof")
     for proof in proofs:
@@ -172,4 +171,4 @@ def print_proofs(proofs: Sequence[Proof]) -> None:
         medians = [f"{statistics.median(seen):.2f}" if (seen := proof.seconds[phase]) else "–" for phase in _PHASES]
         verdict = "[green]holds" if proof.holds else f"[red]{'; '.join(proof.problems) or 'fails'}"
         table.add_row(proof.task_id, untouched, solved, *medians, verdict)
-    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(table)
+    table_console().print(table)

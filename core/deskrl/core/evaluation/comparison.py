@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from rich.console import Console
 from rich.table import Table
 
 from deskrl.core.config import read_resolved
@@ -25,6 +24,7 @@ from deskrl.core.report.history import Count
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.running.begun import changed_keys, has_learnt
 from deskrl.core.stats import newcombe_difference
+from deskrl.core.terminal import table_console
 
 _NUM_DRAWS = 2000
 _OWN_KEYS = ("name", "runs", "replay.address", "inference.address")
@@ -88,11 +88,16 @@ def main(root_a: Path, root_b: Path, *, as_document: bool = False) -> int:
         document = {name: vars(compare_counts(*of)) for name, of in parts.items() if of[0] and of[1]}
         print(json.dumps(document, indent=2))
         return 0
-    table = Table("", root_a.name, root_b.name, "difference", "95 %", "better", "worse", "paired tasks")
+    table = Table()
+    table.add_column("", no_wrap=True)
+    for root in (root_a, root_b):
+        table.add_column(root.name, overflow="fold", min_width=len("999/999"))
+    for header in ("difference", "95 %", "better", "worse", "paired tasks"):
+        table.add_column(header, overflow="fold", no_wrap=header == "95 %")
     for name, (of_a, of_b) in parts.items():
         if of_a and of_b:
             table.add_row(name, *_row(of_a, of_b))
-    console = Console()
+    console = table_console()
     console.print(table)
     for remark in remarks:
         console.print(remark, highlight=False, markup=False)
