@@ -67,6 +67,19 @@ def test_groups_are_taken_in_the_order_in_which_they_completed(start_replay: Sta
     assert members(client.take("train", "batch", 1)) == ["train/0.0", "train/0.1"]
 
 
+def test_a_place_is_filled_after_those_before_it_in_whichever_order_they_are_asked_for(
+    start_replay: StartReplay,
+) -> None:
+    client = start_replay().client()
+    for group in ("train/0", "train/1"):
+        client.play_group(group, [0, 1])
+    assert client.take("train", "batch", 1) is None
+    request = replay_pb2.TakeGroupRequest(peer=ME, queue="train", batch_id="batch", ordinal=1, wait_s=10)
+    asked_ahead = client.replay.TakeGroup.future(request, timeout=20)
+    assert members(client.take("train", "batch", 0)) == ["train/0.0", "train/0.1"]
+    assert members(asked_ahead.result().group) == ["train/1.0", "train/1.1"]
+
+
 def test_taking_waits_for_a_group_to_complete(start_replay: StartReplay) -> None:
     client = start_replay().client()
     request = replay_pb2.TakeGroupRequest(peer=ME, queue="train", batch_id="b", wait_s=20)

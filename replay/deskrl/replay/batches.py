@@ -29,6 +29,9 @@ def bind(
 ) -> int | None:
     """The group at a place, by its position: the one bound before, else the oldest complete one, bound now.
 
+    Places are filled in order. Whoever asks for several ahead reads them in order too: a later one that were filled
+    first, while the pacing allows no further group, would keep the learner waiting for the earlier one for ever.
+
     The candidate is decided before this group's own successes are stored, so that none serves its own group.
 
     Raises:
@@ -45,6 +48,11 @@ def bind(
         return int(bound[0])
     if _is_committed(connection, place.queue, place.batch_id):
         raise Conflict(f"batch {place.batch_id} of queue {place.queue} is committed: it takes no further group")
+    (num_filled,) = connection.execute(
+        "SELECT count(*) FROM groups WHERE queue = ? AND batch_id = ?", (place.queue, place.batch_id)
+    ).fetchone()
+    if place.ordinal > num_filled:
+        return None
     ready = connection.execute(
         "SELECT position FROM groups WHERE state = 'complete' AND queue = ? ORDER BY completion LIMIT 1", (place.queue,)
     ).fetchone()

@@ -52,7 +52,7 @@ class Coordinator:
         lock_step = config.replay.schedule == "lock_step"
         self._rounds = Rounds(config.desktop.num_envs, self._clock) if lock_step else None
         self._desk = GrantDesk(self._grant, self.release)
-        self._endings = Bell()
+        self._takers = Bell()  # rung when whoever waits for a group may find one
         self._is_closed = False
         self._started_s = time.monotonic()
 
@@ -72,7 +72,7 @@ class Coordinator:
         """Answer everyone who waits."""
         self._is_closed = True
         self._desk.close()
-        self._endings.ring()
+        self._takers.ring()
 
     async def acquire(self, ask: Ask, wait_s: float) -> Grant | None:
         """A lease for an actor, after a wait if need be."""
@@ -144,18 +144,19 @@ class Coordinator:
         """The group at a place in a batch, after a wait if need be."""
         deadline_s = time.monotonic() + wait_s
         while True:
-            ending = self._endings.listen()
+            rung = self._takers.listen()
             position = await self.store.write(
                 partial(batches.bind, place=place, dropped_group_ids=dropped_group_ids, rules=self._rules)
             )
             self._desk.kick()  # what was bound or dropped may have made room
             if position is not None:
+                self._takers.ring()  # who waits for the next place
                 return await self.store.read(partial(reading.group, position=position))
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or self._is_closed:
                 return None
             try:
-                await asyncio.wait_for(ending.wait(), left_s)
+                await asyncio.wait_for(rung.wait(), left_s)
             except TimeoutError:
                 return None
 
@@ -195,7 +196,7 @@ class Coordinator:
     def _ended(self, lease_id: str) -> None:
         self._clock.end(lease_id)
         self._leases_ended()
-        self._endings.ring()
+        self._takers.ring()
 
     def _leases_ended(self) -> None:
         """Who waits for work, or for the others of a round, looks again."""
@@ -221,4 +222,4 @@ class Coordinator:
             self.metrics.expired.inc(num_expired)
             _log.warning("%d leases ran out and are granted again: %s", num_expired, ", ".join(expired))
             self._leases_ended()
-            self._endings.ring()
+            self._takers.ring()
