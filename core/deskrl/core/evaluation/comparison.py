@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from deskrl.core.config import read_resolved
@@ -88,7 +89,7 @@ def main(root_a: Path, root_b: Path, *, as_document: bool = False) -> int:
         document = {name: vars(compare_counts(*of)) for name, of in parts.items() if of[0] and of[1]}
         print(json.dumps(document, indent=2))
         return 0
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # names and counts fit into 80 columns
     table.add_column("", no_wrap=True)
     for root in (root_a, root_b):
         table.add_column(root.name, overflow="fold", min_width=len("999/999"))
