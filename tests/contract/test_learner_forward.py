@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -24,7 +25,7 @@ from deskrl.core.trajectory import Step
 from deskrl.learner.batches.batch import Collator, MicroBatch
 from deskrl.learner.batches.packing import Row, pack
 from deskrl.learner.losses import imitation_loss
-from deskrl.learner.policy import activations, attention
+from deskrl.learner.policy import activations, attention, fused
 from deskrl.learner.policy import model as learner_model
 from deskrl.learner.policy.model import Policy, load_policy, load_processor, make_collator
 
@@ -203,3 +204,25 @@ def test_attention_stays_within_its_sequence_and_looks_back_only() -> None:
     repeated = [part.repeat_interleave(2, dim=1) for part in (key, value)]
     scores = (query @ repeated[0].transpose(2, 3) * 0.5).masked_fill(~allowed, float("-inf"))
     torch.testing.assert_close(output, (scores.softmax(-1) @ repeated[1]).transpose(1, 2))
+
+
+def test_a_gated_layer_of_an_odd_width_computes_at_a_rounder_one_and_learns_the_same() -> None:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLMLP
+
+    torch.manual_seed(0)
+    mlp: Any = Qwen2_5_VLMLP(SimpleNamespace(hidden_size=16, intermediate_size=100, hidden_act="silu"), bias=True)
+    hidden = torch.randn(5, 16)
+
+    def learn_once() -> dict[str, Tensor]:
+        mlp.zero_grad()
+        output = mlp(hidden)
+        (output**2).sum().backward()
+        return {"output": output.detach()} | {name: p.grad.clone() for name, p in mlp.named_parameters()}
+
+    expected = learn_once()
+    fused.align(mlp)
+    assert mlp.gate_proj(hidden).shape == (5, 128)
+    found = learn_once()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)

@@ -31,10 +31,10 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("each", [(3, 200, 64, 1), (1500, 700)], ids=["short", "long"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dimension", [64, 80, 128])
-def test_attention_of_many_sequences_in_one_kernel(causal: bool, dimension: int) -> None:
-    each = (3, 200, 64, 1)
+def test_attention_over_sequences_that_lie_end_to_end(causal: bool, dimension: int, each: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     parts = [torch.randn(1, heads, sum(each), dimension) for heads in (4, 2, 2)]
     module: Any = torch.nn.Module()

@@ -6,23 +6,29 @@ keys, values and lengths; knows nothing of rows or screenshots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import varlen
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from deskrl.learner.gpus import is_recent
+from deskrl.learner.gpus import is_hopper, is_recent
 
 # Transformers tells the lengths of sequences to implementations that have "flash" in their name.
 _NAME = "deskrl_flash"
 
+_LONG = 1024
+"""Sequences that have this many tokens on average are worth a kernel call each."""
+_LENGTH_STEP = 256
+"""cuDNN plans anew for each length, which takes it a second; so lengths are made multiples of this."""
+
 OPERATORS = (
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -91,15 +97,35 @@ def attend(
     num_repeats = query.shape[1] // key.shape[1]
     if num_repeats > 1:
         key, value = (part.repeat_interleave(num_repeats, dim=1) for part in (key, value))
-    if query.dtype != torch.float32 and _has_one_kernel(query.device):
+    if query.dtype != torch.float32 and _is(is_hopper, query.device) and causal and _are_long(sequence_lengths):
+        return _one_by_one_on_hopper(query, key, value, sequence_lengths, scaling), None
+    if query.dtype != torch.float32 and _is(is_recent, query.device):
         return _by_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal), None
     each = sequence_lengths or tuple((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist())
     return _one_by_one(query, key, value, each, scaling, causal), None
 
 
 @cache
-def _has_one_kernel(device: torch.device) -> bool:
-    return device.type == "cuda" and is_recent(torch.cuda.get_device_capability(device))
+def _is(kind: Callable[[tuple[int, int]], bool], device: torch.device) -> bool:
+    return device.type == "cuda" and kind(torch.cuda.get_device_capability(device))
+
+
+def _are_long(each: tuple[int, ...] | None) -> TypeGuard[tuple[int, ...]]:
+    return each is not None and sum(each) >= _LONG * len(each)
+
+
+def _one_by_one_on_hopper(query: Tensor, key: Tensor, value: Tensor, each: Sequence[int], scaling: float) -> Tensor:
+    """cuDNN's causal attention, sequence by sequence: it uses instructions that torch's FlashAttention does not."""
+    parts = zip(*(torch.split(part, list(each), dim=2) for part in (query, key, value)), strict=True)
+    outputs = []
+    # The second serves where the first cannot: heads of an odd size, a torch without cuDNN.
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        for length, one in zip(each, parts, strict=True):
+            # What is added comes last, so that no token of the sequence sees it.
+            q, k, v = (pad(part, (0, 0, 0, -length % _LENGTH_STEP)) for part in one)
+            output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+            outputs.append(output[:, :, :length])
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _by_one_kernel(
