@@ -47,6 +47,7 @@ class DoubleDesktop(Desktop):
     alive: bool = True
     runs_commands: bool = True
     acted: list[Action] = field(default_factory=list)
+    rests_s: list[float] = field(default_factory=list)
 
     async def start(self) -> None: ...
     async def reset(self) -> None: ...
@@ -58,7 +59,8 @@ class DoubleDesktop(Desktop):
     async def screenshot(self) -> Image.Image:
         return Image.new("RGB", (280, 280), (len(self.acted), 0, 0))
 
-    async def settle(self) -> Image.Image:
+    async def settle(self, rest_s: float = 0.0) -> Image.Image:
+        self.rests_s.append(rest_s)
         await self._do(self.on_settle)
         return await self.screenshot()
 
@@ -336,6 +338,14 @@ def test_a_scripted_episode_carries_the_conversation_that_is_to_be_imitated() ->
         shown = [content.image_hash for message in messages for content in message.contents if content.image_hash]
         assert tuple(shown) == step.images and shown[-1] == step.screenshot
         assert step.action_ids == ()
+
+
+def test_screens_rest_before_a_script_acts_on_them_as_they_need_not_for_a_policy() -> None:
+    before_script, before_policy = DoubleDesktop(), DoubleDesktop()
+    play(before_script, scripted(), acting=rollout_pb2.ACTING_POLICY_SCRIPTED)
+    play(before_policy, Says(CLICK, FINISHED))
+    assert before_script.rests_s == [ScriptedPlayer.rest_s] * 2 and ScriptedPlayer.rest_s > 0
+    assert before_policy.rests_s == [0.0] * 2
 
 
 def test_a_scripted_episode_that_is_not_rewarded_is_a_fault_and_no_demonstration() -> None:

@@ -200,7 +200,7 @@ class Episode:
     async def _first_screen(self) -> Image.Image:
         try:
             async with asyncio.timeout(self._config.step_timeout_s):
-                return await self._desktop.settle()
+                return await self._desktop.settle(self._player.rest_s)
         except TimeoutError as error:
             raise Fault(rollout_pb2.FAULT_KIND_DESKTOP_HUNG, "no first screenshot in time") from error
         except DesktopError as error:
@@ -221,7 +221,7 @@ class Episode:
             await self._desktop.act(action)
             delivered_s = time.monotonic()
             timings_ms["input"] = 1000 * (delivered_s - started_s)
-            screen = await self._desktop.settle()
+            screen = await self._desktop.settle(self._player.rest_s)
             self._acted_s = time.monotonic()
             timings_ms["settle"] = 1000 * (self._acted_s - delivered_s)
             metrics.STEP_SECONDS.observe(self._acted_s - started_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from deskrl.actor import metrics
 from deskrl.actor.agent.conversation import Conversation
@@ -30,6 +31,9 @@ class Decision:
 
 class Player(ABC):
     """Decides on one action after another of one episode."""
+
+    rest_s: ClassVar[float] = 0.0
+    """How long a screen must rest, at the least, before it is shown to this player."""
 
     @abstractmethod
     async def decide(self, conversation: Conversation, screenshot: common_pb2.Image, index: int) -> Decision:
@@ -85,6 +89,8 @@ def sampled_player(policy: PolicyClient, rollout: rollout_pb2.Rollout) -> Player
 
 class ScriptedPlayer(Player):
     """The task's solution, said in the policy's words, so that it can be imitated."""
+
+    rest_s = 0.3  # a policy looks and thinks longer than that; a script clicks where something will be, there or not
 
     def __init__(self, task: Task) -> None:
         self._solution = task.demonstrate()

@@ -69,8 +69,12 @@ class Desktop(ABC):
         """What is on the screen now, RGB at full size."""
 
     @abstractmethod
-    async def settle(self) -> Image.Image:
-        """Wait until the screen is quiet (or the limit for that has passed), then what is on it."""
+    async def settle(self, rest_s: float = 0.0) -> Image.Image:
+        """Wait until the screen is quiet (or the limit for that has passed), then what is on it.
+
+        Args:
+            rest_s: how long it must have been quiet where that is longer than `settle_quiet_s`.
+        """
 
     @abstractmethod
     async def act(self, action: Action) -> None:

@@ -47,9 +47,9 @@ class GuestDesktop(Desktop):
         """What is on the screen now."""
         return _image(await self._call("GET", "screenshot"))
 
-    async def settle(self) -> Image.Image:
+    async def settle(self, rest_s: float = 0.0) -> Image.Image:
         """Wait until the screen is quiet, then what is on it."""
-        rule = {"quiet_s": self._config.settle_quiet_s, "limit_s": self._config.settle_limit_s}
+        rule = {"quiet_s": max(self._config.settle_quiet_s, rest_s), "limit_s": self._config.settle_limit_s}
         return _image(await self._call("POST", "settle", rule))
 
     async def act(self, action: Action) -> None:

@@ -79,12 +79,12 @@ class OSWorldGuestDesktop(Desktop):
         except (UnidentifiedImageError, OSError) as error:
             raise DesktopError("the guest's screenshot is no picture") from error
 
-    async def settle(self) -> Image.Image:
+    async def settle(self, rest_s: float = 0.0) -> Image.Image:
         """Wait until two screenshots in a row are alike, then what is on them."""
         deadline = time.monotonic() + self._config.settle_limit_s
         last = await self.screenshot()
         while time.monotonic() < deadline:
-            await asyncio.sleep(self._config.settle_quiet_s)
+            await asyncio.sleep(max(self._config.settle_quiet_s, rest_s))
             current = await self.screenshot()
             if current.tobytes() == last.tobytes():
                 break

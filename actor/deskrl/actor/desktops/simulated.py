@@ -87,7 +87,7 @@ class SimulatedDesktop(Desktop):
         self._refuse_closed()
         return await asyncio.to_thread(self._draw)
 
-    async def settle(self) -> Image.Image:
+    async def settle(self, rest_s: float = 0.0) -> Image.Image:
         return await self.screenshot()
 
     async def act(self, action: Action) -> None:

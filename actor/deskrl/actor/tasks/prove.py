@@ -19,6 +19,7 @@ from pathlib import Path
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.conversation import make_agent
 from deskrl.actor.agent.grammar import FormatError, Turn
+from deskrl.actor.agent.players import ScriptedPlayer
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.desktops.provider import make_desktop
 from deskrl.actor.tasks.evaluators import EvaluatorError, evaluate_task
@@ -29,9 +30,6 @@ from deskrl.actor.tasks.setup_steps import SetupError, setup_task
 from deskrl.core.config import RunConfig
 
 _PHASES = ("reset", "setup", "act", "evaluate")
-_QUIET_S = 0.3
-"""How long a screen must rest here, at the least. A policy looks and thinks for longer than that before it acts; a
-solution clicks at once where something will be, were it there already or not."""
 
 
 @dataclass
@@ -90,14 +88,13 @@ async def prove(tasks: Sequence[Task], config: RunConfig, num_times: int = 3) ->
         config: sections `desktop` and `agent`, and the seed of the first time.
         num_times: how often a solution drawn from its boxes is played, each time another, after the demonstration.
     """
-    unhurried = config.desktop.model_copy(update={"settle_quiet_s": max(config.desktop.settle_quiet_s, _QUIET_S)})
     waiting = list(reversed(tasks))
     proofs: dict[str, Proof] = {}
 
     async def work(name: str, root: Path) -> None:
         while waiting:
             task = waiting.pop()
-            desktop = make_desktop(unhurried, name, root)
+            desktop = make_desktop(config.desktop, name, root)
             try:
                 proofs[task.id] = await _prove_task(desktop, task, config, num_times)
             finally:
@@ -139,7 +136,7 @@ async def _play(
     with proof.timed("setup"):
         async with asyncio.timeout(limits.setup_timeout_s):
             await setup_task(desktop, task, config.seed)
-            screenshot = await desktop.settle()
+            screenshot = await desktop.settle(ScriptedPlayer.rest_s)
     conversation = make_agent(config.agent).begin(task.instruction)
     last = Action(ActionKind.FINISHED)
     for thought, action in solution:
@@ -152,7 +149,7 @@ async def _play(
         with proof.timed("act"):
             async with asyncio.timeout(limits.step_timeout_s):
                 await desktop.act(last)
-                screenshot = await desktop.settle()
+                screenshot = await desktop.settle(ScriptedPlayer.rest_s)
     with proof.timed("evaluate"):
         async with asyncio.timeout(limits.evaluate_timeout_s):
             return (await evaluate_task(desktop, task, last)).reward
