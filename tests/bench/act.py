@@ -128,9 +128,10 @@ async def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, A
 
     tokenizer = AutoTokenizer.from_pretrained(config.model_folder)
     suppressed_ids = rendering.suppressed_ids(tokenizer, rendering.vocab_size_of(config.model_folder))
-    peer = Peer(config, suppressed_ids)
+    peer = Peer(config)
     sides: dict[str, list[Turn]] = {"bare": [], "act": []}
     try:
+        await peer.suppress(suppressed_ids)
         async with rpc.connect(config.inference.address) as channel:
             answers = {
                 "bare": bare_answer(peer),

@@ -6,8 +6,9 @@ bytes of what it sent before). Turns alternate which side goes first. The peers 
 without any transport, at the run's settings (batches and memory as ours) and vLLM's documented ones for images:
 
     cached    the processor cache and the cache beside the model, one renderer thread: vLLM's default
+    plain     as cached, the vision tower not compiled: vLLM's default, too
     parallel  eight renderer threads, which vLLM allows without these caches only
-    sdpa      as cached, with PyTorch's attention in the vision tower: vLLM where FlashAttention is not installed
+    sdpa      as plain, with PyTorch's attention in the vision tower: vLLM where FlashAttention is not installed
 
 all with a hash for each screenshot, decoding in threads, the renderer in its own threads, and, but for the last, the
 encoder attention that comes first of those in vLLM's list that run on this machine; ours has the same. Prints progress,
@@ -54,8 +55,9 @@ from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 KIT = Path(__file__).resolve().parent.parent / "kit"
 PEERS: dict[str, dict[str, Any]] = {
     "cached": {},
+    "plain": {"compilation_config": {}},
     "parallel": {"renderer_num_workers": 8, "mm_processor_cache_gb": 0},
-    "sdpa": {"mm_encoder_attn_backend": "TORCH_SDPA"},
+    "sdpa": {"compilation_config": {}, "mm_encoder_attn_backend": "TORCH_SDPA"},
 }
 SIZE = {"7b": (1280, 720), "tiny": (504, 280)}
 ENCODER_ATTENTION = ("FLASH_ATTN", "TRITON_ATTN", "TORCH_SDPA")
@@ -147,8 +149,9 @@ def act_side(stub: inference_pb2_grpc.InferenceServiceStub, stages_ms: dict[str,
     return Side("deskrl", answer)
 
 
-def peer_side(name: str, peer: Peer) -> Side:
+async def peer_side(name: str, peer: Peer, suppressed_ids: Sequence[int]) -> Side:
     """Asks a bare engine."""
+    await peer.suppress(suppressed_ids)
     numbers = itertools.count()
 
     async def answer(case: Case, known: bool) -> Answer:
@@ -299,29 +302,29 @@ def run_config(options: argparse.Namespace, folder: Path) -> RunConfig:
 
 
 @contextlib.contextmanager
-def running_sides(config: RunConfig, log: Path, maker: CaseMaker, names: Sequence[str]) -> Iterator[list[Side]]:
-    """The replica, and the bare engines beside it; which are given back."""
+def running_peers(config: RunConfig, log: Path, names: Sequence[str]) -> Iterator[dict[str, Peer]]:
+    """The bare engines, by name, and the replica beside them."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         say("starting the replica")
         replica = pool.submit(stack.enter_context, running_replica(config, log))
-        peers = []
+        peers = {}
         for name in names:
             say(f"starting vLLM ({name})")
-            peer = Peer(config, maker.suppressed_ids, **PEERS[name])
-            stack.callback(peer.shutdown)
-            peers.append(peer_side(name, peer))
+            peers[name] = Peer(config, **PEERS[name])
+            stack.callback(peers[name].shutdown)
         replica.result()
         say("all engines are up")
         yield peers
 
 
-async def measure(config: RunConfig, peers: Sequence[Side], maker: CaseMaker, options: argparse.Namespace) -> str:
+async def measure(config: RunConfig, peers: dict[str, Peer], maker: CaseMaker, options: argparse.Namespace) -> str:
     """All turns; the line."""
     stages_ms: dict[str, list[float]] = {}
     async with rpc.connect(config.inference.address) as channel:
-        ours = act_side(inference_pb2_grpc.InferenceServiceStub(channel), stages_ms)
-        await run_turns([ours, *peers], maker, options)
-    return json.dumps(describe([ours, *peers], stages_ms, options))
+        sides = [act_side(inference_pb2_grpc.InferenceServiceStub(channel), stages_ms)]
+        sides += [await peer_side(name, peer, maker.suppressed_ids) for name, peer in peers.items()]
+        await run_turns(sides, maker, options)
+    return json.dumps(describe(sides, stages_ms, options))
 
 
 def main() -> None:
@@ -350,7 +353,7 @@ def main() -> None:
             say(f"encoder attention: {options.encoder_attention}")
         maker = CaseMaker(options.folder, SIZE[options.model], options.max_tokens)
         config = run_config(options, folder)
-        with running_sides(config, folder / "replica.log", maker, options.peers.split(",")) as peers:
+        with running_peers(config, folder / "replica.log", options.peers.split(",")) as peers:
             print(asyncio.run(measure(config, peers, maker, options)))
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from suppress_processor import CONFIG_KEY
 
 from deskrl.core.config import RunConfig
 from deskrl.inference.engine_settings import engine_arguments, set_environment
@@ -30,7 +29,7 @@ class Answer:
 class Peer:
     """A bare engine at the settings of a run, save what deskrl adds."""
 
-    def __init__(self, config: RunConfig, suppressed_ids: Sequence[int], **engine_args: Any) -> None:
+    def __init__(self, config: RunConfig, **engine_args: Any) -> None:
         """Start it and wait for it; `engine_args` are vLLM's and win."""
         set_environment()
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -38,13 +37,13 @@ class Peer:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments: dict[str, Any] = {key: value for key, value in engine_arguments(config).items() if key not in _OURS}
-        arguments |= {
-            "logits_processors": ["suppress_processor:SuppressTokens"],
-            "additional_config": {CONFIG_KEY: list(suppressed_ids)},
-        }
-        arguments |= engine_args
+        arguments |= {"worker_extension_cls": "masking_extension.MaskingExtension"} | engine_args
         usage = UsageContext.OPENAI_API_SERVER
         self.llm = AsyncLLM.from_vllm_config(AsyncEngineArgs(**arguments).create_engine_config(usage_context=usage))
+
+    async def suppress(self, suppressed_ids: Sequence[int]) -> None:
+        """Never sample these tokens; to be called once, before the first request."""
+        await self.llm.collective_rpc("mask_tokens", args=(list(suppressed_ids),))
 
     async def sample(
         self, prompt_ids: Sequence[int], images: Sequence[common_pb2.Image], params: Mapping[str, Any], name: str

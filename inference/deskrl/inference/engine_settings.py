@@ -43,6 +43,9 @@ def engine_arguments(config: RunConfig) -> dict[str, Any]:
         # One process beside this one, as on a single GPU: a worker of its own would start 8 s later, cost half a
         # gigabyte, and spin on a core while it waits.
         arguments |= {"distributed_executor_backend": "uni", "enforce_eager": True}
+    else:
+        # A never-seen screenshot costs a third of its request in the vision tower, which is a fifth faster so.
+        arguments["compilation_config"] = {"compile_mm_encoder": True}
     return arguments | inference.engine_args
 
 
