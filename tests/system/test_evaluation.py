@@ -1,7 +1,7 @@
 """`deskrl eval` as a person has it: a model, real desktops, one version from end to end; told again for nothing.
 
-The model is a Qwen2-VL, prompted as UI-TARS 1.0 and served in 4 bits; the tasks are noisy variants, as
-`deskrl tasks noisy` writes them.
+The model is a Qwen2-VL, prompted as UI-TARS 1.0 and served in 4 bits; the tasks are a list and beside it its noisy
+variants, as `deskrl tasks noisy` writes them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def deskrl(*words: object) -> str:
     return ended.stdout
 
 
-def test_a_checkpoint_is_evaluated_on_a_list(tmp_path: Path) -> None:
+def test_a_checkpoint_is_evaluated_on_a_list_and_its_noisy_variants(tmp_path: Path) -> None:
     common = [f"--runs={tmp_path / 'runs'}", f"--replay.address=127.0.0.1:{free_port()}"]
     common += [f"--inference.address=127.0.0.1:{free_port()}", "--desktop.num_envs=2"]
     common += ["--agent.family=ui_tars_1_0"]
@@ -38,28 +38,22 @@ def test_a_checkpoint_is_evaluated_on_a_list(tmp_path: Path) -> None:
     listed, noisy = tmp_path / "list.json", tmp_path / "noisy"
     listed.write_text(json.dumps({"os": ["make-a-folder"], "text_editor": ["write-a-word"]}))
     deskrl("tasks", "noisy", listed, "--root", SUITE, "--level", "light", "--out", noisy)
-    command = [
-        "eval",
-        "--config",
-        SMOKE,
-        "--checkpoint",
-        tmp_path / "runs" / "smoke" / "model",
-        "--tasks",
-        noisy / "list.json",
-        "--noisy",
-    ]
-    command += ["--repeats", "2", "--name", "judged", *common, "--tasks.tasks=[]"]
+    command = ["eval", "--config", SMOKE, "--checkpoint", tmp_path / "runs" / "smoke" / "model"]
+    command += ["--tasks", listed, "--root", SUITE, "--noisy", noisy / "list.json", "--repeats", "2"]
+    command += ["--name", "judged", *common, "--tasks.tasks=[]"]
     command += ["--inference.quantization=int4", "--inference.dtype=bfloat16"]
     told = deskrl(*command)
-    folder = tmp_path / "runs" / "judged"
-    summary = json.loads((folder / "results" / "evaluation.json").read_text())
-    assert (summary["all"]["num_tasks"], summary["all"]["num_episodes"], summary["all"]["num_faulted"]) == (2, 4, 0)
-    assert set(summary["applications"]) == {"os", "text_editor"} and len(summary["versions"]) == 1
-    for name in ("make-a-folder", "write-a-word"):
-        record = json.loads((folder / "results" / "task_results" / f"{name}.json").read_text())
-        for episode in record["episodes"]:
-            assert len(episode["screenshots"]) == episode["num_steps"] + 1 and episode["duration_s"] > 0
-            assert all((folder / "results" / picture).stat().st_size for picture in episode["screenshots"])
-    assert "feasible only" in told and "4 of 4 episodes" in told
+    sets = tmp_path / "runs" / "judged" / "sets"
+    for folder in (sets / "list", sets / "list-noisy"):
+        summary = json.loads((folder / "results" / "evaluation.json").read_text())
+        assert (summary["all"]["num_tasks"], summary["all"]["num_episodes"], summary["all"]["num_faulted"]) == (2, 4, 0)
+        assert set(summary["applications"]) == {"os", "text_editor"} and len(summary["versions"]) == 1
+        for name in ("make-a-folder", "write-a-word"):
+            record = json.loads((folder / "results" / "task_results" / f"{name}.json").read_text())
+            for episode in record["episodes"]:
+                assert len(episode["screenshots"]) == episode["num_steps"] + 1 and episode["duration_s"] > 0
+                assert all((folder / "results" / picture).stat().st_size for picture in episode["screenshots"])
+    assert "feasible only" in told and "8 of 8 episodes" in told
     assert "episodes, " not in deskrl(*command), "what was played is told again"
-    assert json.loads(deskrl("compare", folder, folder, "--json"))["all"]["difference"] == 0.0
+    compared = json.loads(deskrl("compare", sets / "list", sets / "list-noisy", "--json"))
+    assert compared["all"]["num_paired"] == 2

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from deskrl.core.config import ModelConfig, RunConfig, dump_config
+from deskrl.core.config import ModelConfig, RunConfig, TasksConfig, dump_config
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation import comparison
 from deskrl.core.evaluation.comparison import Comparison, compare_counts, counts_of
 from deskrl.core.evaluation.play import Plan, configure, plan_groups
 from deskrl.core.evaluation.record import EpisodeRecord, TaskRecord, read_records
+from deskrl.core.evaluation.sets import choose_sets
 from deskrl.core.evaluation.summary import success_rate, summarise
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.stats import newcombe_difference, wilson_interval
@@ -111,6 +112,23 @@ def test_two_folders_are_compared_by_application(tmp_path: Path, capsys: pytest.
     }
 
 
+def test_sets_are_compared_one_by_one_and_with_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, rewards in (("a", (0.0, 1.0)), ("b", (1.0, 1.0))):
+        for set_name, reward in zip(("plain", "plain-noisy"), rewards, strict=True):
+            kept(tmp_path / name / "sets" / set_name, [task("t", "os", reward)])
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert comparison.main(a, b, as_document=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {name: part["difference"] for name, part in told.items() if name.endswith("all")} == {
+        "plain: all": 1.0,
+        "plain-noisy: all": 0.0,
+    }
+    assert comparison.main(a / "sets" / "plain", a / "sets" / "plain-noisy") == 0
+    assert "a/plain-noisy" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no set of tasks in common; name one of .*a/sets/plain, "):
+        comparison.main(a, kept(tmp_path / "alone", RECORDS))
+
+
 def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results" / "task_results").mkdir(parents=True)
     (tmp_path / "results" / "task_results" / "t.json").write_text('{"a training run": "has others"}')
@@ -119,13 +137,48 @@ def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_plays_each_task_so_often_under_seeds_of_its_own(tmp_path: Path) -> None:
-    config = configure(RunConfig(seed=3), tmp_path, "eval", tasks=tmp_path / "list.json")
-    assert config.model == ModelConfig(path=tmp_path.resolve())
-    assert (config.tasks.list, config.tasks.tasks, config.tasks.unplayable) == (tmp_path / "list.json", (), "skip")
-    groups = plan_groups(config, Plan(repeats=3, temperature=0.6), {"a": {"id": "a"}, "b": {"id": "b"}})
-    assert [(group.task_id, len(group.seeds), group.queue) for group in groups] == [("a", 3, "eval"), ("b", 3, "eval")]
+    config = configure(RunConfig(seed=3), tmp_path, "judged")
+    assert config.model == ModelConfig(path=tmp_path.resolve()) and config.tasks.unplayable == "skip"
+    plan, tasks = Plan(repeats=3, temperature=0.6), {"a": {"id": "a"}, "b": {"id": "b"}}
+    groups = plan_groups(config, plan, tasks, "eval/x")
+    assert [(group.task_id, len(group.seeds), group.queue) for group in groups] == [
+        ("a", 3, "eval/x"),
+        ("b", 3, "eval/x"),
+    ]
     assert len({seed for group in groups for seed in group.seeds}) == 6
-    assert groups == plan_groups(config, Plan(repeats=3, temperature=0.6), {"a": {"id": "a"}, "b": {"id": "b"}})
+    assert groups == plan_groups(config, plan, tasks, "eval/x")
+    of_other_set = plan_groups(config, plan, tasks, "eval/y")
+    assert [group.seeds for group in groups] == [group.seeds for group in of_other_set]
+    assert not {group.group_id for group in groups} & {group.group_id for group in of_other_set}
+
+
+def test_one_set_has_the_evaluations_folder_and_each_of_several_one_below(tmp_path: Path) -> None:
+    config = RunConfig(runs=tmp_path, name="judged", tasks=TasksConfig(tasks=("a",)))
+    own, (listed,) = choose_sets([], None)[0], choose_sets([tmp_path / "all.json"], None, tmp_path / "files", "_x")
+    assert own.settle_in(config, alone=True) == config
+    alone, beside = listed.settle_in(config, alone=True), listed.settle_in(config, alone=False)
+    assert alone.tasks == beside.tasks == TasksConfig(list=tmp_path / "all.json", root=tmp_path / "files", suffix="_x")
+    assert (alone.folder, beside.folder) == (config.folder, config.folder / "sets" / "all")
+    assert RunConfig.model_validate_json(beside.model_dump_json()) == beside
+
+
+def test_noisy_variants_are_a_set_of_their_own_beside_their_list(tmp_path: Path) -> None:
+    plain, held_out = tmp_path / "plain.json", tmp_path / "more" / "held out.json"
+    sets = choose_sets([plain, held_out], [])
+    assert [one.name for one in sets] == ["plain", "held-out", "plain-noisy", "held-out-noisy"]
+    assert [one.root for one in sets] == [None, None, tmp_path / "examples_noisy", tmp_path / "more" / "examples_noisy"]
+    assert [one.suffix for one in sets] == [None, None, "_noise", "_noise"]
+    assert [one.name for one in choose_sets([plain, held_out], [plain])] == ["plain", "held-out", "plain-noisy"]
+    assert [one.name for one in choose_sets([], [plain])] == ["plain-noisy"]
+
+
+def test_sets_that_could_not_be_told_apart_or_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"two sets of tasks would be called all; give each list a file name"):
+        choose_sets([tmp_path / "all.json", tmp_path / "other" / "all.json"], None)
+    with pytest.raises(UserError, match="--noisy is about task lists; name them"):
+        choose_sets([], [])
+    with pytest.raises(UserError, match="there are none; name a list"):
+        choose_sets([], [tmp_path / "all.json"], root=tmp_path)
 
 
 def trained(root: Path, *updates: tuple[int, dict[str, tuple[int, int]]], **learner: Any) -> Path:

@@ -88,11 +88,23 @@ def _add_evaluation(commands: Commands) -> None:
         help="folder of the model, as checkpoints/epoch_N; not with inference.external_url",
     )
     evaluate.add_argument(
-        "--tasks", type=Path, default=None, help="task list (JSON); unset: those of the configuration"
+        "--tasks",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="LIST",
+        help="task lists (JSON), each told apart; neither these nor --noisy: the tasks of the configuration",
     )
-    evaluate.add_argument("--root", type=Path, default=None, help="folder of the task files; unset: beside the list")
+    evaluate.add_argument("--root", type=Path, default=None, help="folder of their task files; unset: beside each list")
     evaluate.add_argument("--suffix", default=None, help="what file names add to ids; unset: found out")
-    evaluate.add_argument("--noisy", action="store_true", help="the list's noisy variants: examples_noisy/ and _noise")
+    evaluate.add_argument(
+        "--noisy",
+        type=Path,
+        nargs="*",
+        default=None,
+        metavar="LIST",
+        help="noisy variants of these lists too, examples_noisy/ beside each; none named: those of --tasks",
+    )
     evaluate.add_argument("--repeats", type=int, default=1, help="episodes of each task")
     evaluate.add_argument("--temperature", type=float, default=None, help="of sampling; unset: that of training")
     evaluate.add_argument("--config", type=Path, default=None, help="run configuration; unset: the checkpoint's run's")
@@ -137,6 +149,7 @@ def _subset(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from deskrl.core.evaluation.play import Plan, configure, evaluate
+    from deskrl.core.evaluation.sets import choose_sets
 
     checkpoint = None if options.checkpoint is None else options.checkpoint.resolve()
     path = options.config or (checkpoint and checkpoint.parent.parent / "config.json")
@@ -149,16 +162,11 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise UserError("one policy is evaluated", "name either --checkpoint or inference.external_url")
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats} plays nothing", "give 1 or more")
-    if options.noisy and options.tasks is None:
-        raise UserError("--noisy is about a task list", "name one with --tasks")
-    root, suffix = options.root, options.suffix
-    if options.noisy:
-        root, suffix = root or options.tasks.parent / "examples_noisy", suffix or "_noise"
-    played = options.tasks.stem if options.tasks else "tasks"
+    sets = choose_sets(options.tasks, options.noisy, options.root, options.suffix)
     policy = checkpoint.name if checkpoint is not None else "external"
-    name = options.name or f"{config.name}-{policy}-{played}{'-noisy' if options.noisy else ''}"
+    name = options.name or "-".join([config.name, policy, *(one.name for one in sets)])
     plan = Plan(options.repeats, options.temperature or config.learner.grpo.temperature)
-    return evaluate(configure(config, checkpoint, name, options.tasks, root, suffix), plan)
+    return evaluate(configure(config, checkpoint, name), sets, plan)
 
 
 def _compare(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from rich.table import Table
 from deskrl.core.config import read_resolved
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation.record import TaskRecord, read_records
+from deskrl.core.evaluation.sets import evaluation_name, set_folders
 from deskrl.core.evaluation.summary import success_rate
 from deskrl.core.evaluation.training import TrainedRun, read_run
 from deskrl.core.report.history import Count
@@ -92,7 +93,7 @@ def main(root_a: Path, root_b: Path, *, as_document: bool = False) -> int:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)  # names and counts fit into 80 columns
     table.add_column("", no_wrap=True)
     for root in (root_a, root_b):
-        table.add_column(root.name, overflow="fold", min_width=len("999/999"))
+        table.add_column(evaluation_name(root), overflow="fold", min_width=len("999/999"))
     for header in ("difference", "95 %", "better", "worse", "paired tasks"):
         table.add_column(header, overflow="fold", no_wrap=header == "95 %")
     for name, (of_a, of_b) in parts.items():
@@ -106,6 +107,21 @@ def main(root_a: Path, root_b: Path, *, as_document: bool = False) -> int:
 
 
 def _of_evaluations(root_a: Path, root_b: Path) -> Parts:
+    """One set with one, or each set that both have played."""
+    sets_a, sets_b = set_folders(root_a), set_folders(root_b)
+    if not sets_a and not sets_b:
+        return _of_sets(root_a, root_b)
+    shared = [name for name in sets_a if name in sets_b]
+    if not shared:
+        several = next(root for root, sets in ((root_a, sets_a), (root_b, sets_b)) if sets)
+        folders = ", ".join(map(str, set_folders(several).values()))
+        raise UserError(f"{root_a} and {root_b} have no set of tasks in common", f"name one of {folders}")
+    return {
+        f"{name}: {part}": counts for name in shared for part, counts in _of_sets(sets_a[name], sets_b[name]).items()
+    }
+
+
+def _of_sets(root_a: Path, root_b: Path) -> Parts:
     """All tasks, those that are feasible, and application by application."""
     a, b = read_records(root_a), read_records(root_b)
     above = read_resolved(RunFolder(root_b).config).replay.success_above

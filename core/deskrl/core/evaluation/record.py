@@ -15,7 +15,6 @@ from deskrl.core.runfolder import RunFolder, write_atomically, write_json
 from deskrl.core.trajectory import Step, decode_step
 from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc, rollout_pb2
 
-QUEUE = "eval"
 _CALL_S = 120.0
 
 
@@ -49,13 +48,13 @@ class TaskRecord:
     episodes: tuple[EpisodeRecord, ...]
 
 
-def collect(stub: replay_pb2_grpc.ReplayServiceStub, folder: RunFolder) -> list[TaskRecord]:
-    """All ended episodes of the evaluation by task, in the order of the task list; their screenshots become files."""
+def collect(stub: replay_pb2_grpc.ReplayServiceStub, folder: RunFolder, queue: str) -> list[TaskRecord]:
+    """All ended episodes of a queue by task, in the order of the task list; their screenshots become files."""
     tasks = json.loads((folder.root / "tasks.json").read_text(encoding="utf-8"))
     applications = json.loads((folder.root / "applications.json").read_text(encoding="utf-8"))
     records = []
     for task_id, task in tasks.items():
-        request = replay_pb2.ListEpisodesRequest(queue=QUEUE, task_id=task_id)
+        request = replay_pb2.ListEpisodesRequest(queue=queue, task_id=task_id)
         episodes = [answer.episode for answer in stub.ListEpisodes(request, timeout=_CALL_S)]
         episodes.sort(key=lambda episode: episode.episode_id)
         kept = tuple(_keep(stub, folder, episode) for episode in episodes)

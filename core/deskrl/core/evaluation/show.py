@@ -1,0 +1,40 @@
+"""An evaluation's summary as a person reads it. Counts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deskrl.core.evaluation.sets import evaluation_name
+from deskrl.core.runfolder import RunFolder
+
+
+def show(summary: dict[str, Any], folder: RunFolder) -> None:
+    """Print it."""
+    table = Table("", "tasks", "success", "95 %", "average reward", "faults", title=evaluation_name(folder.root))
+    rows: Sequence[tuple[str, dict[str, Any]]] = [
+        ("all", summary["all"]),
+        ("feasible only", summary["feasible"]),
+        *(summary["applications"].items()),
+    ]
+    for name, rate in rows:
+        share = "–" if rate["rate"] is None else f"{rate['rate']:.0%}"
+        average = "–" if rate["average_reward"] is None else f"{rate['average_reward']:.2f}"
+        success = f"{rate['num_successes']}/{rate['num_episodes']} = {share}"
+        interval = f"[{rate['low']:.0%}, {rate['high']:.0%}]"
+        table.add_row(name, str(rate["num_tasks"]), success, interval, average, str(rate["num_faulted"]))
+    console = Console()
+    console.print(table)
+    if summary["steps_per_episode"] is not None:
+        pace = f"{summary['steps_per_episode']:.1f} steps and {summary['seconds_per_episode']:.1f} s an episode"
+        parts = ", ".join(f"{name} {value:g}" for name, value in summary["act_ms"].items())
+        console.print(f"{pace}; ms of an act by part: {parts}", highlight=False)
+    if (server := summary.get("external")) is not None:
+        lost = ", ".join(server["lost"])
+        console.print(f"{server['model']} acted at {server['url']}; not known: {lost}", highlight=False)
+    if summary["left_out"]:
+        console.print(f"{len(summary['left_out'])} tasks are left out; {folder.root / 'left_out.json'} tells why")
+    console.print(f"results: {folder.results}", highlight=False, soft_wrap=True)
