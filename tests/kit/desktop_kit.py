@@ -1,4 +1,4 @@
-"""A real desktop for the length of a test, in a folder that leaves with it."""
+"""A real desktop, of whichever provider, for the length of a test, in a folder that leaves with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from deskrl.actor.desktops.embedded import EmbeddedDesktop
+from deskrl.actor.desktops.base import Desktop
+from deskrl.actor.desktops.provider import make_desktop
 from deskrl.core.config import DesktopConfig
 
 DEADLINE_S = 60.0
@@ -24,9 +25,9 @@ def run_root() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def running_desktop(config: DesktopConfig, run_root: Path) -> AsyncIterator[EmbeddedDesktop]:
+async def running_desktop(config: DesktopConfig, run_root: Path, name: str = "desktop") -> AsyncIterator[Desktop]:
     """A desktop that is up; closed at the block's end, and failing the test if that takes too long to come."""
-    desktop = EmbeddedDesktop(config, "desktop", run_root)
+    desktop = make_desktop(config, name, run_root)
     try:
         async with asyncio.timeout(DEADLINE_S):
             await desktop.start()

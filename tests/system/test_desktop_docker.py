@@ -1,7 +1,7 @@
 """Desktops in containers, on a real docker daemon that is started for these tests.
 
-How containers live is tested with an image that holds no desktop; the desktop itself where its image can be had: with
-`DESKRL_DOCKER_DESKTOP=unix:///…`, a daemon that holds `deskrl-desktop` (deploy/docker/build.sh).
+How containers live is tested with an image that holds no desktop, the desktop itself with one made of this machine's
+files, or with `DESKRL_DOCKER_DESKTOP=unix:///…`, a daemon that holds `deskrl-desktop` (deploy/docker/build.sh).
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from typing import Any
 
 import docker
 import pytest
-from docker_kit import SLEEPER, docker_daemon, import_sleeper, why_no_daemon
+from docker_kit import SLEEPER
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops import containers
@@ -26,24 +26,10 @@ from deskrl.actor.desktops.provider import make_desktop, refuse_unusable
 from deskrl.core.config import DesktopConfig, DockerConfig, OSWorldConfig
 from deskrl.core.errors import UserError
 
-WITH_DESKTOP = os.environ.get("DESKRL_DOCKER_DESKTOP", "")
-needs_desktop = pytest.mark.skipif(not WITH_DESKTOP, reason="DESKRL_DOCKER_DESKTOP names no daemon with the image")
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    if reason := why_no_daemon():
-        pytest.skip(reason)
-    with docker_daemon() as address:
-        client = docker.DockerClient(address)
-        import_sleeper(client)
-        client.close()
-        yield address
-
 
 @pytest.fixture
-def daemon(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.DockerClient]:
-    monkeypatch.setenv("DOCKER_HOST", address)
+def daemon(docker_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.DockerClient]:
+    monkeypatch.setenv("DOCKER_HOST", docker_address)
     containers.connect.cache_clear()
     yield containers.connect()
     containers.connect.cache_clear()
@@ -174,14 +160,14 @@ def test_a_daemon_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tm
         refuse_unusable(config())
 
 
-def test_a_user_without_the_right_to_docker_is_told_so(address: str, tmp_path: Path) -> None:
+def test_a_user_without_the_right_to_docker_is_told_so(docker_address: str, tmp_path: Path) -> None:
     program = "from deskrl.actor.desktops.containers import connect; connect()"
     as_nobody = ["setpriv", "--reuid=65534", "--clear-groups"]
-    reachable = Path(address.removeprefix("unix://"))
+    reachable = Path(docker_address.removeprefix("unix://"))
     reachable.parent.chmod(0o755)
     ended = subprocess.run(
         [*as_nobody, sys.executable, "-c", program],
-        env={**os.environ, "DOCKER_HOST": address},
+        env={**os.environ, "DOCKER_HOST": docker_address},
         capture_output=True,
         text=True,
     )
@@ -220,16 +206,17 @@ def test_a_missing_kvm_is_refused_only_where_it_is_required(monkeypatch: pytest.
     assert "KVM" not in container_options(OSWorldConfig(disk=tmp_path / "disk"))["environment"]
 
 
-@needs_desktop
-def test_the_light_desktop_runs_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DOCKER_HOST", WITH_DESKTOP)
-    containers.connect.cache_clear()
+def test_the_light_desktop_runs_in_a_container(daemon: docker.DockerClient, tmp_path: Path) -> None:
+    networked = DockerConfig(network="bridge")
 
     async def run() -> None:
-        desktop = make_desktop(DesktopConfig(provider="docker", width=800, height=600), "desktop", tmp_path)
+        config = DesktopConfig(provider="docker", width=800, height=600, docker=networked)
+        desktop = make_desktop(config, "desktop", tmp_path / "desktops")
         try:
             await desktop.reset()
             assert (await desktop.screenshot()).size == (800, 600)
+            sockets = (await desktop.execute("cat /proc/net/tcp /proc/net/tcp6", shell=True)).stdout
+            assert "local_address" in sockets and " 0A " not in sockets, "its guest server listens on no port"
             await desktop.write_file("~/left", b"behind")
             await desktop.launch(["xterm", "-u8", "-e", "sh", "-c", "cat > /home/user/typed"])
             await desktop.wait_for_window("xterm")
@@ -242,6 +229,11 @@ def test_the_light_desktop_runs_in_a_container(monkeypatch: pytest.MonkeyPatch, 
                 await desktop.read_file("~/left")
         finally:
             await desktop.close()
-            containers.connect.cache_clear()
 
     asyncio.run(run())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_machines_own_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="host: that is this machine's own network"):
+        DockerConfig(network="host")

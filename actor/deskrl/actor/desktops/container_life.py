@@ -91,11 +91,13 @@ class ContainerLife(Desktop):
             await self._container.remove()
             self._container = None
 
-    async def _ask(self, deadline: float) -> Exception | None:
+    async def _ask(self, deadline: float) -> DesktopError | None:
         """None once the guest is ready, else why it is not."""
         try:
             async with asyncio.timeout(max(_FIRST_POLL_S, deadline - time.monotonic())):
                 await self._answer()
-        except (DesktopError, TimeoutError) as error:
+        except DesktopError as error:
             return error
+        except TimeoutError:
+            return DesktopError("the guest server gives no answer")
         return None

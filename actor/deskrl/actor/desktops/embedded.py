@@ -16,16 +16,15 @@ from random import Random
 
 from deskrl.actor.actions import Action
 from deskrl.actor.desktops.base import Address, DesktopError, DesktopGone
+from deskrl.actor.desktops.door import refuse_long_path
 from deskrl.actor.desktops.guest_desktop import GuestDesktop
 from deskrl.actor.desktops.limits import create_groups, remove_groups
 from deskrl.actor.desktops.orphans import Record
 from deskrl.actor.desktops.sandbox import Sandbox, SandboxSpec
 from deskrl.core.config import DesktopConfig
-from deskrl.core.errors import UserError
 from deskrl.core.ids import new_id
 
 _LOGGER = logging.getLogger(__name__)
-_SOCKET_PATH_BYTES = 107
 _CLOSE_TIMEOUT_S = 20.0
 
 
@@ -44,8 +43,7 @@ class EmbeddedDesktop(GuestDesktop):
         self._group = new_id("deskrl")
         self._random = Random(name)
         self._sandbox: Sandbox | None = None
-        if len(bytes(self.socket_path)) > _SOCKET_PATH_BYTES:
-            raise UserError(f"{self.socket_path}: too long for the name of a socket", "choose a shorter run_root")
+        refuse_long_path(self.socket_path)
 
     @property
     def socket_path(self) -> Path:

@@ -60,6 +60,5 @@ def refuse_unusable(config: DesktopConfig) -> None:
 
 def reap(config: DesktopConfig, run_root: Path) -> int:
     """End and remove desktops of the run that a killed actor left; how many there were."""
-    if config.provider in ("docker", "osworld"):
-        return containers.reap_containers(run_root)
-    return reap_orphans(run_root)
+    num_containers = containers.reap_containers(run_root) if config.provider in ("docker", "osworld") else 0
+    return max(num_containers, reap_orphans(run_root))  # a desktop of `docker` is a container and a folder

@@ -1,8 +1,9 @@
 """The guest server's entry: brings the session up, then answers on the socket that it was handed.
 
 Run inside the sandbox as `python -m deskrl.actor.guest.server OPTIONS`, its options a JSON object: `listener` (the
-descriptor of a listening socket) or `port` (in a container, to listen on), `width`, `height`, and `max_processes` and
-`max_data_bytes`, null where a control group of the host sees to them. Its end ends the sandbox.
+descriptor of a listening socket), `door` (the path of a socket through which that comes) or `port` (to listen on),
+`width`, `height`, and `max_processes` and `max_data_bytes`, null where a control group of the host sees to them. Its
+end ends the sandbox.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ def main() -> None:
 
 
 def _listener(options: dict[str, Any]) -> socket.socket:
+    if "door" in options:
+        with socket.socket(socket.AF_UNIX) as door:
+            door.connect(options["door"])
+            _, (descriptor,), _, _ = socket.recv_fds(door, 1, 1)
+        return socket.socket(fileno=descriptor)
     if "port" in options:
         return socket.create_server(("", options["port"]), backlog=64)
     return socket.socket(fileno=options["listener"])

@@ -68,16 +68,17 @@ class DockerConfig(Section):
 
     image: str = "deskrl-desktop"
     """Image of the desktop, as deploy/docker/build.sh makes it."""
-    network: str = "bridge"
-    """Docker network that the desktops are in; an internal one keeps them off the live web."""
+    network: str = "none"
+    """Docker network that the desktops are in. In any but `none` they reach this machine's ports, one another and
+    whatever that network reaches, a cloud's metadata address among it."""
     cpus: Annotated[float, Field(gt=0)] | None = None
     """Processors that one desktop may use; unset: all."""
 
     @field_validator("network")
     @classmethod
-    def _publishes_ports(cls, value: str) -> str:
-        if value in ("host", "none"):
-            raise ValueError(f"{value}: in that network no desktop has ports of its own")
+    def _is_not_this_machines(cls, value: str) -> str:
+        if value == "host":
+            raise ValueError("host: that is this machine's own network, its loopback with it")
         return value
 
 
