@@ -24,7 +24,7 @@ ABOVE = 0.5
 def episode(reward: float | None, steps: int = 2, seconds: float = 4.0) -> EpisodeRecord:
     fault = "" if reward is not None else "the desktop died"
     ended = "finished" if reward is not None else "fault"
-    timings = {"act": 100.0 * steps}
+    timings = tuple({"act": 100.0 * number} for number in range(1, steps + 1))
     return EpisodeRecord("e", 0, reward, ended, steps, seconds, timings, ("base/0",), ("click",) * steps, (), fault)
 
 
@@ -60,7 +60,8 @@ def test_infeasible_tasks_stand_apart_and_applications_by_themselves() -> None:
     assert (told["infeasible"]["num_tasks"], told["infeasible"]["rate"]) == (1, 1.0)
     assert {name: rate["num_successes"] for name, rate in told["applications"].items()} == {"gimp": 2, "os": 1}
     assert told["terminations"] == {"finished": 4, "fault": 1}
-    assert (told["steps_per_episode"], told["seconds_per_episode"], told["act_ms"]) == (2.0, 4.0, {"act": 200.0})
+    assert (told["steps_per_episode"], told["seconds_per_episode"]) == (2.0, 4.0)
+    assert told["timings_ms"] == {"act": {"median": 150.0, "p90": 200.0}}
     assert told["tasks"]["d"]["rate"] is None and told["tasks"]["a"]["steps"] == 2
     assert told["versions"] == ["base/0"]
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from deskrl.core.report.clock import phase_rows, turn_timings, update_seconds
 from deskrl.core.report.history import Count, curve, read_history
-from deskrl.core.report.page import comparisons, phase_rows, span_text, update_seconds
+from deskrl.core.report.page import comparisons, span_text
 from deskrl.core.runfolder import RunFolder, write_json
 
 
@@ -61,6 +62,14 @@ def test_seconds_of_an_update_are_means_with_the_longest_first(folder: RunFolder
     folder.append_metrics("update", update=1, seconds={"wait": 1.0, "learn": 3.5})
     folder.append_metrics("update", update=2, seconds={"wait": 2.0})
     assert update_seconds(read_history(folder)) == [("learn", 1.75), ("wait", 1.5)]
+
+
+def test_parts_of_a_turn_are_means_over_updates_in_the_order_of_a_turn(folder: RunFolder) -> None:
+    first = {"decode": {"median": 50.0, "p90": 80.0}, "act": {"median": 100.0, "p90": 200.0}}
+    folder.append_metrics("update", update=1, timings_ms=first)
+    folder.append_metrics("update", update=2, timings_ms={"act": {"median": 300.0, "p90": 400.0}})
+    folder.append_metrics("update", update=3)
+    assert turn_timings(read_history(folder)) == [("act, all of it", 200.0, 300.0), ("act: decoding", 50.0, 80.0)]
 
 
 @pytest.mark.parametrize(

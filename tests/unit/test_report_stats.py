@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from deskrl.core.stats import mean_interval, newcombe_difference, student_quantile, wilson_interval
+from deskrl.core.stats import mean_interval, newcombe_difference, quantile, student_quantile, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,11 @@ def test_the_interval_of_a_mean_is_students() -> None:
     assert mean_interval([0.5]) == (0.5, -math.inf, math.inf)
     with pytest.raises(ValueError, match="no mean"):
         mean_interval([])
+
+
+def test_quantiles_lie_between_neighbours() -> None:
+    assert quantile([40.0, 10.0, 20.0, 30.0], 0.5) == 25.0
+    assert quantile([float(value) for value in range(11)], 0.9) == pytest.approx(9.0)
+    assert quantile([7.0], 0.9) == quantile([7.0], 0.5) == 7.0
+    with pytest.raises(ValueError, match="no values"):
+        quantile([], 0.5)

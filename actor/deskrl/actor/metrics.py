@@ -18,6 +18,11 @@ DESKTOPS_REPLACED = Counter("deskrl_actor_desktops_replaced_total", "Desktops cl
 DESKTOPS = Gauge("deskrl_actor_desktops", "Desktops by what they are doing.", ["state"])
 RESET_SECONDS = Histogram("deskrl_actor_reset_seconds", "Reset of a desktop.", buckets=_SECONDS)
 ACT_SECONDS = Histogram("deskrl_actor_act_seconds", "One action from the served policy.", buckets=_SECONDS)
+TRANSPORT_SECONDS = Histogram(
+    "deskrl_actor_act_transport_seconds",
+    "What an action took beyond what its replica accounts for: the wire, its coding, replicas asked in vain.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
 SIMULATED_SECONDS = Counter(
     "deskrl_actor_simulated_seconds_total", "Time that simulated desktops were told to take, unscaled.", ["part"]
 )

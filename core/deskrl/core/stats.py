@@ -79,6 +79,20 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which that share of the values lies, interpolated between neighbours.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("no values have no quantile")
+    ordered = sorted(values)
+    whole, rest = divmod(share * (len(ordered) - 1), 1)
+    low, high = ordered[int(whole)], ordered[min(int(whole) + 1, len(ordered) - 1)]
+    return low + rest * (high - low)
+
+
 def student_quantile(freedom: int, share: float = 0.975) -> float:
     """The value below which `share` (more than a half) of Student's distribution lies.
 

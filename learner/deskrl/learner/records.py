@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deskrl.core.config import RunConfig
+from deskrl.core.timings import spread_by_part
 from deskrl.learner.advantages import has_spread
 from deskrl.learner.evaluation import count_successes
 from deskrl.learner.grpo import UpdateReport, learning_rate
@@ -51,6 +52,7 @@ def update_record(
         "num_episodes": len(members),
         "num_env_steps": sum(len(member.steps) for member in members),
         "per_task": per_task,
+        "timings_ms": spread_by_part(step.timings_ms for member in members for step in member.steps),
         "dropped": batch.dropped,
         # As they were played: a stored success that took a member's place hides none of them.
         "without_spread": sum(not has_spread([member.reward for member in group.members]) for group in batch.groups),

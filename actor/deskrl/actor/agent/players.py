@@ -13,6 +13,7 @@ from deskrl.actor.agent.grammar import Turn
 from deskrl.actor.agent.policy_client import PolicyClient, PolicySession
 from deskrl.actor.tasks.files import Task
 from deskrl.core.ids import derive_seed
+from deskrl.core.timings import split_act
 from deskrl.core.trajectory import Span, Step
 from deskrl.proto.v1 import common_pb2, rollout_pb2
 
@@ -72,13 +73,9 @@ class SampledPlayer(Player):
             processor_hash=sampled.processor_hash,
             temperature=self._temperature,
         )
-        timings_ms = {
-            "act": 1000 * act_s,
-            "queue": sampled.queue_ms,
-            "prefill": sampled.prefill_ms,
-            "decode": sampled.decode_ms,
-        }
-        return Decision(step, timings_ms)
+        parts_ms = split_act(1000 * act_s, sampled.image_ms, sampled.queue_ms, sampled.prefill_ms, sampled.decode_ms)
+        metrics.TRANSPORT_SECONDS.observe(parts_ms["transport"] / 1000)
+        return Decision(step, parts_ms)
 
 
 def sampled_player(policy: PolicyClient, rollout: rollout_pb2.Rollout) -> Player:

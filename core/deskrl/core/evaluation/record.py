@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deskrl.core.errors import UserError
 from deskrl.core.runfolder import RunFolder, write_atomically, write_json
-from deskrl.core.trajectory import Step, decode_step
+from deskrl.core.trajectory import decode_step
 from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc, rollout_pb2
 
 _CALL_S = 120.0
@@ -28,8 +28,8 @@ class EpisodeRecord:
     termination: str
     num_steps: int
     duration_s: float
-    timings_ms: Mapping[str, float]
-    """Means over the episode's steps, by part of an act."""
+    timings_ms: tuple[Mapping[str, float], ...]
+    """Of each step, by part (`deskrl.core.timings`)."""
     versions: tuple[str, ...]
     """Policy versions that sampled its tokens, as lineage/step."""
     actions: tuple[str, ...]
@@ -97,18 +97,12 @@ def _keep(stub: replay_pb2_grpc.ReplayServiceStub, folder: RunFolder, episode: r
         termination=termination if has_result else "fault",
         num_steps=len(steps),
         duration_s=round(episode.result.duration_s, 3),
-        timings_ms=_mean_timings(steps),
+        timings_ms=tuple(step.timings_ms for step in steps),
         versions=tuple(sorted({f"{span.lineage}/{span.step}" for step in steps for span in step.spans})),
         actions=tuple(step.text for step in steps),
         screenshots=tuple(_write_screenshots(stub, folder, episode.episode_id, hashes)),
         fault="" if has_result else episode.last_fault.message,
     )
-
-
-def _mean_timings(steps: list[Step]) -> dict[str, float]:
-    names = sorted({name for step in steps for name in step.timings_ms})
-    seen = {name: [step.timings_ms[name] for step in steps if name in step.timings_ms] for name in names}
-    return {name: round(sum(values) / len(values), 1) for name, values in seen.items()}
 
 
 def _write_screenshots(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from deskrl.core.evaluation.sets import evaluation_name
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.timings import PARTS
 
 
 def show(summary: dict[str, Any], folder: RunFolder) -> None:
@@ -30,11 +32,18 @@ def show(summary: dict[str, Any], folder: RunFolder) -> None:
     console.print(table)
     if summary["steps_per_episode"] is not None:
         pace = f"{summary['steps_per_episode']:.1f} steps and {summary['seconds_per_episode']:.1f} s an episode"
-        parts = ", ".join(f"{name} {value:g}" for name, value in summary["act_ms"].items())
-        console.print(f"{pace}; ms of an act by part: {parts}", highlight=False)
+        console.print(pace, highlight=False)
+        console.print(_timings(summary["timings_ms"]))
     if (server := summary.get("external")) is not None:
         lost = ", ".join(server["lost"])
         console.print(f"{server['model']} acted at {server['url']}; not known: {lost}", highlight=False)
     if summary["left_out"]:
         console.print(f"{len(summary['left_out'])} tasks are left out; {folder.root / 'left_out.json'} tells why")
     console.print(f"results: {folder.results}", highlight=False, soft_wrap=True)
+
+
+def _timings(by_part: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table("of a step", "median ms", "90 % within ms", box=SIMPLE_HEAD)
+    for part, spread in by_part.items():
+        table.add_row(PARTS[part], f"{spread['median']:.1f}", f"{spread['p90']:.1f}")
+    return table

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from deskrl.core.evaluation.record import EpisodeRecord, TaskRecord
+from deskrl.core.evaluation.record import TaskRecord
 from deskrl.core.stats import wilson_interval
+from deskrl.core.timings import spread_by_part
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def summarise(records: Sequence[TaskRecord], success_above: float) -> dict[str, 
         "terminations": dict(Counter(episode.termination for record in records for episode in record.episodes)),
         "steps_per_episode": fmean(episode.num_steps for episode in ended) if ended else None,
         "seconds_per_episode": fmean(episode.duration_s for episode in ended) if ended else None,
-        "act_ms": _mean_of_parts(ended),
+        "timings_ms": spread_by_part(turn for episode in ended for turn in episode.timings_ms),
         "versions": sorted({version for episode in ended for version in episode.versions}),
     }
 
@@ -80,12 +81,4 @@ def _pace(record: TaskRecord) -> dict[str, Any]:
         "infeasible": record.infeasible,
         "steps": fmean(episode.num_steps for episode in ended) if ended else None,
         "seconds": fmean(episode.duration_s for episode in ended) if ended else None,
-    }
-
-
-def _mean_of_parts(episodes: Sequence[EpisodeRecord]) -> dict[str, float]:
-    names = sorted({name for episode in episodes for name in episode.timings_ms})
-    return {
-        name: round(fmean(episode.timings_ms[name] for episode in episodes if name in episode.timings_ms), 1)
-        for name in names
     }

@@ -12,7 +12,7 @@ import hashlib
 from pathlib import Path
 
 from deskrl.core.config import RunConfig
-from deskrl.core.report import page
+from deskrl.core.report import clock, page
 from deskrl.core.report.curves import WINDOW, draw_curves
 from deskrl.core.report.evidence import gather
 from deskrl.core.report.frames import data_uris
@@ -44,8 +44,9 @@ def write_report(folder: RunFolder, config: RunConfig, replay_address: str) -> P
         comparisons=page.comparisons(history),
         curves=draw_curves(history),
         window=WINDOW,
-        phases=page.phase_rows(history.phases, history.duration_s),
-        update_seconds=page.update_seconds(history),
+        phases=clock.phase_rows(history.phases, history.duration_s),
+        update_seconds=clock.update_seconds(history),
+        turn_timings=clock.turn_timings(history),
         episodes=page.episode_rows(evidence, config.replay.success_above),
         stored=page.stored_rows(evidence),
         faults=page.counts_in_words(evidence.status.faults, "FAULT_KIND_") if evidence.status else [],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from deskrl.core.config import RunConfig
 from deskrl.core.report.evidence import Evidence, ShownEpisode
 from deskrl.core.report.frames import Frame, frame_of
-from deskrl.core.report.history import Count, History, PhaseSpan, number
+from deskrl.core.report.history import Count, History, number
 from deskrl.core.stats import newcombe_difference
 from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
@@ -35,17 +35,6 @@ class Comparison:
             return None
         change = newcombe_difference(self.before.successes, self.before.n, self.after.successes, self.after.n)
         return change[0] * 100, change[1] * 100, change[2] * 100
-
-
-@dataclass(frozen=True)
-class PhaseRow:
-    """One phase in the timeline: where it lies in the run, in shares of the whole."""
-
-    name: str
-    total_s: float
-    share: float
-    spans: list[tuple[float, float]]
-    """(start, length) of each stretch."""
 
 
 @dataclass(frozen=True)
@@ -112,38 +101,6 @@ def comparisons(history: History) -> list[Comparison]:
     ]
     overall = Comparison("all tasks", before.overall if before else None, after.overall if after else None)
     return [overall, *rows] if before or after else []
-
-
-def phase_rows(spans: Sequence[PhaseSpan], duration_s: float) -> list[PhaseRow]:
-    """Phases in the order in which they began; stretches of a resumed run stay apart on one row."""
-    by_name: dict[str, list[PhaseSpan]] = {}
-    for span in spans:
-        by_name.setdefault(span.phase, []).append(span)
-    whole = duration_s or 1.0
-    return [
-        PhaseRow(
-            name.replace("_", " "),
-            total := sum(span.end_s - span.start_s for span in parts),
-            total / whole,
-            [(span.start_s / whole, (span.end_s - span.start_s) / whole) for span in parts],
-        )
-        for name, parts in by_name.items()
-    ]
-
-
-def update_seconds(history: History) -> list[tuple[str, float]]:
-    """Mean seconds of the parts of an update, largest first: each number of its records that is named `*_s`."""
-    sums: dict[str, float] = {}
-    for record in history.updates:
-        nested = record.get("seconds")
-        parts = nested if isinstance(nested, dict) else {}
-        timed = [(str(key), number(parts, key)) for key in parts]
-        timed += [(key, number(record, key)) for key in record if key.endswith("_s") and key != "unix_s"]
-        for key, value in timed:
-            name = _words(key.removesuffix("_s"), "")
-            sums[name] = sums.get(name, 0.0) + (value or 0.0)
-    means = [(name, total / len(history.updates)) for name, total in sums.items() if total > 0]
-    return sorted(means, key=lambda it: -it[1])
 
 
 def episode_rows(evidence: Evidence, success_above: float) -> list[EpisodeRow]:

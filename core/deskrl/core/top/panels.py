@@ -53,6 +53,9 @@ def inference(window: Window) -> Figures:
     )
     phases = ("pause", "load", "verify", "clear_caches", "resume", "canary")
     means = {phase: window.mean("deskrl_inference_weight_update_seconds", phase=phase) for phase in phases}
+    stages = ("image", "queue", "prefill", "decode")
+    parts = {stage: window.mean("deskrl_inference_act_stage_seconds", stage=stage) for stage in stages}
+    parts["transport"] = window.mean("deskrl_actor_act_transport_seconds")
     return Figures(
         "inference and weights",
         [
@@ -60,6 +63,7 @@ def inference(window: Window) -> Figures:
             ("model latency", _latency(window, "deskrl_actor_act_seconds")),
             ("in the engine", _number(window.total("deskrl_inference_running_acts"))),
             ("queue", _latency(window, "deskrl_inference_act_stage_seconds", stage="queue")),
+            ("an action takes", _split({name: mean for name, mean in parts.items() if mean}, 1000, " ms")),
             ("tokens a second", _number(window.rate("deskrl_inference_action_tokens_total"))),
             ("prompt tokens cached", _ratio(window, "cached_prompt_tokens", "prompt_tokens")),
             ("policy version", skew),
