@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 
 from deskrl.core.config import LearnerConfig, RunConfig, load_config
+from deskrl.core.devices import num_gpus
 from deskrl.core.errors import UserError
 from deskrl.core.explain.batches import Rows, count_batches, count_rows, rows_by_images
 from deskrl.core.explain.differences import differences
@@ -18,6 +19,7 @@ from deskrl.core.explain.memory import MicroBatch, activation_bytes, learner_mem
 from deskrl.core.explain.shape import ModelShape, shape_of_config, shape_of_name
 from deskrl.core.explain.storage import checkpoint_bytes
 from deskrl.core.explain.timing import Assumptions, predict, update_flops
+from deskrl.core.explain.whole import add_up
 from deskrl.core.families import Architecture
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.running.preflight import refuse_small_disk
@@ -58,7 +60,8 @@ def test_time_added_to_embedded_desktops_is_counted_and_environment_steps_end_a_
     assert timing is not None
     assert timing.env_reset_s == pytest.approx(0.6 + 2.0)
     assert timing.env_step_s == pytest.approx(0.15 + 0.5 * 1.6487, abs=1e-4), "a lognormal's mean is above its median"
-    assert timing.run_s == pytest.approx(3 * timing.update_s), "40 steps an update"
+    whole = add_up(config, count_batches(config, 4), timing, Assumptions())
+    assert whole.training_s == pytest.approx(3 * timing.update_s), "40 steps an update"
 
 
 @pytest.mark.parametrize("architecture", get_args(Architecture))
@@ -213,7 +216,35 @@ def test_lock_step_adds_acting_and_learning_and_asynchrony_takes_the_longer() ->
         config = config_of(tasks={"rollouts": 4, "max_steps": 4}, desktop={"num_envs": 4}, learner={"grpo": grpo})
         timing = predict(config, count_batches(config, 2), rows_of(config), None, Assumptions.model_validate(times))
         assert timing is not None
-        assert (timing.episode_s, timing.acting_s, timing.update_s, timing.run_s) == (50, 100, update_s, 10 * update_s)
+        assert (timing.episode_s, timing.acting_s, timing.update_s) == (50, 100, update_s)
+
+
+def test_a_run_takes_its_updates_and_two_evaluations_and_costs_its_gpus_and_desktops() -> None:
+    """Updates of 160 s; 9 tasks twice on 4 desktops are 5 rounds of 50 s, before and after."""
+    config = config_of(
+        tasks={"rollouts": 4, "max_steps": 4}, desktop={"num_envs": 4},
+        learner={"grpo": {"groups_per_batch": 2, "max_staleness": 0, "num_updates": 10}, "eval": {"episodes": 10}},
+    )  # fmt: skip
+    times = {"env_reset_s": 10, "env_step_s": 3, "evaluate_s": 8, "act_s": 5, "learn_s": 60}
+    assumed = Assumptions.model_validate({**times, "gpu_hour_price": 3.0, "desktop_hour_price": 0.5})
+    batches = count_batches(config, 9)
+    timing = predict(config, batches, rows_of(config), None, assumed)
+    assert timing is not None
+    whole = add_up(config, batches, timing, assumed)
+    assert (whole.training_s, whole.num_evaluation_episodes, whole.evaluation_s) == (1600, 36, 500)
+    assert (whole.run_s, whole.num_gpus) == (2100, 2)
+    assert (whole.gpu_hours, whole.desktop_hours) == pytest.approx((2 * 2100 / 3600, 4 * 2100 / 3600))
+    assert whole.cost == pytest.approx(2100 / 3600 * (2 * 3.0 + 4 * 0.5))
+    assert add_up(config, batches, timing, Assumptions()).cost is None
+
+
+def test_gpus_are_counted_as_they_are_named_and_shared() -> None:
+    named = {"learner": {"devices": [0, 1], "num_processes": 2}}
+    shared = {"inference": {"devices": [1], "kv_cache_bytes": 2**30}}
+    assert num_gpus(config_of(**named, **shared)) == 2
+    assert num_gpus(config_of(**named, inference={"devices": [2, 3], "num_replicas": 2})) == 4
+    assert num_gpus(config_of(**named, inference={"num_replicas": 3})) == 5
+    assert num_gpus(config_of(learner={"dtype": "float32"}, inference={"dtype": "float32"})) == 0
 
 
 def test_in_lock_step_all_wait_for_the_slowest_desktop() -> None:
@@ -312,7 +343,7 @@ def test_the_text_names_the_three_columns_and_what_became_of_arpos_keys(
     from deskrl.core.explain.main import explain
 
     note = Note("worker.rollout.name", "vllm", "as it is")
-    explain(load_config(RUNS / "smoke.toml"), [note], Assumptions(), as_document=False)
+    explain(load_config(RUNS / "smoke.toml"), [note], Assumptions(desktop_hour_price=0.25), as_document=False)
     text = capsys.readouterr().out
-    for told in ("paper", "ARPO's code", "this run", "8 tasks x 4 rollouts = 32", "worker.rollout.name"):
+    for told in ("paper", "ARPO's code", "this run", "8 tasks x 4 rollouts = 32", "h x 0.25 = ", "worker.rollout.name"):
         assert told in text

@@ -77,6 +77,19 @@ def refuse_missing(config: RunConfig, num_gpus: int) -> None:
         )
 
 
+def num_gpus(config: RunConfig) -> int:
+    """How many GPUs a run takes: those that are named, else one for each process of the roles that use them.
+
+    A role that computes in float32 does so without a GPU.
+    """
+    learner, inference = config.learner, config.inference
+    if learner.devices and inference.devices:
+        return len({*learner.devices, *inference.devices})
+    learning = learner.num_processes if learner.dtype != "float32" else 0
+    acting = inference.num_replicas * inference.num_workers if inference.dtype != "float32" else 0
+    return learning + acting
+
+
 def are_named(config: RunConfig) -> bool:
     """Whether the configuration says anything of GPUs that a machine can lack."""
     asks = config.inference.weight_transfer in ("ipc", "nccl")

@@ -58,10 +58,10 @@ def count_batches(config: RunConfig, num_tasks: int | None) -> Batches:
     grpo, rollouts = config.learner.grpo, config.tasks.rollouts
     episodes = grpo.groups_per_batch * rollouts
     steps = min(grpo.minibatches, episodes)
-    evaluated = None
-    if num_tasks is not None:
-        wanted = config.learner.eval.episodes
-        evaluated = max(2, -(-wanted // num_tasks)) * num_tasks if wanted else 0
+    wanted = config.learner.eval.episodes
+    evaluated = None if wanted else 0
+    if wanted and num_tasks is not None:
+        evaluated = max(2, -(-wanted // num_tasks)) * num_tasks
     return Batches(
         num_tasks=num_tasks,
         tasks_per_update=grpo.groups_per_batch,

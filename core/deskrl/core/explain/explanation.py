@@ -10,6 +10,7 @@ from deskrl.core.explain.batches import Batches, Rows
 from deskrl.core.explain.differences import Difference
 from deskrl.core.explain.memory import LearnerMemory, ReplicaMemory
 from deskrl.core.explain.timing import Timing
+from deskrl.core.explain.whole import Whole
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Explanation:
     replica_memory: ReplicaMemory | None
     checkpoint_bytes: int | None
     timing: Timing | None
+    whole: Whole | None
     max_staleness: int
     assumptions: dict[str, Any]
     differences: list[Difference]

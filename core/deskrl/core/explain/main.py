@@ -20,6 +20,7 @@ from deskrl.core.explain.memory import LearnerMemory, ReplicaMemory, learner_mem
 from deskrl.core.explain.show import show
 from deskrl.core.explain.storage import checkpoint_bytes
 from deskrl.core.explain.timing import Assumptions, Timing, predict
+from deskrl.core.explain.whole import add_up
 from deskrl.core.running.preflight import refuse_contradictions
 
 
@@ -72,6 +73,7 @@ def explain_run(config: RunConfig, notes: Sequence[Note], assumed: Assumptions) 
         replica_memory=replica,
         checkpoint_bytes=None if shape is None else checkpoint_bytes(config.learner, shape),
         timing=timing,
+        whole=None if timing is None else add_up(config, batches, timing, assumed),
         max_staleness=config.learner.grpo.max_staleness,
         assumptions=assumed.model_dump(),
         differences=differences(config),

@@ -27,6 +27,7 @@ def show(explanation: Explanation, config: RunConfig) -> None:
         ("Memory of one worker of a replica (a GPU)", _replica_memory(explanation, config)),
         ("Disk", _disk(explanation, config)),
         ("Pacing and wall clock", _timing(explanation, config)),
+        ("The whole run", _whole(explanation, config)),
     ):
         console.print(f"\n[bold]{title}[/]")
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
@@ -133,7 +134,32 @@ def _timing(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, 
     yield "learning", f"{_clock(told.learning_s)} an update"
     how = "whichever is longer" if told.overlap else "one after the other"
     yield "an update", f"{_clock(told.update_s)}, {how}; {batch / told.update_s * 60:.1f} episodes a minute"
-    yield "the run", _clock(told.run_s)
+
+
+def _whole(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, str]]:
+    told, timing, assumed = explanation.whole, explanation.timing, explanation.assumptions
+    if told is None or timing is None:
+        yield "hours", _UNKNOWN
+        return
+    yield "training", f"{told.num_updates} updates x {_clock(timing.update_s)} = {_clock(told.training_s)}"
+    if told.num_evaluation_episodes is None:
+        yield "evaluations", f"{_UNKNOWN}: the number of tasks"
+    elif told.num_evaluation_episodes:
+        yield (
+            "evaluations",
+            f"{told.num_evaluation_episodes} episodes x {_clock(timing.episode_s)} on {timing.desktops} desktops = "
+            f"{_clock(told.evaluation_s)}",
+        )
+    before = "; the warm start comes before, and ends by itself" if config.learner.warm_start is not None else ""
+    yield "in all", f"{_clock(told.run_s)}{before}"
+    yield "GPUs", f"{told.num_gpus} x {_clock(told.run_s)} = {told.gpu_hours:.1f} GPU hours"
+    yield "desktops", f"{timing.desktops} x {_clock(told.run_s)} = {told.desktop_hours:.1f} desktop hours"
+    if told.cost is None:
+        yield "cost", "tell --gpu-hour-price, --desktop-hour-price"
+        return
+    hours = (("gpu", told.gpu_hours), ("desktop", told.desktop_hours))
+    prices = [(number, price) for name, number in hours if (price := assumed[f"{name}_hour_price"]) is not None]
+    yield "cost", " + ".join(f"{number:.1f} h x {price:g}" for number, price in prices) + f" = {told.cost:.2f}"
 
 
 def _waiting(told: Timing) -> str:

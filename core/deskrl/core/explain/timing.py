@@ -51,6 +51,10 @@ class Assumptions(Section):
     float32 (a few CPU cores')."""
     utilisation: float = 0.45
     """The share of that which the learner turns into progress."""
+    gpu_hour_price: float | None = None
+    """Price of a GPU for an hour, in whatever currency."""
+    desktop_hour_price: float | None = None
+    """Price of a desktop for an hour, in the same currency."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,6 @@ class Timing:
     overlap: bool
     """Whether acting goes on while the learner learns."""
     update_s: float
-    run_s: float
 
 
 def predict(
@@ -114,7 +117,6 @@ def predict(
         learning_s=learning_s,
         overlap=staleness > 0,
         update_s=update_s,
-        run_s=update_s * _num_updates(batches, steps),
     )
 
 
@@ -148,13 +150,6 @@ def update_flops(config: RunConfig, batches: Batches, rows: Rows, shape: ModelSh
 def _slowest(num: int, spread: float) -> float:
     """The slowest of `num` lognormal times, by their mean: about the quantile that one in `num` is beyond."""
     return math.exp(spread * math.sqrt(2 * math.log(num)) - spread**2 / 2) if num > 1 else 1.0
-
-
-def _num_updates(batches: Batches, steps: float) -> int:
-    """Until the run ends: by its last update, or by environment steps."""
-    if not batches.env_steps:
-        return batches.num_updates
-    return min(batches.num_updates, math.ceil(batches.env_steps / (batches.episodes_per_update * steps)))
 
 
 def _desktop_times(config: RunConfig) -> tuple[float, float, float]:
