@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -61,6 +62,25 @@ def test_what_is_to_be_mended_makes_the_exit_status_1(capsys: pytest.CaptureFixt
     told = capsys.readouterr().out
     assert f"BAD   replay: something else than a server of deskrl listens at {address}; choose another port" in told
     assert "1 to mend" in told
+
+
+def test_a_tunnel_without_a_server_at_its_other_end(tmp_path: Path) -> None:
+    def accept_and_end(tunnel: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # until it is closed
+            while True:
+                tunnel.accept()[0].close()
+
+    with socket.create_server(("127.0.0.1", 0)) as tunnel:
+        accepting = threading.Thread(target=accept_and_end, args=(tunnel,))
+        accepting.start()
+        address = f"127.0.0.1:{tunnel.getsockname()[1]}"
+        found = only(network.servers(config_of(tmp_path, replay={"address": address}), []), "replay")
+        tunnel.shutdown(socket.SHUT_RDWR)
+    accepting.join()
+    assert (found.mark, found.detail) == (
+        Mark.NOTE,
+        f"the tunnel at {address} leads nowhere: it is not started at the other end",
+    )
 
 
 @pytest.mark.parametrize(("arguments", "told"), [(["no.toml"], "no.toml: no such file"), (["--seed=1"], "override")])

@@ -103,15 +103,19 @@ def test_units_hold_to_systemd(unit: Path, tmp_path: Path) -> None:
     assert verified.returncode == 0 and not complaints, verified.stderr
 
 
-@pytest.mark.parametrize("launcher", sorted(DEPLOY.glob("*/launch.sh")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "launcher", [*sorted(DEPLOY.glob("*/launch.sh")), DEPLOY / "tunnel/open.sh"], ids=lambda path: path.parent.name
+)
 def test_a_launcher_without_its_scheduler_says_so(launcher: Path, tmp_path: Path) -> None:
     for tool in ("bash", "dirname", "realpath", "mkdir", "sed"):
         (tmp_path / tool).symlink_to(str(shutil.which(tool)))
     (tmp_path / "run.toml").touch()
     (tmp_path / "token").touch()
     environment = {"PATH": str(tmp_path), "CERTIFICATES": str(tmp_path)}
+    config = tmp_path / "run.toml"
+    arguments = ["start", config] if launcher.name == "launch.sh" else [config, "host"]
     ended = subprocess.run(
-        ["bash", launcher, "start", tmp_path / "run.toml"],
+        ["bash", launcher, *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -119,4 +123,12 @@ def test_a_launcher_without_its_scheduler_says_so(launcher: Path, tmp_path: Path
     )
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("launch.sh: ") and "; " in line
+    assert line.startswith(f"{launcher.name}: ") and "; " in line
+
+
+def test_a_tunnel_that_actors_would_pass_by_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('replay.address = "gpus:7411"\n[security]\nfolder = "certificates"\n')
+    ended = subprocess.run(["bash", DEPLOY / "tunnel/open.sh", config, "gpus"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("open.sh: replay.address is at gpus, so actors would pass the tunnel by; ")

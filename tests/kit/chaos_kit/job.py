@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import light_engine
@@ -61,10 +61,18 @@ class ChaosJob:
         seed: of the run, and of what relays corrupt.
         model: folder of the model, as `build_model` makes it.
         provider: of the desktops: `simulated` or `embedded`.
+        actor_prefix: what an actor's command begins with, to run in another place than the rest.
     """
 
     def __init__(
-        self, runs: Path, name: str, num_updates: int, seed: int, model: Path, provider: str = "simulated"
+        self,
+        runs: Path,
+        name: str,
+        num_updates: int,
+        seed: int,
+        model: Path,
+        provider: str = "simulated",
+        actor_prefix: Sequence[str] = (),
     ) -> None:
         self.config = _config(runs, name, num_updates, seed, model, provider)
         self.folder = RunFolder(self.config.folder)
@@ -82,7 +90,7 @@ class ChaosJob:
         self._environment = {**supervised_environment(), RUN_MARK: str(self.folder.root), "OMP_NUM_THREADS": "1"}
         self.clocks = {role: Clock(self.folder.root / "clocks" / role) for role in ROLES}
         self._prepare()
-        self.roles = self._roles()
+        self.roles = self._roles(actor_prefix)
         for role in self.roles.values():
             role.start()
         self._tending = threading.Thread(target=self._tend)
@@ -169,15 +177,15 @@ class ChaosJob:
         command = [sys.executable, "-m", "deskrl.core.cli", "prepare", str(self.folder.config)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def _roles(self) -> dict[str, RoleProcess]:
+    def _roles(self, actor_prefix: Sequence[str]) -> dict[str, RoleProcess]:
         cli = [sys.executable, "-m", "deskrl.core.cli"]
         commands = {
             "replay": [*self.disk.prefix, *cli, "replay", str(self.folder.config)],
             "inference": [sys.executable, light_engine.__file__, str(self.folder.config)],
-            "learner": [*cli, "learner", self._seen_by("learner")],
+            "learner": [*cli, "learner", str(self.seen_by("learner"))],
         }
         for index, name in enumerate(ACTORS):
-            commands[name] = [*cli, "actor", self._seen_by("actor"), "--index", str(index)]
+            commands[name] = [*actor_prefix, *cli, "actor", str(self.seen_by("actor")), "--index", str(index)]
         return {
             name: RoleProcess(
                 name, command, self.folder.logs / f"{name}.log", self._environment | self.clocks[name].environment
@@ -185,7 +193,7 @@ class ChaosJob:
             for name, command in commands.items()
         }
 
-    def _seen_by(self, client: str) -> str:
+    def seen_by(self, client: str) -> Path:
         """The configuration in which a client finds the services behind its relays."""
         found = {
             service: getattr(self.config, service).model_copy(
@@ -195,7 +203,7 @@ class ChaosJob:
         }
         path = self.folder.root / f"{client}.json"
         dump_config(self.config.model_copy(update=found), path)
-        return str(path)
+        return path
 
     def _tend(self) -> None:
         while not self._is_over.wait(_TEND_EVERY_S):

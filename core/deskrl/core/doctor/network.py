@@ -21,6 +21,7 @@ from deskrl.core.security.identity import IdentityFiles, load_identity
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc, replay_pb2, replay_pb2_grpc
 
 _TIMEOUT_S = 5.0
+_PATIENCE_S = 1.0
 _MOST_SKEW_S = 2.0
 _RENEW_WITHIN_DAYS = 14
 
@@ -96,7 +97,9 @@ def _absent(name: str, host: str, port: int, *, runs_here: bool) -> Finding:
     """Not started yet, unreachable, or something else is in its place."""
     address = f"{host}:{port}"
     try:
-        with socket.create_connection((host.strip("[]"), port), _TIMEOUT_S):
+        with socket.create_connection((host.strip("[]"), port), _TIMEOUT_S) as connection:
+            if _is_ended(connection):
+                return note(name, f"the tunnel at {address} leads nowhere: it is not started at the other end")
             return bad(name, f"something else than a server of deskrl listens at {address}", "choose another port")
     except ConnectionRefusedError:
         started = "it is not started" + ("" if runs_here else " there")
@@ -104,6 +107,17 @@ def _absent(name: str, host: str, port: int, *, runs_here: bool) -> Finding:
     except OSError as error:
         reason = f"{address} cannot be reached: {error.strerror or 'no answer'}"
         return bad(name, reason, "look at firewalls and tunnels between the machines")
+
+
+def _is_ended(connection: socket.socket) -> bool:
+    """Whether whoever took the connection ends it at once, unasked, as SSH does that finds nobody at the far end."""
+    connection.settimeout(_PATIENCE_S)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
 
 
 def _comparison(name: str, service: common_pb2.ServiceStatus) -> Iterator[Finding]:

@@ -40,16 +40,17 @@ def prepare(config: RunConfig) -> int:
 
 
 def size(config: RunConfig) -> int:
-    """Print how many processes make the run, and its ports, as a shell can read it."""
+    """Print how many processes make the run, and where its servers are, as a shell can read it."""
     preflight.refuse_contradictions(config)
     values = {
         "name": config.name,
         "folder": shlex.quote(str(config.folder)),
         "num_actors": config.num_actors,
         "num_replicas": config.inference.num_replicas,
-        "replay_port": config.replay.address.rpartition(":")[2],
-        "inference_port": config.inference.address.rpartition(":")[2],
     }
+    for service, address in (("replay", config.replay.address), ("inference", config.inference.address)):
+        host, _, port = address.rpartition(":")
+        values |= {f"{service}_host": shlex.quote(host), f"{service}_port": port}
     for key, value in values.items():
         print(f"{key}={value}")
     return 0
