@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 
-from deskrl.core.running.acceptance import RunFacts, judge
+from deskrl.core.config import RunConfig
+from deskrl.core.running.acceptance import Criterion, Expected, RunFacts, expected_of, judge
 
 PROOF = {"num_tokens": 64, "mean_difference": 1e-6, "max_difference": 1e-5}
 CLEAN = RunFacts(num_restarts=0, leftovers=(), checkpoint=PROOF)
+EXPECTED = Expected(eval_episodes=96, min_gain=0.3, replay=True, max_mismatch=1e-3)
+NOTHING_ASKED = Expected(eval_episodes=0, min_gain=None, replay=False, max_mismatch=1e-3)
 
 
 def evaluation(when: str, successes: dict[str, int]) -> dict[str, Any]:
@@ -44,8 +47,14 @@ def good_run() -> list[dict[str, Any]]:
     ]
 
 
-def verdicts(metrics: list[dict[str, Any]], facts: RunFacts = CLEAN) -> dict[str, bool]:
-    return {criterion.criterion: criterion.ok for criterion in judge(metrics, facts)}
+def rows(metrics: list[dict[str, Any]], facts: RunFacts = CLEAN, expected: Expected = EXPECTED) -> dict[str, Criterion]:
+    return {row.criterion: row for row in judge(metrics, facts, expected)}
+
+
+def verdicts(
+    metrics: list[dict[str, Any]], facts: RunFacts = CLEAN, expected: Expected = EXPECTED
+) -> dict[str, bool | None]:
+    return {name: row.ok for name, row in rows(metrics, facts, expected).items()}
 
 
 def test_a_good_run_meets_every_criterion() -> None:
@@ -53,7 +62,7 @@ def test_a_good_run_meets_every_criterion() -> None:
 
 
 def test_the_gain_is_told_with_its_interval() -> None:
-    row = next(row for row in judge(good_run(), CLEAN) if row.criterion == "it learns")
+    row = rows(good_run())["it learns"]
     assert row.value.startswith("33/96 -> 86/96: +55 points [+")
 
 
@@ -86,6 +95,33 @@ def test_a_task_that_got_worse_is_seen_even_when_the_mean_rose() -> None:
 
 def test_restarts_and_leftovers_are_named() -> None:
     facts = RunFacts(num_restarts=2, leftovers=("process 7 Xvfb",), checkpoint=PROOF)
-    rows = {row.criterion: row for row in judge(good_run(), facts)}
-    assert not rows["it finishes"].ok and "2 restarts" in rows["it finishes"].value
-    assert not rows["nothing is left"].ok and rows["nothing is left"].value == "process 7 Xvfb"
+    found = rows(good_run(), facts)
+    assert not found["it finishes"].ok and "2 restarts" in found["it finishes"].value
+    assert not found["nothing is left"].ok and found["nothing is left"].value == "process 7 Xvfb"
+
+
+def test_what_is_not_asked_for_is_told_and_not_judged() -> None:
+    metrics = [line for line in good_run() if line["kind"] != "eval"]
+    facts = RunFacts(num_restarts=0, leftovers=(), checkpoint=None)
+    found = rows(metrics, facts, NOTHING_ASKED)
+    not_judged = ["it learns", "no task gets worse", "replay is at work", "the checkpoint is valid"]
+    assert [name for name, row in found.items() if row.ok is None] == not_judged
+    assert all(found[name].value.startswith("not asked for: learner.") for name in not_judged)
+    assert all(row.ok for name, row in found.items() if name not in not_judged)
+
+
+def test_a_gain_that_nobody_asked_for_is_told_and_not_judged() -> None:
+    expected = Expected(eval_episodes=96, min_gain=None, replay=True, max_mismatch=1e-3)
+    row = rows(good_run(), expected=expected)["it learns"]
+    assert row.ok is None and row.value.startswith("33/96 -> 86/96")
+
+
+def test_fewer_bits_are_allowed_a_larger_difference() -> None:
+    def allowed(learner: str, inference: str) -> float:
+        config = RunConfig.model_validate(
+            {"name": "r", "learner": {"dtype": learner}, "inference": {"dtype": inference}}
+        )
+        return expected_of(config).max_mismatch
+
+    assert allowed("float32", "float32") == 1e-3
+    assert allowed("bfloat16", "bfloat16") == allowed("float32", "bfloat16") == 3e-2

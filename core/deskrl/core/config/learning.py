@@ -108,6 +108,9 @@ class EvalConfig(Section):
 
     episodes: Annotated[int, Field(ge=0)] = 0
     """Fresh sampled episodes before and after the GRPO phase; 0: none."""
+    min_gain: Annotated[float, Field(ge=0, le=1)] | None = None
+    """By how much success must rise (0.3: 30 points), and no task fall, for `deskrl up` to end with status 0. Unset:
+    the gain is told, and not judged."""
 
 
 class LearnerConfig(Section):

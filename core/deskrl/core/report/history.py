@@ -172,10 +172,14 @@ def _criteria(value: Any) -> list[Criterion]:
     rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
     return [
         Criterion(
-            str(row.get("criterion", "")), row.get("ok") is True, str(row.get("value", "")), str(row.get("how", ""))
+            str(row.get("criterion", "")), _verdict(row.get("ok")), *(str(row.get(k, "")) for k in ("value", "how"))
         )
         for row in rows
     ]
+
+
+def _verdict(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _instructions(tasks: Any) -> dict[str, str]:

@@ -26,7 +26,7 @@ from deskrl.core.errors import UserError
 from deskrl.core.lifetime import StopEvent, die_with_parent, stop_event
 from deskrl.core.runfolder import RunFolder, write_json
 from deskrl.core.running import preflight
-from deskrl.core.running.acceptance import Criterion, RunFacts, judge
+from deskrl.core.running.acceptance import Criterion, RunFacts, expected_of, judge
 from deskrl.core.running.begun import has_learnt, read_state, refuse_other_config
 from deskrl.core.running.live import LiveDisplay, clock
 from deskrl.core.running.progress import ProgressMeter
@@ -50,6 +50,7 @@ _MEMORY_EVERY = 10
 _MODEL_BUILD_S = 300.0
 _PROOF_S = 300.0
 _STOP_S = 60.0
+_VERDICTS = {True: "[green]yes", False: "[red]no", None: "[dim]-"}
 
 
 class Interrupted(RuntimeError):
@@ -57,7 +58,10 @@ class Interrupted(RuntimeError):
 
 
 def up(config: RunConfig) -> int:
-    """Run everything; returns 0 if every criterion is met, 1 if not, 130 if it was stopped, 2 for a refused input."""
+    """Run everything; returns an exit status.
+
+    0: every criterion that was judged is met; 1: one is not; 130: it was stopped; 2: an input was refused.
+    """
     folder = RunFolder(config.folder)
     try:
         return _up(config, folder)
@@ -130,8 +134,8 @@ def _run(
     stop: StopEvent,
     console: Console,
     started_unix_s: float,
-) -> dict[str, Any]:
-    """Start the roles, watch them until the learner is done, stop them, prove the checkpoint."""
+) -> dict[str, Any] | None:
+    """Start the roles, watch them until the learner is done, stop them, prove the checkpoint if that is asked for."""
     resolved = str(folder.config)
     importlib.import_module("deskrl.actor.prepare").main(config)
     start_replay(config, folder.config, supervisor)
@@ -145,7 +149,7 @@ def _run(
     console.print("learnt", highlight=False)
     supervisor.stop([name for name in supervisor.children if name != "replay"])
     if not config.learner.prove_checkpoint:
-        return {"error": "not asked for: learner.prove_checkpoint is off"}
+        return None
     console.print("proving the checkpoint", highlight=False)
     return _prove_checkpoint(config, folder, supervisor)
 
@@ -198,7 +202,7 @@ def _prove_checkpoint(config: RunConfig, folder: RunFolder, supervisor: Supervis
 
 
 def _conclude(config: RunConfig, folder: RunFolder, facts: RunFacts, console: Console, started_unix_s: float) -> int:
-    criteria = judge(list(folder.read_metrics()), facts)
+    criteria = judge(list(folder.read_metrics()), facts, expected_of(config))
     write_json(folder.results / "acceptance.json", [asdict(criterion) for criterion in criteria])
     supervisor = Supervisor(folder)
     try:
@@ -211,7 +215,7 @@ def _conclude(config: RunConfig, folder: RunFolder, facts: RunFacts, console: Co
     elapsed = clock(time.time() - started_unix_s)
     console.print(f"{elapsed} from start to table, peak memory {peak / 1024**3:.1f} GiB", highlight=False)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
-    return 0 if all(criterion.ok for criterion in criteria) else 1
+    return 1 if any(criterion.ok is False for criterion in criteria) else 0
 
 
 def _table(name: str, criteria: Sequence[Criterion]) -> Table:
@@ -219,7 +223,7 @@ def _table(name: str, criteria: Sequence[Criterion]) -> Table:
     for column in ("", "criterion", "value", "how it is known"):
         table.add_column(column, overflow="fold")
     for row in criteria:
-        table.add_row("[green]yes" if row.ok else "[red]no", row.criterion, row.value, f"[dim]{row.how}")
+        table.add_row(_VERDICTS[row.ok], row.criterion, row.value, f"[dim]{row.how}")
     return table
 
 
