@@ -30,7 +30,7 @@ from deskrl.learner.state import LearnerState, PendingCommit
 from deskrl.learner.take import TakenBatch
 from deskrl.learner.trajectories import TaskGroup, Trajectory, decode_group
 from deskrl.learner.weights.announcements import Announcement, Outcome, describe
-from deskrl.learner.weights.following import follow_replicas
+from deskrl.learner.weights.following import following_replicas
 from deskrl.proto.v1 import common_pb2, replay_pb2
 
 _log = logging.getLogger("deskrl.learner")
@@ -81,22 +81,30 @@ class Learner:
         if not self._restore():
             self._warm_start()
             self._save()
-        self._phase("publishing")
-        if self._is_first:
-            replay, publisher, stop = self._parts.replay, self._parts.publisher, self._parts.stop
-            follow_replicas(replay.joined_replicas, publisher.set_joined, publisher.look_again, stop)
-            publisher.wait_for_replicas()
-        self._publish()
-        self._announce_version()
-        self._evaluate("before")
-        self._phase("training")
-        while not self._is_trained():
-            self._update()
-        self._evaluate("after")
+        with self._replicas():
+            self._publish()
+            self._announce_version()
+            self._evaluate("before")
+            self._phase("training")
+            while not self._is_trained():
+                self._update()
+            self._evaluate("after")
         self._write_results()
         self._phase("finished")
 
     # The phases.
+
+    @contextmanager
+    def _replicas(self) -> Iterator[None]:
+        """Within it there are replicas to publish to, and whoever joins is followed."""
+        self._phase("publishing")
+        if not self._is_first:
+            yield
+            return
+        replay, publisher = self._parts.replay, self._parts.publisher
+        with following_replicas(replay.joined_replicas, publisher.set_joined, publisher.look_again):
+            publisher.wait_for_replicas()
+            yield
 
     def _restore(self) -> bool:
         """Go on from the newest checkpoint, under a lineage of its own; False if there is none."""
