@@ -120,8 +120,8 @@ class BareNccl:
         """End the peer."""
         assert self._peer.stdin is not None
         self._peer.stdin.close()
+        torch.distributed.destroy_process_group()  # it ends on neither side before it has begun on both
         self._peer.wait(timeout=60)
-        torch.distributed.destroy_process_group()
 
 
 def join_bare(port: int, rank: int, sizes: list[int]) -> list[Tensor]:
