@@ -21,7 +21,7 @@ _PROVIDER_TIMES_S: Mapping[str, tuple[float, float, float]] = {
     "vmware": (45.0, 3.0, 15.0),
     "remote": (45.0, 3.0, 15.0),
 }
-_BFLOAT16_TFLOPS = 700.0
+_BFLOAT16_TFLOPS = 770.0
 _FLOAT32_TFLOPS = 0.1
 
 
@@ -47,9 +47,9 @@ class Assumptions(Section):
     gpu_memory_gib: float = 139.0
     """Of one GPU; an H200's."""
     gpu_tflops: float | None = None
-    """What one rank's device multiplies, measured and not promised; unset: 700 in bfloat16 (about an H200's), 0.1 in
+    """What one rank's device multiplies, measured and not promised; unset: 770 in bfloat16 (an H200's), 0.1 in
     float32 (a few CPU cores')."""
-    utilisation: float = 0.45
+    utilisation: float = 0.52
     """The share of that which the learner turns into progress."""
     gpu_hour_price: float | None = None
     """Price of a GPU for an hour, in whatever currency."""
