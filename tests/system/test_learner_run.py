@@ -167,7 +167,7 @@ def test_a_run_from_demonstrations_to_results(learnt: World) -> None:
     evaluations = {line["when"]: line for line in run.metrics("eval")}
     for evaluation in evaluations.values():
         assert evaluation["episodes"] == 8
-        assert evaluation["num_foreign_spans"] == 0, "an evaluation is of one version"
+        assert evaluation["num_other_version"] == 0, "an evaluation is of one version"
         assert evaluation["mismatch_max"] < 1e-4
     assert evaluations["before"]["version"] == 0
     assert evaluations["after"]["version"] == 3

@@ -12,11 +12,13 @@ from deskrl.core.errors import UserError
 from deskrl.core.evaluation import comparison
 from deskrl.core.evaluation.comparison import Comparison, compare_counts, counts_of
 from deskrl.core.evaluation.play import Plan, configure, plan_groups
-from deskrl.core.evaluation.record import EpisodeRecord, TaskRecord, read_records
+from deskrl.core.evaluation.record import EpisodeRecord, TaskRecord, read_records, record_of
 from deskrl.core.evaluation.sets import choose_sets
 from deskrl.core.evaluation.summary import success_rate, summarise
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.stats import newcombe_difference, wilson_interval
+from deskrl.core.trajectory import Span, Step, encode_step
+from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
 ABOVE = 0.5
 
@@ -64,6 +66,37 @@ def test_infeasible_tasks_stand_apart_and_applications_by_themselves() -> None:
     assert told["timings_ms"] == {"act": {"median": 150.0, "p90": 200.0}}
     assert told["tasks"]["d"]["rate"] is None and told["tasks"]["a"]["steps"] == 2
     assert told["versions"] == ["base/0"]
+
+
+def played(*versions: int, reward: float = 1.0) -> replay_pb2.Episode:
+    """An episode off the wire, whose steps were sampled under these steps of a lineage."""
+    steps = [
+        encode_step(Step(index, "seen", ("seen",), "click", action_ids=(1, 2), logprobs=(0.0, 0.0), spans=spans))
+        for index, spans in enumerate((Span("base", version, 0, 2),) for version in versions)
+    ]
+    result = rollout_pb2.EpisodeResult(reward=reward, termination=rollout_pb2.TERMINATION_FINISHED)
+    return replay_pb2.Episode(episode_id="e", seed=7, steps=steps, result=result)
+
+
+def test_an_episode_in_which_another_version_acted_is_neither_success_nor_failure() -> None:
+    own, mixed, failed = (record_of(e, "base/0") for e in (played(0, 0), played(0, 1), played(1, reward=0.0)))
+    assert (own.reward, own.termination, own.fault) == (1.0, "finished", "")
+    for other in (mixed, failed):
+        assert (other.reward, other.termination) == (None, "other_version")
+        assert other.fault == "base/1 acted, and base/0 is evaluated"
+    told = summarise([TaskRecord("a", "os", False, (own, mixed, failed))], ABOVE)
+    assert (told["all"]["num_episodes"], told["all"]["num_successes"], told["all"]["num_faulted"]) == (1, 1, 2)
+    assert told["uncounted"] == {"other_version": 2} and told["versions"] == ["base/0"]
+
+
+def test_a_server_that_tells_no_versions_is_taken_at_its_word() -> None:
+    assert record_of(played(0, 1), None).reward == 1.0
+
+
+def test_an_episode_without_a_result_is_a_fault_by_its_last_message() -> None:
+    fault = rollout_pb2.EpisodeFault(kind=rollout_pb2.FAULT_KIND_EVALUATOR, message="it raised")
+    record = record_of(replay_pb2.Episode(episode_id="e", last_fault=fault), "base/0")
+    assert (record.reward, record.termination, record.fault) == (None, "fault", "it raised")
 
 
 def compare_records(a: list[TaskRecord], b: list[TaskRecord], above: float) -> Comparison:

@@ -20,7 +20,7 @@ from deskrl.core.runfolder import RunFolder
 from deskrl.core.scores import write_scores
 from deskrl.core.trajectory import Span
 from deskrl.learner import grpo, metrics, stopping
-from deskrl.learner.evaluation import evaluation_record, mismatch_rows
+from deskrl.learner.evaluation import evaluation_record, mismatch_rows, of_one_version
 from deskrl.learner.imitation import demonstration, image_sizes, imitate
 from deskrl.learner.parts import Parts, assemble
 from deskrl.learner.plan import DEMO, TRAIN, eval_queue
@@ -148,14 +148,18 @@ class Learner:
         queue = eval_queue(when)
         if when not in self._parts.results.evaluations():
             self._phase(queue)
-            groups = self._take_all(queue, self._parts.curriculum.eval_groups(when))
-            for group in groups:
+            played = self._take_all(queue, self._parts.curriculum.eval_groups(when))
+            for group in played:
                 self._parts.taker.check_processor(group)
+            groups, num_other = of_one_version(played, self._distance)
+            if num_other:
+                _log.error("%s: %d episodes do not count: another version acted in them", queue, num_other)
             rows, temperature = mismatch_rows(groups), self._grpo.temperature
             mismatch = grpo.measure_mismatch(self._parts.engine, self._parts.feed, rows, temperature)
-            record = evaluation_record(groups, self._distance, self._config.replay.success_above, mismatch)
+            record = evaluation_record(groups, num_other, self._config.replay.success_above, mismatch)
             if self._is_first:
                 self._parts.results.add_evaluation(when, record)
+                metrics.note_evaluation(record)
             self._append_metrics("eval", when=when, version=self._state.num_updates, **record)
         if self._is_first:
             self._parts.replay.commit(queue, queue, [], self._version)

@@ -39,6 +39,11 @@ EPISODES = Counter(
     "Fresh episodes of training batches, by the application of their task.",
     ["application", "outcome"],
 )
+UNCOUNTED = Counter(
+    "deskrl_learner_uncounted_evaluation_episodes",
+    "Episodes of evaluations that say nothing of the policy: faults, and those in which another version acted.",
+    ["cause"],
+)
 POLICY_STEP = Gauge("deskrl_learner_policy_step", "Step of the policy version that was published last.")
 WEIGHT_SECONDS = Histogram(
     "deskrl_learner_weight_update_seconds",
@@ -70,7 +75,8 @@ for _phase in ("wait", "learn", "publish", "checkpoint"):
     PHASE_SECONDS.labels(_phase)
 for _outcome in ("confirmed", "failed"):
     WEIGHT_UPDATES.labels(_outcome)
-
+for _cause in ("fault", "other_version"):
+    UNCOUNTED.labels(_cause)
 
 for _part in ("receive", "total"):
     WEIGHT_SECONDS.labels(_part)
@@ -94,6 +100,12 @@ def note_weights(record: Mapping[str, Any]) -> None:
     WEIGHT_UPDATES.labels("confirmed" if record["ok"] else "failed").inc()
     for part in ("receive", "total") if record["ok"] else ():
         WEIGHT_SECONDS.labels(part).observe(record[f"{part}_ms"] / 1e3)
+
+
+def note_evaluation(record: Mapping[str, Any]) -> None:
+    """Take over an evaluation's record."""
+    UNCOUNTED.labels("fault").inc(record["num_faulted"])
+    UNCOUNTED.labels("other_version").inc(record["num_other_version"])
 
 
 def note_update(record: Mapping[str, Any], seconds: Mapping[str, float], applications: Mapping[str, str]) -> None:

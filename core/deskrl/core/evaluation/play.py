@@ -1,8 +1,8 @@
 """`deskrl eval`: a checkpoint's replicas, actors and a replay service play task lists, with no learner beside them.
 
 In place of replicas, somebody's own server may act. Nothing publishes weights, so one version acts from the first token
-to the last. What was played survives an interruption: the same command goes on. Knows the order of things; what is
-kept and told is its neighbours'.
+to the last; an episode in which another one did all the same does not count. What was played survives an interruption:
+the same command goes on. Knows the order of things; what is kept and told is its neighbours'.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from deskrl.core.running.starting import (
     wait_healthy,
 )
 from deskrl.core.running.supervisor import RoleFailed, Supervisor
-from deskrl.proto.v1 import replay_pb2, replay_pb2_grpc, rollout_pb2
+from deskrl.proto.v1 import inference_pb2, inference_pb2_grpc, replay_pb2, replay_pb2_grpc, rollout_pb2
 
 _POLL_S = 0.5
 _CALL_S = 30.0
@@ -164,6 +164,7 @@ def _play(
     replicas = start_replicas(config, folder.config, supervisor)
     for address, name in zip(config.inference.replica_addresses, replicas, strict=True):
         wait_healthy(address, supervisor, name, INFERENCE_START_S)
+    evaluated = _served_version(config)
     start_actors(config, folder.config, supervisor)
     with replay_stub(config) as stub:
         num_planned = 0
@@ -177,14 +178,29 @@ def _play(
             return False
         supervisor.stop([name for name in supervisor.children if name != "replay"])
         for part in parts:
-            _keep(stub, part)
+            _keep(stub, part, evaluated)
     return True
 
 
-def _keep(stub: replay_pb2_grpc.ReplayServiceStub, part: Part) -> None:
+def _served_version(config: RunConfig) -> str | None:
+    """The policy version that is evaluated, as lineage/step: the replicas'; None where somebody's own server acts."""
+    request = inference_pb2.GetModelInfoRequest(peer=rpc.peer("operator", _LINEAGE))
+    served = set()
+    for address in config.inference.replica_addresses:
+        with rpc.connect_sync(address) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            version = stub.GetModelInfo(request, timeout=_CALL_S).version
+        served.add(f"{version.lineage}/{version.step}")
+    if len(served) > 1:
+        told = ", ".join(sorted(served))
+        raise UserError(f"the replicas serve {told}: no one policy", "end what else sends them weights")
+    return served.pop() if served else None
+
+
+def _keep(stub: replay_pb2_grpc.ReplayServiceStub, part: Part, evaluated: str | None) -> None:
     """Write what came of a set; its summary last."""
     config, folder = part.config, part.folder
-    summary = summarise(collect(stub, folder, part.tasks.queue), config.replay.success_above)
+    summary = summarise(collect(stub, folder, part.tasks.queue, evaluated), config.replay.success_above)
     left_out = folder.root / "left_out.json"
     summary["left_out"] = json.loads(left_out.read_text(encoding="utf-8")) if left_out.exists() else {}
     if config.inference.external_url is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from deskrl.core.errors import UserError
@@ -20,7 +20,11 @@ _CALL_S = 120.0
 
 @dataclass(frozen=True)
 class EpisodeRecord:
-    """One episode. `reward` is None where it ended in faults only: it says nothing of the policy."""
+    """One episode.
+
+    `reward` is None where it says nothing of the policy: where it ended in faults only (termination `fault`), or
+    another policy version than the evaluated one acted in it (`other_version`).
+    """
 
     episode_id: str
     seed: int
@@ -48,8 +52,17 @@ class TaskRecord:
     episodes: tuple[EpisodeRecord, ...]
 
 
-def collect(stub: replay_pb2_grpc.ReplayServiceStub, folder: RunFolder, queue: str) -> list[TaskRecord]:
-    """All ended episodes of a queue by task, in the order of the task list; their screenshots become files."""
+def collect(
+    stub: replay_pb2_grpc.ReplayServiceStub, folder: RunFolder, queue: str, evaluated: str | None
+) -> list[TaskRecord]:
+    """All ended episodes of a queue by task, in the order of the task list; their screenshots become files.
+
+    Args:
+        stub: of the replay service.
+        folder: of the tasks and their results.
+        queue: whose episodes.
+        evaluated: the policy version that counts, as lineage/step; None: versions are not known.
+    """
     tasks = json.loads((folder.root / "tasks.json").read_text(encoding="utf-8"))
     applications = json.loads((folder.root / "applications.json").read_text(encoding="utf-8"))
     records = []
@@ -57,7 +70,7 @@ def collect(stub: replay_pb2_grpc.ReplayServiceStub, folder: RunFolder, queue: s
         request = replay_pb2.ListEpisodesRequest(queue=queue, task_id=task_id)
         episodes = [answer.episode for answer in stub.ListEpisodes(request, timeout=_CALL_S)]
         episodes.sort(key=lambda episode: episode.episode_id)
-        kept = tuple(_keep(stub, folder, episode) for episode in episodes)
+        kept = tuple(_keep(stub, folder, episode, evaluated) for episode in episodes)
         record = TaskRecord(task_id, applications[task_id], task["evaluator"]["func"] == "infeasible", kept)
         write_json(folder.results / "task_results" / f"{task_id}.json", asdict(record))
         records.append(record)
@@ -83,26 +96,41 @@ def read_records(root: Path) -> list[TaskRecord]:
     return records
 
 
-def _keep(stub: replay_pb2_grpc.ReplayServiceStub, folder: RunFolder, episode: replay_pb2.Episode) -> EpisodeRecord:
+def record_of(episode: replay_pb2.Episode, evaluated: str | None) -> EpisodeRecord:
+    """An episode as it is kept, without its screenshots; `evaluated` is as in `collect`."""
     steps = [decode_step(data) for data in episode.steps]
-    has_result = episode.HasField("result")
-    hashes = [step.screenshot for step in steps]
-    if has_result and episode.result.final_image_hash:
-        hashes.append(episode.result.final_image_hash)
+    versions = sorted({f"{span.lineage}/{span.step}" for step in steps for span in step.spans})
+    reward: float | None = episode.result.reward
     termination = rollout_pb2.Termination.Name(episode.result.termination).removeprefix("TERMINATION_").lower()
+    fault = ""
+    if not episode.HasField("result"):
+        reward, termination, fault = None, "fault", episode.last_fault.message
+    elif evaluated is not None and (others := [version for version in versions if version != evaluated]):
+        reward, termination = None, "other_version"
+        fault = f"{', '.join(others)} acted, and {evaluated} is evaluated"
     return EpisodeRecord(
         episode_id=episode.episode_id,
         seed=episode.seed,
-        reward=episode.result.reward if has_result else None,
-        termination=termination if has_result else "fault",
+        reward=reward,
+        termination=termination,
         num_steps=len(steps),
         duration_s=round(episode.result.duration_s, 3),
         timings_ms=tuple(step.timings_ms for step in steps),
-        versions=tuple(sorted({f"{span.lineage}/{span.step}" for step in steps for span in step.spans})),
+        versions=tuple(versions),
         actions=tuple(step.text for step in steps),
-        screenshots=tuple(_write_screenshots(stub, folder, episode.episode_id, hashes)),
-        fault="" if has_result else episode.last_fault.message,
+        screenshots=(),
+        fault=fault,
     )
+
+
+def _keep(
+    stub: replay_pb2_grpc.ReplayServiceStub, folder: RunFolder, episode: replay_pb2.Episode, evaluated: str | None
+) -> EpisodeRecord:
+    hashes = [decode_step(data, with_ids=False).screenshot for data in episode.steps]
+    if episode.HasField("result") and episode.result.final_image_hash:
+        hashes.append(episode.result.final_image_hash)
+    screenshots = tuple(_write_screenshots(stub, folder, episode.episode_id, hashes))
+    return replace(record_of(episode, evaluated), screenshots=screenshots)
 
 
 def _write_screenshots(

@@ -37,6 +37,9 @@ def show(summary: dict[str, Any], folder: RunFolder) -> None:
     if (server := summary.get("external")) is not None:
         lost = ", ".join(server["lost"])
         console.print(f"{server['model']} acted at {server['url']}; not known: {lost}", highlight=False)
+    if summary["uncounted"]:
+        causes = ", ".join(f"{num} of {cause}" for cause, num in summary["uncounted"].items())
+        console.print(f"not counted: {causes}; {folder.results / 'task_results'} tells more", highlight=False)
     if summary["left_out"]:
         console.print(f"{len(summary['left_out'])} tasks are left out; {folder.root / 'left_out.json'} tells why")
     console.print(f"results: {folder.results}", highlight=False, soft_wrap=True)

@@ -52,6 +52,9 @@ class Evaluation:
     per_task: dict[str, Count]
     mismatch_mean: float | None
     mismatch_max: float | None
+    num_faulted: int
+    num_other_version: int
+    """Episodes that do not count, because another policy version than the evaluated one acted in them."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,14 @@ def _count(successes: float | None, n: float | None) -> Count | None:
 def _evaluation(line: Record) -> Evaluation:
     per_task = task_counts(line)
     overall = _count(number(line, "successes"), number(line, "episodes")) or sum(per_task.values(), Count(0, 0))
-    return Evaluation(overall, per_task, number(line, "mismatch_mean"), number(line, "mismatch_max"))
+    return Evaluation(
+        overall,
+        per_task,
+        mismatch_mean=number(line, "mismatch_mean"),
+        mismatch_max=number(line, "mismatch_max"),
+        num_faulted=round(number(line, "num_faulted") or 0),
+        num_other_version=round(number(line, "num_other_version") or 0),
+    )
 
 
 def _last_of_each(lines: Sequence[Record], kind: str) -> list[Record]:

@@ -105,6 +105,8 @@ def _learns(metrics: Sequence[Mapping[str, Any]], expected: Expected) -> Criteri
         f"{before['successes']}/{before['episodes']} -> {after['successes']}/{after['episodes']}: "
         f"{100 * difference:+.0f} points [{100 * low:+.0f}, {100 * high:+.0f}]"
     )
+    if num_other := sum(line.get("num_other_version", 0) for line in evals):
+        value += f"; {num_other} not counted, another policy version acted in them"
     if expected.min_gain is None:
         return Criterion(name, None, value, how)
     enough = min(before["episodes"], after["episodes"]) >= expected.eval_episodes
