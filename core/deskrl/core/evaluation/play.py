@@ -164,7 +164,7 @@ def _play(
     replicas = start_replicas(config, folder.config, supervisor)
     for address, name in zip(config.inference.replica_addresses, replicas, strict=True):
         wait_healthy(address, supervisor, name, INFERENCE_START_S)
-    evaluated = _served_version(config)
+    evaluated = served_version(config)
     start_actors(config, folder.config, supervisor)
     with replay_stub(config) as stub:
         num_planned = 0
@@ -182,7 +182,7 @@ def _play(
     return True
 
 
-def _served_version(config: RunConfig) -> str | None:
+def served_version(config: RunConfig) -> str | None:
     """The policy version that is evaluated, as lineage/step: the replicas'; None where somebody's own server acts."""
     request = inference_pb2.GetModelInfoRequest(peer=rpc.peer("operator", _LINEAGE))
     served = set()
