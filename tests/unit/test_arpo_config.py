@@ -82,6 +82,11 @@ def test_arpos_docker_is_osworlds_virtual_machine_and_its_default(folder: Path) 
         assert load(folder, override).desktop.provider == "osworld"
 
 
+def test_arpos_vmware_is_the_provider_of_that_name(folder: Path) -> None:
+    config = load(folder, "env.provider=vmware", "--desktop.vmware.machines", '["Ubuntu.vmx"]')
+    assert (config.desktop.provider, config.desktop.vmware.machines) == ("vmware", (Path("Ubuntu.vmx"),))
+
+
 def test_more_steps_than_images_become_a_window(folder: Path) -> None:
     config = load(folder, "worker.rollout.limit_images=10", "env.max_steps=16")
     assert (config.agent.context, config.agent.window_images, config.inference.max_images) == ("window", 10, 10)

@@ -64,6 +64,18 @@ class OSWorldGuestDesktop(Desktop):
     async def wake(self) -> None:
         """Called before each request: a provider that lets an idle desktop sleep wakes it."""
 
+    async def answer_by(self, deadline_s: float, whose: str) -> None:
+        """Wait until a screenshot can be taken; raises DesktopError if none can by `deadline_s`, naming the guest."""
+        while True:
+            try:
+                async with asyncio.timeout(max(_POLL_S, deadline_s - time.monotonic())):
+                    await self.screenshot()
+                    return
+            except (DesktopError, TimeoutError) as error:
+                if time.monotonic() > deadline_s:
+                    raise DesktopError(f"the guest {whose} does not answer: {error}") from error
+            await asyncio.sleep(_POLL_S)
+
     async def is_alive(self) -> bool:
         """Whether it still exists and answers."""
         try:

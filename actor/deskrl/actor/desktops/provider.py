@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deskrl.actor.desktops import containers, osworld, remote
+from deskrl.actor.desktops import containers, osworld, remote, vmware
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.docker import DockerDesktop
 from deskrl.actor.desktops.orphans import reap_orphans
@@ -31,6 +31,8 @@ def make_desktop(config: DesktopConfig, name: str, run_root: Path) -> Desktop:
             return DockerDesktop(config, name, run_root)
         case "osworld":
             return osworld.OSWorldDesktop(config, name, run_root)
+        case "vmware":
+            return vmware.VMwareDesktop(config, run_root)
         case "remote":
             return remote.RemoteDesktop(config, run_root)
         case "simulated":
@@ -48,6 +50,8 @@ def refuse_unusable(config: DesktopConfig) -> None:
             containers.refuse_missing_image(config.docker.image)
         case "osworld":
             osworld.refuse_unusable(config)
+        case "vmware":
+            vmware.refuse_unusable(config)
         case "remote":
             remote.refuse_unusable(config)
         case "embedded":
@@ -60,5 +64,7 @@ def refuse_unusable(config: DesktopConfig) -> None:
 
 def reap(config: DesktopConfig, run_root: Path) -> int:
     """End and remove desktops of the run that a killed actor left; how many there were."""
+    if config.provider == "vmware":
+        return vmware.reap_machines(config.vmware, run_root)
     num_containers = containers.reap_containers(run_root) if config.provider in ("docker", "osworld") else 0
     return max(num_containers, reap_orphans(run_root))  # a desktop of `docker` is a container and a folder

@@ -1,15 +1,12 @@
 """The provider `remote`: guest servers that run already, at addresses. Knows how one is taken and given back.
 
-An address serves one desktop at a time, whichever process of this machine holds it: a lock file among the run's
-desktops says so, and the kernel drops the lock with its holder. What brings such a guest back to its first state is a
-command of the user's; without one a reset closes the windows, and files stay.
+An address serves one desktop at a time, whichever of the run's processes holds it (`holding`). What brings such a guest
+back to its first state is a command of the user's; without one a reset closes the windows, and files stay.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import itertools
 import logging
 import time
 from functools import cache
@@ -17,15 +14,13 @@ from pathlib import Path
 from typing import IO
 
 from deskrl.actor.desktops.base import Address, DesktopError, DesktopGone
+from deskrl.actor.desktops.holding import hold_one
 from deskrl.actor.desktops.osworld_guest import OSWorldGuestDesktop
 from deskrl.core.config import DesktopConfig
 from deskrl.core.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
-_POLL_S = 0.2
 _SHARE = 0.95  # so that this says what was wrong before the caller's own deadline cuts it off
-
-_turns = itertools.count()
 
 
 class RemoteDesktop(OSWorldGuestDesktop):
@@ -51,22 +46,14 @@ class RemoteDesktop(OSWorldGuestDesktop):
 
     async def start(self) -> None:
         """Take a free address and wait until its guest answers."""
-        deadline = time.monotonic() + _SHARE * self._config.start_timeout_s
-        while self._held is None:
-            self._held = self._take()
-            if self._held is None:
-                if time.monotonic() > deadline:
-                    raise DesktopError(f"none of {len(self._config.remote.addresses)} remote guests is free")
-                await asyncio.sleep(_POLL_S)
-        while True:
-            try:
-                async with asyncio.timeout(max(_POLL_S, deadline - time.monotonic())):
-                    await self.screenshot()
-                    return
-            except (DesktopError, TimeoutError) as error:
-                if time.monotonic() > deadline:
-                    raise DesktopError(f"the guest at {self._held[0]} does not answer: {error}") from error
-            await asyncio.sleep(_POLL_S)
+        deadline_s = time.monotonic() + _SHARE * self._config.start_timeout_s
+        if self._held is None:
+            addresses = self._config.remote.addresses
+            self._run_root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            locks = [self._run_root / f"remote-{address.replace('/', '_')}.lock" for address in addresses]
+            index, lock = await hold_one(locks, deadline_s, "remote guests")
+            self._held = addresses[index], lock
+        await self.answer_by(deadline_s, f"at {self._held[0]}")
 
     async def reset(self) -> None:
         """Back to the first state, as far as the reset command brings it there."""
@@ -85,22 +72,6 @@ class RemoteDesktop(OSWorldGuestDesktop):
         if self._held is not None:
             self._held[1].close()
             self._held = None
-
-    def _take(self) -> tuple[str, IO[bytes]] | None:
-        """A free address with its lock; the next one each time, lest a dead guest be taken again and again."""
-        addresses = self._config.remote.addresses
-        self._run_root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        first = next(_turns)
-        for number in range(len(addresses)):
-            address = addresses[(first + number) % len(addresses)]
-            lock = open(self._run_root / f"remote-{address.replace('/', '_')}.lock", "wb")  # noqa: SIM115 - held
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                continue
-            return address, lock
-        return None
 
     async def _run_reset_command(self) -> None:
         assert self._held is not None

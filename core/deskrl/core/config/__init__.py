@@ -12,6 +12,7 @@ from deskrl.core.config.desktops import (
     OSWorldConfig,
     RemoteConfig,
     SimulatedConfig,
+    VMwareConfig,
 )
 from deskrl.core.config.learning import EvalConfig, GrpoConfig, LearnerConfig, WarmStartConfig
 from deskrl.core.config.loading import dotted, dump_config, load_config, load_values, overridden_keys, read_resolved
@@ -39,6 +40,7 @@ __all__ = [
     "SecurityConfig",
     "SimulatedConfig",
     "TasksConfig",
+    "VMwareConfig",
     "WarmStartConfig",
     "dotted",
     "dump_config",

@@ -109,13 +109,27 @@ class OSWorldConfig(Section):
     """Pause a virtual machine while nothing is asked of it: it takes no processor time and does not lock its screen."""
 
 
+class VMwareConfig(Section):
+    """Desktops of the provider `vmware`: virtual machines of VMware Workstation or Fusion on this machine."""
+
+    machines: tuple[Path, ...] = ()
+    """Virtual machines (.vmx files) with OSWorld's guest in them, one desktop each."""
+    snapshot: Annotated[str, Field(min_length=1)] = "init_state"
+    """What a reset goes back to."""
+    vmrun: str = "vmrun"
+    """VMware's program that drives them: its name on the PATH, or its place."""
+    product: Literal["ws", "fusion"] | None = None
+    """`ws`: Workstation, `fusion`: Fusion; unset: Fusion on a Mac, else Workstation."""
+
+
 class DesktopConfig(Section):
     """The desktops."""
 
-    provider: Literal["embedded", "docker", "osworld", "remote", "simulated"] = "embedded"
+    provider: Literal["embedded", "docker", "osworld", "vmware", "remote", "simulated"] = "embedded"
     """`embedded`: Xvfb and applications in an unprivileged sandbox on this machine; `docker`: the same in containers;
-    `osworld`: OSWorld's virtual machine in containers; `remote`: guest servers that run already; `simulated`: no
-    desktop, but the time one takes, a made-up screen and a reward by a rule (scale tests, machines without any)."""
+    `osworld`: OSWorld's virtual machine in containers; `vmware`: virtual machines of VMware on this machine; `remote`:
+    guest servers that run already; `simulated`: no desktop, but the time one takes, a made-up screen and a reward by a
+    rule (scale tests, machines without any)."""
     num_envs: PositiveInt = 4
     """Desktops in the whole run: the knob from which the number of actor processes follows."""
     width: PositiveInt = 1280
@@ -146,5 +160,7 @@ class DesktopConfig(Section):
     """For the provider `docker`."""
     osworld: OSWorldConfig = OSWorldConfig()
     """For the provider `osworld`."""
+    vmware: VMwareConfig = VMwareConfig()
+    """For the provider `vmware`."""
     remote: RemoteConfig = RemoteConfig()
     """For the provider `remote`."""
