@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from deskrl.core.evaluation.sets import evaluation_name
 from deskrl.core.runfolder import RunFolder
+from deskrl.core.terminal import table_console
 from deskrl.core.timings import PARTS
 
 
@@ -28,7 +28,7 @@ def show(summary: dict[str, Any], folder: RunFolder) -> None:
         success = f"{rate['num_successes']}/{rate['num_episodes']} = {share}"
         interval = f"[{rate['low']:.0%}, {rate['high']:.0%}]"
         table.add_row(name, str(rate["num_tasks"]), success, interval, average, str(rate["num_faulted"]))
-    console = Console()
+    console = table_console()
     console.print(table)
     if summary["steps_per_episode"] is not None:
         pace = f"{summary['steps_per_episode']:.1f} steps and {summary['seconds_per_episode']:.1f} s an episode"
@@ -46,7 +46,9 @@ def show(summary: dict[str, Any], folder: RunFolder) -> None:
 
 
 def _timings(by_part: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table("of a step", "median ms", "90 % within ms", box=SIMPLE_HEAD)
+    table = Table("of a step", box=SIMPLE_HEAD)
+    for header in ("median ms", "90 % within ms"):
+        table.add_column(header, justify="right")
     for part, spread in by_part.items():
         table.add_row(PARTS[part], f"{spread['median']:.1f}", f"{spread['p90']:.1f}")
     return table
