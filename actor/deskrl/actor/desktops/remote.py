@@ -16,6 +16,7 @@ from typing import IO
 from deskrl.actor.desktops.base import Address, DesktopError, DesktopGone
 from deskrl.actor.desktops.holding import hold_one
 from deskrl.actor.desktops.osworld_guest import OSWorldGuestDesktop
+from deskrl.actor.desktops.programs import output_of
 from deskrl.core.config import DesktopConfig
 from deskrl.core.errors import UserError
 
@@ -80,12 +81,7 @@ class RemoteDesktop(OSWorldGuestDesktop):
         process = await asyncio.create_subprocess_shell(
             command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
         )
-        try:
-            written, _ = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        written = await output_of(process)
         if process.returncode != 0:
             told = " ".join(written.decode("utf-8", "replace").split())[-300:]
             raise DesktopError(f"desktop.remote.reset_command ended with status {process.returncode}: {told}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deskrl.actor.desktops.base import DesktopError
+from deskrl.actor.desktops.programs import output_of
 from deskrl.core.config import VMwareConfig
 
 _LIMIT_S = 60.0
@@ -29,12 +30,7 @@ async def vmrun(config: VMwareConfig, *words: str | Path) -> list[str]:
         )
     except OSError as error:
         raise DesktopError(f"{config.vmrun} cannot be run: {error.strerror}") from error
-    try:
-        written, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    written = await output_of(process)
     return _lines(words, process.returncode, written)
 
 
