@@ -16,7 +16,7 @@ from deskrl.core.timings import PARTS
 
 def show(summary: dict[str, Any], folder: RunFolder) -> None:
     """Print it."""
-    table = Table("", "tasks", "success", "95 %", "average reward", "faults", title=evaluation_name(folder.root))
+    table = Table("", "tasks", "success", "95 %", "average reward", "not counted", title=evaluation_name(folder.root))
     rows: Sequence[tuple[str, dict[str, Any]]] = [
         ("all", summary["all"]),
         ("feasible only", summary["feasible"]),
@@ -39,7 +39,9 @@ def show(summary: dict[str, Any], folder: RunFolder) -> None:
         console.print(f"{server['model']} acted at {server['url']}; not known: {lost}", highlight=False)
     if summary["uncounted"]:
         causes = ", ".join(f"{num} of {cause}" for cause, num in summary["uncounted"].items())
-        console.print(f"not counted: {causes}; {folder.results / 'task_results'} tells more", highlight=False)
+        console.print(
+            f"not counted: {causes}; {folder.results / 'task_results'} tells more", highlight=False, soft_wrap=True
+        )
     if summary["left_out"]:
         console.print(f"{len(summary['left_out'])} tasks are left out; {folder.root / 'left_out.json'} tells why")
     console.print(f"results: {folder.results}", highlight=False, soft_wrap=True)
