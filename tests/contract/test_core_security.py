@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -214,6 +215,21 @@ def test_a_stranger_is_refused_in_one_line(replay: ReplayProcess, tmp_path: Path
     assert refusal_at(address) == (
         f"the server at {address} refuses this process: the token is another one; mend security.folder"
     )
+
+
+@pytest.mark.parametrize("command", [("health", "replay"), ("actor",)], ids=" ".join)
+def test_a_person_who_is_a_stranger_sees_one_line(
+    replay: ReplayProcess, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """And nothing of what gRPC's core would write beside it."""
+    make_certificates(tmp_path / "other", [], 1)
+    name, *arguments = command
+    security = replay.config.security.model_copy(update={"folder": tmp_path / "other"})
+    dump_config(replay.config.model_copy(update={"security": security}), tmp_path / "config.json")
+    ended = run_deskrl(name, str(tmp_path / "config.json"), *arguments)
+    lines = [line for line in ended.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert (ended.returncode, len(lines)) == (2, 1), ended.stderr
+    assert f"the certificate of the server at {replay.config.replay.address} is refused" in lines[0]
 
 
 def test_a_caller_of_another_authority_is_refused(replay: ReplayProcess, tmp_path: Path, folder: Path) -> None:

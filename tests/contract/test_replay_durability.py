@@ -221,6 +221,19 @@ def test_screenshots_that_are_cut_short_or_missing_are_refused_and_left_as_they_
     assert len(process.client().episodes()) == 1
 
 
+def test_screenshots_without_their_database_are_left_as_they_are(start_replay: StartReplay) -> None:
+    """A store made anew beside them would remove what nothing speaks of."""
+    process = start_replay()
+    store_an_episode(process)
+    path, (segment,) = process.folder / "replay.sqlite", (process.folder / "screenshots").iterdir()
+    whole, screenshots = path.read_bytes(), segment.read_bytes()
+    path.unlink()
+    assert f"{path} is missing, and screenshots of its are there" in refused_start(process)
+    assert segment.read_bytes() == screenshots and not path.exists()
+    path.write_bytes(whole)
+    process.start()
+
+
 def test_a_database_of_something_else_is_refused_and_left_as_it_is(start_replay: StartReplay) -> None:
     process = start_replay()
     process.stop()

@@ -98,10 +98,10 @@ class Viewer:
     def status(self, path: str, **headers: str) -> int:
         """How a request is answered."""
         try:
-            self.get(path, **headers)
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=PATIENCE_S):
+                return 200
         except urllib.error.HTTPError as error:
             return error.code
-        return 200
 
     def close(self) -> int:
         """Ctrl-C."""
@@ -306,6 +306,7 @@ def run(replay: ReplayProcess, tmp_path: Path) -> Path:
     shutil.copy(replay.config.folder / "config.json", folder)
     with closing(sqlite3.connect(replay.folder / "replay.sqlite")) as source:
         source.execute("VACUUM INTO ?", (str(folder / "replay/replay.sqlite"),))
+    shutil.copytree(replay.folder / "screenshots", folder / "replay/screenshots")
     return folder
 
 
@@ -315,7 +316,8 @@ def test_a_folder_that_is_no_run(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_a_run_without_a_store(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     dump_config(replay_config(tmp_path), tmp_path / "config.json")
-    assert "replay.sqlite: no such file" in refusal(capsys, str(tmp_path))
+    line = refusal(capsys, str(tmp_path))
+    assert "replay.sqlite: no such file" in line and "or restore it from a copy" in line
 
 
 def test_a_store_that_is_cut_short(capsys: pytest.CaptureFixture[str], run: Path) -> None:
@@ -338,6 +340,43 @@ def test_a_store_of_another_kind(capsys: pytest.CaptureFixture[str], run: Path, 
     with closing(sqlite3.connect(run / "replay/replay.sqlite")) as database:
         database.execute(f"PRAGMA {change}")
     assert told in refusal(capsys, str(run))
+
+
+def test_screenshots_that_are_cut_short_or_missing(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    (path,) = (run / "replay/screenshots").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert f"{path} was cut short at {len(whole) - 1} of {len(whole)} bytes; restore" in refusal(capsys, str(run))
+    assert path.read_bytes() == whole[:-1]
+    path.unlink()
+    assert f"{path} is missing; restore" in refusal(capsys, str(run))
+
+
+def test_a_tokenizer_that_is_damaged(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    config = json.loads((run / "config.json").read_text()) | {"model": {"path": str(run / "model")}}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "model").mkdir()
+    (run / "model/tokenizer.json").write_text("{")
+    assert f"{run / 'model/tokenizer.json'} cannot be read: " in refusal(capsys, str(run))
+
+
+def test_what_breaks_while_it_is_looked_at_is_told_on_the_page(run: Path) -> None:
+    (path,) = (run / "replay/screenshots").iterdir()
+    viewer = Viewer(run)
+    try:
+        name = re.findall(r'"(/image/\w+)"', viewer.get("/episode/train/0.0"))[0]
+        small = f"{name}?width=160"
+        assert [viewer.status(small), viewer.status(name)] == [200, 200]
+        whole = path.read_bytes()
+        path.write_bytes(bytes(len(whole)))
+        assert [viewer.status(small), viewer.status(name)] == [500, 500]
+        path.unlink()
+        path.mkdir()
+        assert [viewer.status(small), viewer.status(name), viewer.status("/")] == [500, 500, 200]
+        (run / "replay/replay.sqlite").unlink()
+        assert viewer.status("/") == 500
+    finally:
+        assert viewer.close() == 0
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str], viewer: Viewer, run: Path) -> None:

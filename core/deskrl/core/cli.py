@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Bad input is one line on standard error and status 2."""
+    # gRPC's core would write lines of its own beside that one. It looks once, as `grpc` is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         return _dispatch(sys.argv[1:] if arguments is None else list(arguments))
     except UserError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -23,9 +22,6 @@ from deskrl.core.errors import UserError
 from deskrl.core.security.admission import Doorkeeper
 from deskrl.core.security.identity import Identity, load_identity, refuse_stranger
 from deskrl.proto.v1 import common_pb2
-
-# gRPC's core would write lines of its own to standard error beside the one line that a person is meant to read.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 VERSION = metadata.version("deskrl")
 

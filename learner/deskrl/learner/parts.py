@@ -147,7 +147,9 @@ def _read_tasks(folder: RunFolder) -> Mapping[str, Mapping[str, Any]]:
     try:
         tasks: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error})", "start the run with `deskrl up`") from error
+        raise UserError(
+            f"{path} cannot be read ({error})", "start the run with `deskrl up`, or `deskrl prepare` it"
+        ) from error
     if not tasks:
         raise UserError(f"{path} names no task", "name at least one in tasks.tasks")
     return tasks

@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from deskrl.core.errors import UserError
 from deskrl.core.ids import image_hash
 from deskrl.replay.refusals import Malformed, NotHeld
 from deskrl.replay.segments import Place, SegmentReader, Segments
@@ -99,6 +100,19 @@ def read(
 def extents(connection: sqlite3.Connection) -> dict[int, int]:
     """For each segment that holds screenshots, how far they reach."""
     return dict(connection.execute("SELECT number, num_bytes FROM segments"))
+
+
+def refuse_lost(connection: sqlite3.Connection, segments: SegmentReader) -> None:
+    """Raise UserError if bytes of screenshots that the store speaks of are not on disk.
+
+    Outside a transaction: a segment that replay has removed meanwhile is spoken of no more.
+    """
+    for number, num_bytes in extents(connection).items():
+        try:
+            segments.check(number, num_bytes)
+        except UserError:
+            if number in extents(connection):
+                raise
 
 
 def move(connection: sqlite3.Connection, segments: Segments, segment: int) -> None:

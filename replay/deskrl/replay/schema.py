@@ -12,13 +12,14 @@ import sqlite3
 from pathlib import Path
 
 from deskrl.core.errors import UserError
+from deskrl.replay.segments import SCREENSHOTS
 
 FILE_NAME = "replay.sqlite"
 _APPLICATION_ID = 0x6465736B  # "desk"
 _SCHEMA_VERSION = 3
 _FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
 """What SQLite says on a full disk, depending on which of its files it was about to write."""
-_MEND = "restore the file from a copy, or move it away and start the run anew"
+_MEND = "restore the file from a copy, or move its folder away and start the run anew"
 
 # Screenshots are nearly all bytes and lie in segments (see `segments`); a row says where.
 # `groups.state`: open -> complete -> bound -> consumed, or open -> closed (too few members).
@@ -160,12 +161,15 @@ def open_database(path: Path) -> sqlite3.Connection:
     """Open the writer's connection; a new file gets its tables, an old one is checked whole.
 
     Raises:
-        UserError: the file is damaged, no database, of something else, or of another version. It is left as it is.
+        UserError: the file is damaged, no database, of something else, or of another version, or it is missing and what
+            belongs to it is not. All is left as it is.
     """
     is_empty = not path.exists() or path.stat().st_size == 0
     has_log = path.with_name(path.name + "-wal").exists()
     if is_empty and has_log:
         raise UserError(f"{path} is empty, yet has a write-ahead log: it was cut short", _MEND)
+    if is_empty and any(path.parent.glob(f"{SCREENSHOTS}/*")):
+        raise UserError(f"{path} is missing, and screenshots of its are there", _MEND)
     connection = open_reader(path) if has_log else _connect(path)
     try:
         if has_log:

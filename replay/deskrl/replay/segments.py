@@ -14,6 +14,12 @@ from pathlib import Path
 
 from deskrl.core.errors import UserError
 
+SCREENSHOTS = "screenshots"
+"""The folder of the segments, in the store's."""
+
+RESTORE = "restore the replay folder from a copy, or move it away"
+"""What helps against bytes that are lost."""
+
 _MAX_SEGMENT_BYTES = 64 * 1024**2
 _SEGMENTS_OF_A_STORE = 32
 
@@ -34,7 +40,7 @@ class SegmentReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder / "screenshots"
+        self._folder = folder / SCREENSHOTS
 
     def read(self, place: Place, num_bytes: int) -> bytes:
         """The bytes at a place.
@@ -47,6 +53,16 @@ class SegmentReader:
             return os.pread(descriptor, num_bytes, place.position)
         finally:
             os.close(descriptor)
+
+    def check(self, number: int, num_bytes: int) -> None:
+        """Raise UserError if a segment is not there, or has fewer bytes than rows speak of."""
+        path = self._path(number)
+        held_bytes = -1
+        with contextlib.suppress(FileNotFoundError):
+            held_bytes = path.stat().st_size
+        if held_bytes < num_bytes:
+            state = "is missing" if held_bytes < 0 else f"was cut short at {held_bytes} of {num_bytes} bytes"
+            raise UserError(f"{path} {state}", RESTORE)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}.bin"
@@ -70,7 +86,7 @@ class Segments(SegmentReader):
         self._folder.mkdir(parents=True, exist_ok=True)
         self._segment_bytes = min(_MAX_SEGMENT_BYTES, max_bytes // _SEGMENTS_OF_A_STORE)
         for number, num_bytes in extents.items():
-            self._check(number, num_bytes)
+            self.check(number, num_bytes)
         for path in self._folder.iterdir():
             if not (path.stem.isdecimal() and int(path.stem) in extents):
                 path.unlink()
@@ -134,12 +150,3 @@ class Segments(SegmentReader):
             os.fsync(folder)
         finally:
             os.close(folder)
-
-    def _check(self, number: int, num_bytes: int) -> None:
-        path = self._path(number)
-        held_bytes = -1
-        with contextlib.suppress(FileNotFoundError):
-            held_bytes = path.stat().st_size
-        if held_bytes < num_bytes:
-            state = "is missing" if held_bytes < 0 else f"was cut short at {held_bytes} of {num_bytes} bytes"
-            raise UserError(f"{path} {state}", "restore the replay folder from a copy, or move it away")

@@ -160,8 +160,8 @@ def data_uris(images: Mapping[str, bytes]) -> dict[str, str]:
         try:
             with Image.open(io.BytesIO(data), formats=["PNG", "JPEG"]) as picture:
                 uris[name] = _encode(picture.convert("RGB"), share)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            logger.warning("report: screenshot %s is no picture: %s", name[:12], error)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            logger.warning("report: what was stored as screenshot %s is no picture, or damaged on disk", name[:12])
     return uris
 
 

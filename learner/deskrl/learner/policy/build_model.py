@@ -49,4 +49,6 @@ def _read_corpus(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8").split("\f")
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", "start the run with `deskrl up`") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}", "start the run with `deskrl up`, or `deskrl prepare` it"
+        ) from error

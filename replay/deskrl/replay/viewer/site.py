@@ -15,12 +15,13 @@ from PIL import Image
 
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
+from deskrl.core.ids import image_hash
 from deskrl.core.report.page import span_text
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.scores import EpisodeScores, read_scores
 from deskrl.replay import images, schema, successes
 from deskrl.replay.refusals import Refused
-from deskrl.replay.segments import SegmentReader
+from deskrl.replay.segments import RESTORE, SegmentReader
 from deskrl.replay.viewer import browse, pages, tokens
 
 PAGE_EPISODES = 50
@@ -68,7 +69,7 @@ class Site:
         self._text_of = tokens.token_texts(config.model_folder)
         self._segments = SegmentReader(self._path.parent)
         self._templates = _templates()
-        refuse_unreadable(self._path)
+        refuse_unreadable(self._path, self._segments)
 
     def reply(self, path: str, query: Mapping[str, str]) -> Reply:
         """The page at an address; never raises for what a browser may ask."""
@@ -78,6 +79,8 @@ class Site:
             return self._trouble(404, str(error))
         except (sqlite3.Error, ValueError) as error:  # a damaged page or step; CodecError is a ValueError
             return self._trouble(500, f"{self._path.name} cannot be read here: {error}")
+        except OSError as error:
+            return self._trouble(500, f"{error.filename or 'a file of this run'} cannot be read: {error.strerror}")
 
     def _find(self, path: str) -> Callable[[Mapping[str, str]], Reply]:
         kind, _, name = path.removeprefix("/").partition("/")
@@ -200,6 +203,8 @@ class Site:
                 (data,) = images.read(connection, self._segments, [images.parse_hash(name)], 1)
         except Refused as refusal:
             raise NoSuchPage(str(refusal)) from refusal
+        if image_hash(data) != name:
+            return self._trouble(500, f"this screenshot is damaged on disk; {RESTORE}")
         if width is not None:
             return Reply(200, "image/jpeg", _thumbnail(data, width), is_immutable=True)
         return Reply(200, "image/png", data, is_immutable=True)
@@ -224,14 +229,16 @@ class Site:
         return Reply(status, reply.content_type, reply.body)
 
 
-def refuse_unreadable(path: Path) -> None:
-    """Raise UserError unless there is a store at `path` whose pages this version can show."""
+def refuse_unreadable(path: Path, segments: SegmentReader) -> None:
+    """Raise UserError unless there is a whole store at `path` whose pages this version can show."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file", "wait until the run's replay service has started")
+        mend = "wait until the run's replay service has started, or restore it from a copy"
+        raise UserError(f"{path}: no such file", mend)
     try:
         with closing(schema.open_reader(path)) as connection:
             schema.refuse_foreign(connection, path)
             browse.find(connection, browse.Filters(), 0.0, None, PAGE_EPISODES)
+            images.refuse_lost(connection, segments)
     except sqlite3.Error as error:
         raise UserError(
             f"{path} cannot be read: {error}", "restore the file from a copy; deskrl report RUN checks it whole"
@@ -269,7 +276,7 @@ def _thumbnail(data: bytes, width: int) -> bytes:
             buffer = io.BytesIO()
             picture.convert("RGB").save(buffer, "JPEG", quality=82)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise NoSuchPage(f"no picture: {error}") from error
+        raise NoSuchPage("what was stored as this screenshot is no picture") from error
     return buffer.getvalue()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deskrl.core.errors import UserError
 from deskrl.core.scores import EpisodeScores
 from deskrl.core.trajectory import Step
 
@@ -40,13 +41,21 @@ class TokenView:
 
 
 def token_texts(model_folder: Path) -> Callable[[int], str] | None:
-    """What each token id stands for; None without the package `tokenizers` or without the model's tokenizer.json."""
+    """What each token id stands for; None without the package `tokenizers` or without the model's tokenizer.json.
+
+    Raises:
+        UserError: that file is damaged.
+    """
     path = model_folder / "tokenizer.json"
     if importlib.util.find_spec("tokenizers") is None or not path.is_file():
         return None
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        mend = "restore it from a copy, or move it away: tokens are then shown by their numbers"
+        raise UserError(f"{path} cannot be read: {error}", mend) from error
 
     def text(token_id: int) -> str:
         decoded: str = tokenizer.decode([token_id], skip_special_tokens=False)
