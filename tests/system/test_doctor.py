@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from ports_kit import free_port
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from replay_kit import StartReplay
 
 from deskrl.core import rpc
@@ -21,6 +22,8 @@ from deskrl.core.cli import main
 from deskrl.core.config import RunConfig
 from deskrl.core.doctor import machine, network
 from deskrl.core.doctor.findings import Finding, Mark
+from deskrl.core.errors import UserError
+from deskrl.core.exposition import expose
 from deskrl.core.security.certificates import make_certificates
 from deskrl.core.top.scrape import Gpu
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc
@@ -124,6 +127,41 @@ def test_a_server_that_serves(start_replay: StartReplay) -> None:
     found = only(network.servers(config, ["replay"]), "replay")
     assert found.mark is Mark.GOOD
     assert found.detail == f"serves at {config.replay.address}, deskrl {rpc.VERSION}"
+
+
+def replay_with_metrics(tmp_path: Path, port: int, host: str = "127.0.0.1") -> RunConfig:
+    return config_of(tmp_path, replay={"metrics_port": port}, security={"metrics_host": host})
+
+
+def test_metrics_that_prometheus_reaches_from_this_machine_alone(tmp_path: Path) -> None:
+    port, registry = free_port(), CollectorRegistry()
+    Gauge("deskrl_episodes", "as a role has them", registry=registry)
+    server, thread = start_http_server(port, "127.0.0.1", registry)
+    found = only(network.metrics_ports(replay_with_metrics(tmp_path, port), ["replay"]), "metrics")
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    assert (
+        found.mark is Mark.GOOD and f"Prometheus is answered at 127.0.0.1:{port} (replay.metrics_port)" in found.detail
+    )
+    assert "of this machine" in found.detail and "security.metrics_host" in found.detail
+
+
+def test_metrics_ports_that_something_else_has(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(10)
+        port = other.getsockname()[1]
+        found = only(network.metrics_ports(replay_with_metrics(tmp_path, port), ["replay"]), "metrics")
+    assert (found.mark, found.detail) == (Mark.BAD, f"something else listens at 127.0.0.1:{port} (replay.metrics_port)")
+
+
+def test_metrics_at_an_address_of_another_machine(tmp_path: Path) -> None:
+    config = replay_with_metrics(tmp_path, free_port(), "192.0.2.77")
+    found = only(network.metrics_ports(config, ["replay"]), "metrics")
+    assert found.mark is Mark.BAD and "Cannot assign requested address" in found.detail
+    assert found.mend == "set security.metrics_host to an address of this machine"
+    with pytest.raises(UserError, match=r"assign requested address; set security\.metrics_host to"):
+        expose("192.0.2.77", free_port(), "replay.metrics_port")
 
 
 def test_a_name_that_is_not_known(tmp_path: Path) -> None:

@@ -15,4 +15,4 @@ def test_a_taken_port_is_refused_with_its_key() -> None:
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=f"metrics port 127.0.0.1:{port} cannot be listened on") as refusal:
             expose("127.0.0.1", port, "learner.metrics_port")
-    assert refusal.value.mend == "set learner.metrics_port"
+    assert refusal.value.mend == "set learner.metrics_port to a free port"

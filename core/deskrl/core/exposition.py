@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
 from deskrl.core.errors import UserError
@@ -25,4 +27,11 @@ def expose(host: str, port: int, key: str, registry: CollectorRegistry = REGISTR
         start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         reason = f"metrics port {host}:{port} cannot be listened on: {error.strerror}"
-        raise UserError(reason, f"set {key}") from error
+        raise UserError(reason, mend_for(error, key)) from error
+
+
+def mend_for(error: OSError, key: str) -> str:
+    """What to change where a metrics port cannot be listened on: the port, by its key, or else the host."""
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        return f"set {key} to a free port"
+    return "set security.metrics_host to an address of this machine"

@@ -184,19 +184,22 @@ async def start_server(server: grpc.aio.Server, address: str, services: Sequence
 
 def refuse_exposure(address: str) -> None:
     """Raise UserError unless `host:port` is a loopback address, or this process has an identity to protect it by."""
-    host = address.rpartition(":")[0].strip("[]")
-    loopback = host == "localhost"
-    if not loopback:
-        try:
-            loopback = ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            loopback = False
-    if not loopback and _identity is None:
+    if not is_loopback(address.rpartition(":")[0].strip("[]")) and _identity is None:
         raise UserError(
             f"{address} is reachable from other machines",
             "use a loopback address such as 127.0.0.1:7411, or make certificates (`deskrl certificates`) and name "
             "their folder in security.folder",
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens at a host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_health(address: str, timeout_s: float = 2.0) -> bool:

@@ -6,6 +6,7 @@ Knows the contracts. A server that nobody has started yet is worth a note; one t
 from __future__ import annotations
 
 import datetime
+import errno
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,11 @@ from deskrl.core import rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.doctor.findings import Finding, attempt, bad, good, note
 from deskrl.core.errors import UserError
+from deskrl.core.exposition import mend_for
 from deskrl.core.running.preflight import Endpoint, endpoints
 from deskrl.core.security.identity import IdentityFiles, load_identity
+from deskrl.core.top import scrape
+from deskrl.core.top.window import Scrape
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc, replay_pb2, replay_pb2_grpc
 
 _TIMEOUT_S = 5.0
@@ -147,21 +151,46 @@ def _ask(name: str, address: str) -> common_pb2.ServiceStatus | None:
 
 
 def metrics_ports(config: RunConfig, roles: Sequence[str]) -> Iterator[Finding]:
-    """The other ports on which the roles of this machine are to listen."""
+    """The other ports on which the roles of this machine listen: free for them, or theirs already."""
     others = [it for it in endpoints(config) if not it.key.endswith(".address") and it.key.partition(".")[0] in roles]
-    taken = [endpoint for endpoint in others if not _is_free(endpoint)]
+    refusals = [(endpoint, error) for endpoint in others if (error := _refusal(endpoint)) is not None]
+    for_metrics = [(it, error) for it, error in refusals if it.key.endswith(".metrics_port")]
+    answers = scrape.read_all([scrape.address_of(endpoint) for endpoint, _ in for_metrics])
+    answering = [it for it, _ in for_metrics if _is_ours(answers.get(scrape.address_of(it), {}))]
+    for endpoint, error in for_metrics:
+        if error.errno != errno.EADDRINUSE:
+            detail = f"{_named(endpoint)} cannot be listened on: {error.strerror}"
+            yield bad("metrics", detail, mend_for(error, endpoint.key))
+        elif endpoint not in answering:
+            yield bad("metrics", f"something else listens at {_named(endpoint)}", mend_for(error, endpoint.key))
+    if answering:
+        detail = f"Prometheus is answered at {', '.join(map(_named, answering))}"
+        if all(rpc.is_loopback(endpoint.host) for endpoint in answering):
+            detail += ": on loopback, so one of this machine (for another set security.metrics_host)"
+        yield good("metrics", detail)
+    taken = [endpoint for endpoint, _ in refusals if not endpoint.key.endswith(".metrics_port")]
     if taken:
-        listed = ", ".join(f"{it.host}:{it.port} ({it.key})" for it in taken)
+        listed = ", ".join(map(_named, taken))
         yield note("ports", f"taken: {listed}; by this run, if it is running", "else choose others")
-    elif others:
-        yield good("ports", f"{len(others)} further ports are free")
+    if len(others) > len(refusals):
+        yield good("ports", f"{len(others) - len(refusals)} further ports are free")
 
 
-def _is_free(endpoint: Endpoint) -> bool:
+def _named(endpoint: Endpoint) -> str:
+    return f"{endpoint.host}:{endpoint.port} ({endpoint.key})"
+
+
+def _is_ours(scraped: Scrape) -> bool:
+    """Whether it is a role of deskrl that answered so."""
+    return any(name.startswith("deskrl_") for name, _ in scraped)
+
+
+def _refusal(endpoint: Endpoint) -> OSError | None:
+    """Why nothing more can listen there; None if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((endpoint.host, endpoint.port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None

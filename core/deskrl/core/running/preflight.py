@@ -18,6 +18,7 @@ from deskrl.core import devices, model_folder, rpc
 from deskrl.core.config import LearnerConfig, RunConfig
 from deskrl.core.errors import UserError, missing_package
 from deskrl.core.explain import facts, fitting, storage
+from deskrl.core.exposition import mend_for
 from deskrl.core.runfolder import RunFolder
 
 MIN_FREE_BYTES = 64 * 1024**2
@@ -108,7 +109,9 @@ def refuse_ports(config: RunConfig) -> None:
                 probe.bind((host, port))
             except OSError as error:
                 reason = f"{host}:{port} ({key}) cannot be listened on: {error.strerror}"
-                raise UserError(reason, f"choose another port with --{key}") from error
+                is_metrics = key.endswith(".metrics_port")
+                mend = mend_for(error, key) if is_metrics else f"choose another port with --{key}"
+                raise UserError(reason, mend) from error
 
 
 def refuse_full_disk(folder: RunFolder) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from prometheus_client.parser import text_string_to_metric_families
 
 from deskrl.core.config import RunConfig
-from deskrl.core.running.preflight import endpoints
+from deskrl.core.running.preflight import Endpoint, endpoints
 from deskrl.core.top.window import Scrape
 
 _TIMEOUT_S = 2.0
@@ -32,11 +32,12 @@ class Gpu:
 
 def metrics_addresses(config: RunConfig) -> list[str]:
     """Where the roles of a run serve metrics, `role:port` by `host:port`."""
-    return [
-        f"{'127.0.0.1' if endpoint.host in _ANY_HOST else endpoint.host}:{endpoint.port}"
-        for endpoint in endpoints(config)
-        if endpoint.key.endswith("metrics_port")
-    ]
+    return [address_of(endpoint) for endpoint in endpoints(config) if endpoint.key.endswith("metrics_port")]
+
+
+def address_of(endpoint: Endpoint) -> str:
+    """Where this machine finds what listens there."""
+    return f"{'127.0.0.1' if endpoint.host in _ANY_HOST else endpoint.host}:{endpoint.port}"
 
 
 def read_all(addresses: Sequence[str]) -> dict[str, Scrape]:
