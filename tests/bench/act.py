@@ -91,7 +91,8 @@ async def run_turn(cases: Sequence[Case], concurrency: int, answer: Callable[[Ca
         while waiting:
             case = waiting.pop()
             started_s = time.perf_counter()
-            num_tokens += await answer(case)
+            num_answered = await answer(case)  # first: a sum read before others finish would forget theirs
+            num_tokens += num_answered
             latencies_s.append(time.perf_counter() - started_s)
 
     started_s = time.perf_counter()
