@@ -7,7 +7,7 @@ keys, values and lengths; knows nothing of rows or screenshots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple, TypeGuard
 
@@ -102,7 +102,8 @@ def attend(
     if query.dtype != torch.float32 and _is(is_recent, query.device):
         return _by_one_kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, causal), None
     each = sequence_lengths or tuple((cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist())
-    return _one_by_one(query, key, value, each, scaling, causal), None
+    attend_one = partial(scaled_dot_product_attention, is_causal=causal, scale=scaling)  # any device and precision
+    return _one_by_one(query, key, value, each, attend_one), None
 
 
 @cache
@@ -116,16 +117,16 @@ def _are_long(each: tuple[int, ...] | None) -> TypeGuard[tuple[int, ...]]:
 
 def _one_by_one_on_hopper(query: Tensor, key: Tensor, value: Tensor, each: Sequence[int], scaling: float) -> Tensor:
     """cuDNN's causal attention, sequence by sequence: it uses instructions that torch's FlashAttention does not."""
-    parts = zip(*(torch.split(part, list(each), dim=2) for part in (query, key, value)), strict=True)
-    outputs = []
+
+    def attend_padded(*parts: Tensor) -> Tensor:
+        length = parts[0].shape[2]
+        # What is added comes last, so that no token of the sequence sees it.
+        q, k, v = (pad(part, (0, 0, 0, -length % _LENGTH_STEP)) for part in parts)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)[:, :, :length]
+
     # The second serves where the first cannot: heads of an odd size, a torch without cuDNN.
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-        for length, one in zip(each, parts, strict=True):
-            # What is added comes last, so that no token of the sequence sees it.
-            q, k, v = (pad(part, (0, 0, 0, -length % _LENGTH_STEP)) for part in one)
-            output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-            outputs.append(output[:, :, :length])
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+        return _one_by_one(query, key, value, each, attend_padded)
 
 
 def _by_one_kernel(
@@ -141,8 +142,9 @@ def _by_one_kernel(
     return output[None]
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, each: Sequence[int], scaling: float, causal: bool) -> Tensor:
-    """Sequence by sequence, on any device and in any precision."""
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, each: Sequence[int], attend_one: Callable[..., Tensor]
+) -> Tensor:
+    """Sequence by sequence; `attend_one` takes the queries, keys and values of one."""
     parts = zip(*(torch.split(part, list(each), dim=2) for part in (query, key, value)), strict=True)
-    outputs = [scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling) for q, k, v in parts]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat([attend_one(q, k, v) for q, k, v in parts], dim=2).transpose(1, 2)
