@@ -100,7 +100,6 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
     applications = {task_id: metrics.application_of(task) for task_id, task in tasks.items()}
     metrics.name_applications(set(applications.values()))
     curriculum = Curriculum(config, {task_id: json.dumps(task).encode() for task_id, task in tasks.items()})
-    exact = config.learner.dtype == config.inference.dtype == "float32"
     return Parts(
         folder=folder,
         tokenizer=tokenizer,
@@ -125,7 +124,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         publisher=Publisher(
             config.inference,
             _sender(config, engine),
-            TOLERANCE_FLOAT32 if exact else TOLERANCE_BFLOAT16,
+            TOLERANCE_FLOAT32 if config.is_in_float32 else TOLERANCE_BFLOAT16,
             stop,
             on_outcome,
         ),

@@ -65,6 +65,11 @@ class RunConfig(BaseSettings):
         return -(-self.desktop.num_envs // self.actor.desktops_per_actor)
 
     @property
+    def is_in_float32(self) -> bool:
+        """Whether learner and replicas compute in float32 both, so that their logprobs are alike but for rounding."""
+        return self.learner.dtype == self.inference.dtype == "float32"
+
+    @property
     def model_folder(self) -> Path:
         """Where the initial model lies."""
         return self.model.path if self.model.path is not None else self.folder / "model"

@@ -54,12 +54,11 @@ class Expected:
 
 def expected_of(config: RunConfig) -> Expected:
     """Read it off the configuration."""
-    exact = config.learner.dtype == config.inference.dtype == "float32"
     return Expected(
         eval_episodes=config.learner.eval.episodes,
         min_gain=config.learner.eval.min_gain,
         replay=config.learner.grpo.replay_successes,
-        max_mismatch=MAX_MISMATCH_FLOAT32 if exact else MAX_MISMATCH_HALF,
+        max_mismatch=MAX_MISMATCH_FLOAT32 if config.is_in_float32 else MAX_MISMATCH_HALF,
     )
 
 
