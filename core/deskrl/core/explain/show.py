@@ -152,14 +152,14 @@ def _whole(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, s
         )
     before = "; the warm start comes before, and ends by itself" if config.learner.warm_start is not None else ""
     yield "in all", f"{_clock(told.run_s)}{before}"
-    yield "GPUs", f"{told.num_gpus} x {_clock(told.run_s)} = {told.gpu_hours:.1f} GPU hours"
-    yield "desktops", f"{timing.desktops} x {_clock(told.run_s)} = {told.desktop_hours:.1f} desktop hours"
+    yield "GPUs", f"{told.num_gpus} x {_clock(told.run_s)} = {told.gpu_hours:.2f} GPU hours"
+    yield "desktops", f"{timing.desktops} x {_clock(told.run_s)} = {told.desktop_hours:.2f} desktop hours"
     if told.cost is None:
         yield "cost", "tell --gpu-hour-price, --desktop-hour-price"
         return
     hours = (("gpu", told.gpu_hours), ("desktop", told.desktop_hours))
     prices = [(number, price) for name, number in hours if (price := assumed[f"{name}_hour_price"]) is not None]
-    yield "cost", " + ".join(f"{number:.1f} h x {price:g}" for number, price in prices) + f" = {told.cost:.2f}"
+    yield "cost", " + ".join(f"{number:.2f} h x {price:g}" for number, price in prices) + f" = {told.cost:.2f}"
 
 
 def _waiting(told: Timing) -> str:
