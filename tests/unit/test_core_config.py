@@ -1,8 +1,11 @@
 """One TOML file describes a run; what it does not know is refused with its dotted path."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +35,22 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     monkeypatch.setenv("DESKRL_LEARNER__GRPO__NUM_UPDATES", "2")
     config = load_config(path, ["--learner.grpo.num_updates", "3"])
     assert (config.learner.grpo.num_updates, config.seed, config.learner.grpo.clip_low) == (3, 2, 0.1)
+
+
+def test_every_key_can_be_given_on_the_command_line(tmp_path: Path) -> None:
+    """What a shell hands over is text: a number that only a file can say would be refused there."""
+    smoke = load_config(RUNS / "smoke.toml")
+    arguments = [text for key, value in _leaves(smoke.model_dump(mode="json")) for text in (f"--{key}", value)]
+    assert "--learner.zero_stage" in arguments
+    assert load_config(write(tmp_path, ""), arguments).model_dump() == smoke.model_dump()
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield prefix + key, value if isinstance(value, str) else json.dumps(value)
 
 
 def test_a_preset_gives_way_to_every_explicit_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ class LearnerConfig(Section):
     """Rendezvous port of the ranks; 0: a free one."""
     devices: tuple[Device, ...] = ()
     """GPUs of the ranks, by number, one each. Empty: what the environment says (`CUDA_VISIBLE_DEVICES`)."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO stage. 1 adds gradients up in `dtype`, whole on each rank; 2 and 3 in float32, parted."""
     offload_optimizer: bool = False
     """Keep master weights and optimizer states in the host's memory; needs a ZeRO stage above 0."""
