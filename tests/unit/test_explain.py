@@ -1,6 +1,7 @@
 """What `deskrl explain` tells: numbers worked out by hand, contradictions by name, and no engine to find them."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from deskrl.core.explain.main import explain_run
 from deskrl.core.explain.memory import MicroBatch, activation_bytes, learner_memory, replica_memory
 from deskrl.core.explain.shape import ModelShape, shape_of_config, shape_of_name
 from deskrl.core.explain.storage import checkpoint_bytes
-from deskrl.core.explain.timing import Assumptions, predict, update_flops
+from deskrl.core.explain.timing import Assumptions, least_staleness, predict, update_flops
 from deskrl.core.explain.whole import add_up
 from deskrl.core.families import Architecture
 from deskrl.core.runfolder import RunFolder
@@ -264,6 +265,16 @@ def test_pacing_keeps_no_more_desktops_busy_than_it_grants() -> None:
     config = config_of(tasks={"rollouts": 4}, desktop={"num_envs": 32}, learner={"grpo": grpo})
     timing = predict(config, count_batches(config, 4), rows_of(config), SMALL, Assumptions())
     assert timing is not None and (timing.desktops, timing.desktops_allowed) == (32, 4)
+
+
+@pytest.mark.parametrize(("learn_s", "enough"), [(60, math.inf), (110, 3), (150, 2), (250, 1)])
+def test_staleness_beyond_what_keeps_the_learner_busy_gains_nothing(learn_s: float, enough: float) -> None:
+    """Batches of 4, episodes of 400 s: 8 desktops at once, as staleness 1 allows, take 200 s for one; 16 take 100."""
+    times = {"env_reset_s": 400, "env_step_s": 0, "evaluate_s": 0, "act_s": 0, "learn_s": learn_s}
+    config = config_of(tasks={"rollouts": 4}, desktop={"num_envs": 16}, learner={"grpo": {"groups_per_batch": 1}})
+    batches = count_batches(config, 1)
+    timing = predict(config, batches, rows_of(config), None, Assumptions.model_validate(times))
+    assert timing is not None and least_staleness(batches, timing) == enough
 
 
 def test_later_optimizer_steps_cost_one_forward_pass_more() -> None:

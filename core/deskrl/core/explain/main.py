@@ -19,7 +19,7 @@ from deskrl.core.explain.fitting import refuse_what_does_not_fit
 from deskrl.core.explain.memory import LearnerMemory, ReplicaMemory, learner_memory, replica_memory
 from deskrl.core.explain.show import show
 from deskrl.core.explain.storage import checkpoint_bytes
-from deskrl.core.explain.timing import Assumptions, Timing, predict
+from deskrl.core.explain.timing import Assumptions, Timing, least_staleness, predict
 from deskrl.core.explain.whole import add_up
 from deskrl.core.running.preflight import refuse_contradictions
 
@@ -114,6 +114,12 @@ def _remarks(
         remarks.append(
             f"pacing keeps {timing.desktops_allowed} of {timing.desktops} desktops busy: the others wait for updates "
             "(raise learner.grpo.max_staleness or groups_per_batch, or lower desktop.num_envs)"
+        )
+    staleness = config.learner.grpo.max_staleness
+    if timing is not None and (enough := least_staleness(batches, timing)) < staleness:
+        remarks.append(
+            f"learning takes longer than acting, so episodes wait until they are {staleness} updates old: "
+            f"learner.grpo.max_staleness = {enough} learns from fresher ones in the same time"
         )
     if replica is not None and replica.kv_tokens is not None:
         held = replica.kv_tokens * config.inference.num_replicas // max(1, rows.tokens_per_row)

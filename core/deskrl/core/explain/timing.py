@@ -120,6 +120,18 @@ def predict(
     )
 
 
+def least_staleness(batches: Batches, timing: Timing) -> float:
+    """The least `max_staleness` at which the learner waits for no desktop; infinite where it waits at any.
+
+    Beyond it episodes wait, and are older when they are learnt from.
+    """
+    for staleness in range(1, timing.desktops // batches.episodes_per_update + 2):
+        allowed = min(timing.desktops, (staleness + 1) * batches.episodes_per_update)
+        if timing.episode_s * batches.episodes_per_update / allowed < timing.learning_s:
+            return staleness
+    return math.inf
+
+
 def learning_seconds(config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape, assumed: Assumptions) -> float:
     """One update of the learner at the assumed share of its GPUs' rate."""
     share = (assumed.steps or rows.steps) / rows.steps
