@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,23 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from engine_kit import SHOTS, Episode, in_ranks, load, rows_of
 from learner_kit import SIZE, ToyPolicy, build_model, demonstrate, play
 from torch import Tensor
 
 from deskrl.core.config import LearnerConfig
 from deskrl.core.ids import image_hash
-from deskrl.core.rendering import image_sizing_of, suppressed_ids, vocab_size_of
-from deskrl.core.trajectory import Step
-from deskrl.learner.batches.batch import Collator, MicroBatch
+from deskrl.core.rendering import image_sizing_of
+from deskrl.learner.batches.batch import MicroBatch
 from deskrl.learner.batches.feed import Feed
 from deskrl.learner.batches.packing import Row, micro_batches, pack
 from deskrl.learner.imitation import demonstration, image_sizes
 from deskrl.learner.losses import imitation_loss
 from deskrl.learner.policy.engine import Engine
-from deskrl.learner.policy.model import Policy, Scores, load_policy, load_processor, make_collator
+from deskrl.learner.policy.model import Scores
 from deskrl.learner.trajectories import Trajectory
-
-Episode = tuple[list[Step], list[bytes], float]
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +42,6 @@ def toy(folder: Path) -> ToyPolicy:
 def episodes(toy: ToyPolicy) -> list[Episode]:
     """Sampled by transformers' own forward pass from the untrained model; three steps, three screenshots each."""
     return [play(toy, task_id, seed) for seed, task_id in enumerate(["red", "green", "blue", "grey", "red"])]
-
-
-def load(folder: Path) -> tuple[Policy, Collator]:
-    processor = load_processor(folder)
-    policy = load_policy(folder, suppressed_ids(processor.tokenizer, vocab_size_of(folder)), freeze_vision=False)
-    return policy, make_collator(policy, processor, lambda hashes: {name: SHOTS[name] for name in hashes})
-
-
-SHOTS: dict[str, bytes] = {}
-
-
-def rows_of(episodes: Sequence[Episode], share: bool = True) -> list[Row]:
-    SHOTS.update({image_hash(shot): shot for _, shots, _ in episodes for shot in shots})
-    return [
-        row
-        for index, (steps, _, _) in enumerate(episodes)
-        for row in pack(index, steps, [[0] * len(step.action_ids) for step in steps], share)
-    ]
 
 
 def gradients(folder: Path, rows: Sequence[Row], max_tokens: int) -> tuple[float, dict[str, Tensor]]:
@@ -154,16 +132,6 @@ def test_a_demonstration_becomes_the_ids_that_the_policy_would_have_seen_and_sam
     assert len(pack(0, demo.steps, [[0] * len(step.action_ids) for step in demo.steps])) == 1
 
 
-# Optimizer steps, in processes of their own: torch.distributed is once a process.
-_STEPS = """
-import json, sys
-from pathlib import Path
-sys.path[:0] = json.loads(sys.argv[1])
-import test_learner_engine as t
-t.take_steps(Path(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))
-"""
-
-
 def take_steps(folder: Path, cases: list[tuple[dict[str, Any], bool]], results_folder: Path) -> None:
     """In a child process: for each (settings, spoilt), a fresh engine's optimizer step; writes what came of it."""
     from deepspeed.accelerator import get_accelerator
@@ -190,13 +158,16 @@ def take_steps(folder: Path, cases: list[tuple[dict[str, Any], bool]], results_f
         while engine.scales_loss and not outcome.applied and not spoilt:
             outcome = engine.update(feed.batches(share), len(share), 1.0, loss_of)
             num_skipped += 1
-        weights = engine.weights()
+        weights = engine.checkpoint_parameters()
+        probed = weights["model.layers.0.mlp.up_proj.weight"]
+        with engine.gathered([probed]):
+            probe = probed.flatten()[:64].tolist()
         results.append(
             {
                 "applied": outcome.applied,
                 "num_skipped": num_skipped,
                 "norm": outcome.gradient_norm,
-                "probe": weights["model.layers.0.mlp.up_proj.weight"].flatten()[:64].tolist(),
+                "probe": probe,
                 "names": sorted(weights),
             }
         )
@@ -206,17 +177,8 @@ def take_steps(folder: Path, cases: list[tuple[dict[str, Any], bool]], results_f
 
 def run_steps(folder: Path, num_ranks: int, cases: list[tuple[dict[str, Any], bool]]) -> list[list[dict[str, Any]]]:
     """For each rank, the result of each case."""
-    here = Path(__file__).resolve().parent
-    paths = json.dumps([str(here), str(here.parent / "kit")])
-    launcher = [sys.executable]
-    if num_ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    script = folder.parent / "steps.py"
-    script.write_text(_STEPS)
     with tempfile.TemporaryDirectory() as results:
-        command = [*launcher, str(script), paths, str(folder), json.dumps(cases), results]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        in_ranks(take_steps, num_ranks, folder, cases, Path(results))
         return [json.loads(path.read_text()) for path in sorted(Path(results).glob("rank-*.json"))]
 
 

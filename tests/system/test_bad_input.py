@@ -261,11 +261,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(small_disk: Pat
     program = (
         "import sys; from pathlib import Path; from deskrl.core.config import LearnerConfig\n"
         "from deskrl.learner.policy.checkpoint import CheckpointStore\n"
+        "from deskrl.learner.policy.checkpoint_writer import CheckpointWriter\n"
         "from deskrl.learner.policy.engine import Engine; from deskrl.learner.policy.model import load_policy\n"
         "from deskrl.core.errors import UserError\n"
         "disk, model = map(Path, sys.argv[1:])\n"
         "engine = Engine(load_policy(model, (), False), LearnerConfig(dtype='float32'))\n"
-        "try: CheckpointStore(disk, model, {}, 3).save('epoch_2', engine, 2, {})\n"
+        "writer = CheckpointWriter(CheckpointStore(disk, model, {}), engine, keep=3)\n"
+        "writer.begin('epoch_2', 2, {})\n"
+        "try: writer.finish()\n"
         "except UserError as error: print(error)\n"
         "engine.close()"
     )

@@ -24,8 +24,8 @@ from deskrl.learner.evaluation import evaluation_record, mismatch_rows, of_one_v
 from deskrl.learner.imitation import demonstration, image_sizes, imitate
 from deskrl.learner.parts import Parts, assemble
 from deskrl.learner.plan import DEMO, TRAIN, eval_queue
-from deskrl.learner.policy.checkpoint import checkpoint_name
 from deskrl.learner.records import add_counts, pending_commit, update_record, weights_record
+from deskrl.learner.saving import Saving
 from deskrl.learner.state import LearnerState, PendingCommit
 from deskrl.learner.take import TakenBatch
 from deskrl.learner.trajectories import TaskGroup, Trajectory, decode_group
@@ -71,6 +71,7 @@ class Learner:
         self._grpo = config.learner.grpo
         self._parts = parts
         self._is_first = parts.engine.rank == 0
+        self._saving = Saving(parts, config.learner.grpo.groups_per_batch)
         self._state = LearnerState()
 
     def run(self) -> None:
@@ -80,7 +81,7 @@ class Learner:
         self._phase("loading")
         if not self._restore():
             self._warm_start()
-            self._save()
+            self._saving.begin(self._state, self._version)
         with self._replicas():
             self._publish()
             self._announce_version()
@@ -89,6 +90,7 @@ class Learner:
             while not self._is_trained():
                 self._update()
             self._evaluate("after")
+        self._saving.look(wait=True)
         self._write_results()
         self._phase("finished")
 
@@ -121,7 +123,7 @@ class Learner:
         self._state.lineage = lineage
         if self._is_first:
             checkpoints.write_lineages(self._tree)
-        self._commit_pending()
+        self._saving.commit(self._state.pending, self._version)
         return checkpoint is not None
 
     def _warm_start(self) -> None:
@@ -157,6 +159,7 @@ class Learner:
             rows, temperature = mismatch_rows(groups), self._grpo.temperature
             mismatch = grpo.measure_mismatch(self._parts.engine, self._parts.feed, rows, temperature)
             record = evaluation_record(groups, num_other, self._config.replay.success_above, mismatch)
+            self._saving.look(wait=True)  # what was evaluated is what a learner that is started again goes on from
             if self._is_first:
                 self._parts.results.add_evaluation(when, record)
                 metrics.note_evaluation(record)
@@ -165,10 +168,11 @@ class Learner:
             self._parts.replay.commit(queue, queue, [], self._version)
 
     def _update(self) -> None:
-        """One update: take a batch, learn it, publish, checkpoint, commit."""
+        """One update: take a batch, learn it, publish, begin a checkpoint."""
         seconds: dict[str, float] = {}
         with _timed(seconds, "wait"):
             batch = self._parts.taker.take(self._state, self._distance)
+        self._saving.look()
         with _timed(seconds, "learn"):
             report = self._learn(batch)
         self._state.num_updates += 1
@@ -177,7 +181,7 @@ class Learner:
         record = self._note_update(batch, report)
         with _timed(seconds, "checkpoint"):
             if self._is_checkpoint_due():
-                self._save()
+                self._saving.begin(self._state, self._version)
         self._announce_version()
         self._append_metrics("update", **record, seconds=seconds)
         if self._is_first:
@@ -227,19 +231,6 @@ class Learner:
 
     def _is_checkpoint_due(self) -> bool:
         return self._state.num_updates % self._config.learner.checkpoint_every == 0 or self._is_trained()
-
-    def _save(self) -> None:
-        """Write a checkpoint, then commit what it has learnt from."""
-        num_updates = self._state.num_updates
-        name = checkpoint_name(num_updates, self._grpo.groups_per_batch, self._parts.curriculum.num_tasks)
-        self._parts.checkpoints.save(name, self._parts.engine, num_updates, self._state.to_json())
-        self._commit_pending()
-        self._state.pending = []
-
-    def _commit_pending(self) -> None:
-        for pending in self._state.pending if self._is_first else ():
-            verdicts = [replay_pb2.GroupVerdict(**verdict) for verdict in pending.verdicts]
-            self._parts.replay.commit(pending.queue, pending.batch_id, verdicts, self._version)
 
     def _take_demonstrations(self) -> list[Trajectory]:
         """Scripted episodes that succeeded, with the ids that the policy has to learn to sample."""

@@ -19,6 +19,7 @@ from deskrl.learner.batches.feed import Feed
 from deskrl.learner.plan import Curriculum
 from deskrl.learner.policy import activations
 from deskrl.learner.policy.checkpoint import CheckpointStore, layout_of
+from deskrl.learner.policy.checkpoint_writer import CheckpointWriter
 from deskrl.learner.policy.engine import Engine
 from deskrl.learner.policy.model import load_policy, load_processor, make_collator
 from deskrl.learner.replay_client import ReplayClient
@@ -47,6 +48,7 @@ class Parts:
     """Of the tasks by their ids."""
     taker: BatchTaker
     checkpoints: CheckpointStore
+    checkpoint_writer: CheckpointWriter
     canary: CanaryProbe
     publisher: Publisher
     stop: StopEvent
@@ -60,6 +62,7 @@ class Parts:
         self.replay.close()
         if self.tracker is not None:
             self.tracker.close()
+        self.checkpoint_writer.close()
         self.engine.close()
 
 
@@ -100,6 +103,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
     applications = {task_id: metrics.application_of(task) for task_id, task in tasks.items()}
     metrics.name_applications(set(applications.values()))
     curriculum = Curriculum(config, {task_id: json.dumps(task).encode() for task_id, task in tasks.items()})
+    checkpoints = CheckpointStore(folder.checkpoints, model_folder, layout_of(config, engine.world_size))
     return Parts(
         folder=folder,
         tokenizer=tokenizer,
@@ -117,9 +121,8 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         curriculum=curriculum,
         applications=applications,
         taker=BatchTaker(config, curriculum, replay, engine.rank == 0, hash_of_processor),
-        checkpoints=CheckpointStore(
-            folder.checkpoints, model_folder, layout_of(config, engine.world_size), config.learner.keep_checkpoints
-        ),
+        checkpoints=checkpoints,
+        checkpoint_writer=CheckpointWriter(checkpoints, engine, config.learner.keep_checkpoints),
         canary=make_canary(policy, processor, sizing, *config.image_size),
         publisher=Publisher(
             config.inference,

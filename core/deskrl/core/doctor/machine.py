@@ -17,12 +17,11 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-import psutil
-
 from deskrl.core import rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.doctor.findings import Finding, attempt, bad, good, note
 from deskrl.core.errors import UserError, missing_package
+from deskrl.core.memory import available_bytes
 from deskrl.core.runfolder import RunFolder
 from deskrl.core.running.preflight import ENGINES, refuse_full_disk
 from deskrl.core.top.scrape import read_gpus
@@ -129,7 +128,7 @@ def disk_speed(folder: Path) -> tuple[float, float]:
 
 def memory(config: RunConfig, roles: Sequence[str]) -> Iterator[Finding]:
     """Memory, shared memory and open files for the desktops and roles of this machine."""
-    free_bytes = psutil.virtual_memory().available
+    free_bytes = available_bytes()
     num_desktops = config.desktop.num_envs if "actor" in roles and _is_local(config) else 0
     detail = f"{free_bytes / 1024**3:.1f} GiB available"
     if num_desktops * _DESKTOP_BYTES > free_bytes:

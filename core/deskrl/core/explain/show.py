@@ -109,8 +109,11 @@ def _replica_memory(explanation: Explanation, config: RunConfig) -> Iterable[tup
 
 def _disk(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, str]]:
     each, most = explanation.checkpoint_bytes, most_checkpoints(config.learner)
-    told = _UNKNOWN if each is None else f"{_gib(each)} each, {_gib(most * each)} for {most} of them"
-    yield "checkpoints", told
+    if each is None:
+        yield "checkpoints", _UNKNOWN
+    else:
+        yield "checkpoints", f"{_gib(each)} each, {_gib(most * each)} for {most} of them"
+        yield "written", f"beside learning, with {_gib(each)} of the learner's host memory to spare; else it waits"
     yield "episodes", f"at most {_gib(config.replay.max_bytes)}"
 
 

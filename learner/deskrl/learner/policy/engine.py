@@ -1,4 +1,4 @@
-"""DeepSpeed, wrapped: forward, update, gather, save, load. The only file that imports it.
+"""DeepSpeed, wrapped: forward, update, gather, what to save, load. The only file that imports it.
 
 Every rank is given the same micro-batches to choose its own from, so ranks always agree on how many there are. Knows
 gradients and ranks; knows nothing of rewards or of where batches come from.
@@ -12,6 +12,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +27,8 @@ from deskrl.learner.policy.model import Policy, Scores
 
 Gathered = TypeVar("Gathered")
 _GROUP_ELEMENTS = 250_000_000
+_WRITING_TIMEOUT = timedelta(hours=2)
+"""Ranks may be done with their part of a checkpoint as far apart as this."""
 
 
 class UpdateOutcome(NamedTuple):
@@ -70,6 +73,9 @@ class Engine:
         self.device = torch.device(self._engine.device)
         self.rank: int = torch.distributed.get_rank()
         self.world_size: int = torch.distributed.get_world_size()
+        self.num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        """Ranks on this machine."""
+        self._writers = torch.distributed.new_group(backend="gloo", timeout=_WRITING_TIMEOUT)
 
     def set_optimizer(self, learning_rate: float, weight_decay: float) -> None:
         """The optimizer's settings from the next step on; its moments stay."""
@@ -130,12 +136,25 @@ class Engine:
         return once if self._stage == 1 else nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors by the names of its checkpoint, copied to the CPU; a collective call under ZeRO 3."""
+        """The model's tensors by the names of its checkpoint, copied to the CPU of rank 0; none on other ranks.
+
+        A collective call under ZeRO 3.
+        """
         copies = {}
         for name, tensor in self.checkpoint_parameters().items():
             with self.gathered([tensor]):
-                copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                if self.rank == 0:
+                    copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
         return copies
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """The model's tensors by the names of its checkpoint, on rank 0: the live ones, or copies of sharded ones.
+
+        A collective call under ZeRO 3.
+        """
+        if self._stage == 3:
+            return self.weights()
+        return self.checkpoint_parameters() if self.rank == 0 else {}
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Element by element, over all ranks."""
@@ -161,12 +180,25 @@ class Engine:
         """Wait for all ranks."""
         torch.distributed.barrier()
 
-    def save(self, folder: Path) -> None:
-        """Optimizer and master weights, each rank its part; a collective call."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    def state_files(self, folder: Path) -> dict[Path, Any]:
+        """What is to be written below a folder so that `load` restores it, by file; a collective call.
+
+        Each rank has its part of optimizer and master weights; the tensors are the live ones.
+        """
+        writer = self._engine.checkpoint_engine
+        self._engine.checkpoint_engine = collector = _Collector(writer)
+        try:
+            self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+        finally:
+            self._engine.checkpoint_engine = writer
+        return collector.files
+
+    def meet_writers(self) -> None:
+        """Wait for the thread of each rank that writes a checkpoint; it disturbs nothing that ranks do meanwhile."""
+        torch.distributed.barrier(group=self._writers)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, by a world of the same size; raises whatever DeepSpeed raises if it cannot be read."""
+        """What `state_files` told, by a world of the same size; raises what DeepSpeed raises if it cannot be read."""
         path, _ = self._engine.load_checkpoint(str(folder), tag="engine")
         if path is None:
             raise FileNotFoundError(f"{folder}: no engine state")
@@ -190,6 +222,20 @@ class Engine:
             return UpdateOutcome(False, float("nan"))
         self._engine.step()
         return UpdateOutcome(True, norm)
+
+
+class _Collector:
+    """In the place of DeepSpeed's writer of checkpoint files: keeps what it is given, and writes nothing."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.files: dict[Path, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path)] = state_dict
 
 
 def _join_world() -> None:
