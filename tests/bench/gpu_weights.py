@@ -239,14 +239,14 @@ class Load:
 
 
 def measure_window(load: Load, world: World, window_s: float) -> dict[str, Any]:
-    """Steady load, an update in the middle, steady load; what is missing of the rate of the outer thirds."""
+    """Steady load, an update in the middle, steady load; what is missing of the rate of the outer quarters."""
     start_s = time.perf_counter()
     time.sleep(window_s / 2)
     outcome, update_s = world.update()
     time.sleep(max(0.0, start_s + window_s - time.perf_counter()))
-    end_s, third_s = start_s + window_s, window_s / 3
-    calm = load.num_tokens(start_s, start_s + third_s) + load.num_tokens(end_s - third_s, end_s)
-    rate = calm / (2 * third_s)
+    end_s, quarter_s = start_s + window_s, window_s / 4
+    calm = load.num_tokens(start_s, start_s + quarter_s) + load.num_tokens(end_s - quarter_s, end_s)
+    rate = calm / (2 * quarter_s)
     return {
         "lost_s": round(window_s - load.num_tokens(start_s, end_s) / rate, 3),
         "update_s": round(update_s, 3),
@@ -293,7 +293,7 @@ def configure(options: argparse.Namespace, scratch: Path, model: Path) -> RunCon
         }
     config = replica_config(scratch, free_port(), **settings)
     if options.device == "cuda":
-        needed = {"mm_encoder_attn_backend": "TORCH_SDPA", "structured_outputs_config": {"backend": "guidance"}}
+        needed = {"structured_outputs_config": {"backend": "guidance"}}
         arguments = needed | config.inference.engine_args
         inference = config.inference.model_copy(update={"engine_args": arguments})
         config = config.model_copy(update={"inference": inference})
