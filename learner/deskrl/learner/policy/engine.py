@@ -121,6 +121,9 @@ class Engine:
 
     def checkpoint_parameters(self) -> dict[str, Tensor]:
         """The model's live tensors by the names of its checkpoint, in its order; shards of them under ZeRO 3."""
+        if self._stage == 3:
+            # A forward pass without a backward one leaves what it fetched ahead on its way, which cannot be gathered.
+            self._optimizer.empty_partition_cache()
         return checkpoint_tensors(self.policy.model)
 
     def gathered(self, parameters: list[Tensor]) -> AbstractContextManager[Any]:
