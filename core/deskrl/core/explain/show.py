@@ -113,7 +113,10 @@ def _disk(explanation: Explanation, config: RunConfig) -> Iterable[tuple[str, st
         yield "checkpoints", _UNKNOWN
     else:
         yield "checkpoints", f"{_gib(each)} each, {_gib(most * each)} for {most} of them"
-        yield "written", f"beside learning, with {_gib(each)} of the learner's host memory to spare; else it waits"
+        yield (
+            "written",
+            f"beside learning, if the learner's host memory has {_gib(each)} for a copy; else it waits",
+        )
     yield "episodes", f"at most {_gib(config.replay.max_bytes)}"
 
 

@@ -29,6 +29,7 @@ from deskrl.core.errors import UserError
 from deskrl.core.memory import available_bytes
 from deskrl.learner.policy.checkpoint import RECORD, SCHEMA, CheckpointStore, set_dtype
 from deskrl.learner.policy.engine import Engine
+from deskrl.learner.policy.host_copy import HostCopier
 
 _FULL_BYTES = 1024**2
 """With less than this left on disk, whatever failed to be written failed for want of space."""
@@ -36,7 +37,6 @@ _MEMORY_SHARE = 0.8
 """Of the memory that is left, how much a copy may take: acting and learning go on beside it."""
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
-_NUM_COPIERS = 8
 Value = TypeVar("Value")
 
 _log = logging.getLogger("deskrl.learner")
@@ -70,6 +70,7 @@ class CheckpointWriter:
         self._folder = store.folder
         self._engine = engine
         self._keep = keep
+        self._copier = HostCopier()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -95,9 +96,9 @@ class CheckpointWriter:
             files = self._engine.state_files(partial / "engine")
             weights = self._engine.model_tensors()
         num_bytes = sum(tensor.nbytes for tensor in _tensors((files, weights)).values())
-        room_bytes = int(_MEMORY_SHARE * available_bytes()) // self._engine.num_local_ranks
+        room_bytes = self._copier.kept_bytes + int(_MEMORY_SHARE * available_bytes()) // self._engine.num_local_ranks
         if copies := num_bytes <= room_bytes:
-            files, weights = _copied((files, weights))
+            files, weights = self._copied((files, weights))
         copied_s = time.perf_counter() - started_s
         self._writing = self._thread.submit(self._write, Content(name, num_updates, state, files, weights), copied_s)
         if not copies:
@@ -124,6 +125,17 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait for what was begun; no error is raised, as the one that ends the learner is more telling."""
         self._thread.shutdown()
+
+    def _copied(self, value: Value) -> Value:
+        """The same with nothing in it that changes any more, tensors on the CPU."""
+        tensors = _tensors(value)
+        copies = dict(zip(tensors, self._copier.copy(list(tensors.values())), strict=True))
+
+        def copied(leaf: Any) -> Any:
+            return copies[_identity(leaf)] if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+        result: Value = pytree.tree_map(copied, value)
+        return result
 
     # In the thread.
 
@@ -210,24 +222,6 @@ class CheckpointWriter:
 def _tensors(value: Any) -> dict[tuple[Any, ...], Tensor]:
     """All tensors within dicts, lists and tuples; those that show the same memory in the same way are one."""
     return {_identity(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}
-
-
-def _copied(value: Value) -> Value:
-    """The same with nothing in it that changes any more, tensors on the CPU."""
-    tensors = _tensors(value)
-    # Most of the time goes into touching new memory, which cores do side by side.
-    with ThreadPoolExecutor(_NUM_COPIERS, thread_name_prefix="copy") as pool:
-        copies = dict(zip(tensors, pool.map(_copy, tensors.values()), strict=True))
-
-    def copied(leaf: Any) -> Any:
-        return copies[_identity(leaf)] if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
-
-    result: Value = pytree.tree_map(copied, value)
-    return result
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,46 @@
+"""Copies in the host's memory hold what the tensors held, whatever their type, shape and size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deskrl.learner.policy import host_copy
+from deskrl.learner.policy.host_copy import HostCopier
+
+
+def some_tensors() -> list[Tensor]:
+    grid = torch.arange(60.0).reshape(6, 10)
+    return [
+        grid,
+        grid.t()[2:],
+        torch.tensor(7),
+        torch.empty(0, 3),
+        torch.arange(33, dtype=torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.nn.Parameter(torch.ones(3)),
+    ]
+
+
+@pytest.mark.parametrize("chunk_bytes", [16, 1024**2])
+def test_a_copy_has_the_values_and_changes_no_more(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    monkeypatch.setattr(host_copy, "_CHUNK_BYTES", chunk_bytes)
+    tensors = some_tensors()
+    copies = HostCopier().copy(tensors)
+    for tensor, again in zip(some_tensors(), copies, strict=True):
+        assert (again.dtype, again.shape, again.requires_grad) == (tensor.dtype, tensor.shape, False)
+        assert torch.equal(again, tensor)
+    tensors[0].zero_()
+    assert torch.equal(copies[0], some_tensors()[0])
+
+
+def test_the_next_copies_use_the_same_memory_and_no_more() -> None:
+    copier = HostCopier()
+    first = {copy.data_ptr() for copy in copier.copy([torch.zeros(5), torch.ones(5), torch.ones(9)])}
+    assert copier.kept_bytes == 4 * 19
+    second = copier.copy([torch.full((9,), 2.0), torch.full((5,), 3.0), torch.full((5,), 4.0)])
+    assert {copy.data_ptr() for copy in second} == first
+    assert [copy.mean().item() for copy in second] == [2, 3, 4]
+    copier.copy([torch.ones(5)])
+    assert copier.kept_bytes == 20
