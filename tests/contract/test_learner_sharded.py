@@ -40,7 +40,7 @@ def gather_after_scoring(folder: Path) -> None:
         return imitation_loss(scores.logprobs_N, 10.0)
 
     canary = collator.collate(rows_of([episode])[:1])
-    for _ in range(4):
+    for _ in range(2):
         engine.update(feed.batches(share), len(share), 1.0, loss_of)
         for batch in feed.batches(share):
             engine.score(batch, 1.0)
