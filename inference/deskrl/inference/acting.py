@@ -17,7 +17,7 @@ from deskrl.inference.engine import Engine, EngineDead, ModelFacts, Sampled
 from deskrl.inference.engine_input import Prompt
 from deskrl.inference.images import ImageError, Screenshots
 from deskrl.inference.pixels import PixelProcessor
-from deskrl.inference.versions import Version, span_messages
+from deskrl.inference.versions import span_messages
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 if TYPE_CHECKING:
@@ -146,7 +146,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     seed=request.seed,
                     name=request.request_id,
                 )
-            self._check_pin(request, {span.version for span in sampled.spans})
         except RequestRefused as refusal:
             metrics.ACTS.labels("refused").inc()
             await _abort(context, refusal)
@@ -187,16 +186,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if request.temperature != 0 and not request.temperature >= _LEAST_TEMPERATURE:
             message = f"temperature {request.temperature}; it is 0 (greedy) or at least {_LEAST_TEMPERATURE}"
             raise RequestRefused(grpc.StatusCode.INVALID_ARGUMENT, message)
-        self._check_pin(request, {self._engine.version})
-
-    def _check_pin(self, request: inference_pb2.ActRequest, served: set[Version]) -> None:
-        """Refuse a request that is pinned to a version, if another one acts."""
-        if not request.HasField("pinned_version"):
-            return
-        pinned = Version.from_message(request.pinned_version)
-        if served != {pinned}:
-            names = ", ".join(str(version) for version in sorted(served))
-            raise RequestRefused(grpc.StatusCode.FAILED_PRECONDITION, f"pinned to {pinned}, but {names} is served")
 
     def _action(self, sampled: Sampled, image_ms: float) -> inference_pb2.SampledAction:
         return inference_pb2.SampledAction(
