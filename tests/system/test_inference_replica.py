@@ -206,17 +206,13 @@ def test_temperature_zero_is_greedy(run: Any) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
         ),
         (
-            act_request(INSTRUCTION, pinned_version=common_pb2.PolicyVersion(lineage="another", step=9)),
-            grpc.StatusCode.FAILED_PRECONDITION,
-        ),
-        (
             pb.ActRequest(peer=common_pb2.Peer(role="actor", protocol=99), messages=INSTRUCTION, max_tokens=1),
             grpc.StatusCode.FAILED_PRECONDITION,
         ),
     ],
     ids=[
         "no tokens", "too many tokens", "temperature", "no messages", "too long", "too many images", "wrong bytes",
-        "another version", "another protocol",
+        "another protocol",
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_is_refused(run: Any, request_: pb.ActRequest, code: grpc.StatusCode) -> None:
