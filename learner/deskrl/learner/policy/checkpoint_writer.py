@@ -95,10 +95,14 @@ class CheckpointWriter:
             self._engine.barrier()
             files = self._engine.state_files(partial / "engine")
             weights = self._engine.model_tensors()
-        num_bytes = sum(tensor.nbytes for tensor in _tensors((files, weights)).values())
+        # Sharded weights are copies by now: they had to be gathered.
+        live = files, {} if self._engine.shards_parameters else weights
+        tensors = _tensors(live)
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         room_bytes = self._copier.kept_bytes + int(_MEMORY_SHARE * available_bytes()) // self._engine.num_local_ranks
         if copies := num_bytes <= room_bytes:
-            files, weights = self._copied((files, weights))
+            files, copied_weights = self._copied(live, tensors)
+            weights = copied_weights or weights
         copied_s = time.perf_counter() - started_s
         self._writing = self._thread.submit(self._write, Content(name, num_updates, state, files, weights), copied_s)
         if not copies:
@@ -126,9 +130,8 @@ class CheckpointWriter:
         """Wait for what was begun; no error is raised, as the one that ends the learner is more telling."""
         self._thread.shutdown()
 
-    def _copied(self, value: Value) -> Value:
-        """The same with nothing in it that changes any more, tensors on the CPU."""
-        tensors = _tensors(value)
+    def _copied(self, value: Value, tensors: Mapping[tuple[Any, ...], Tensor]) -> Value:
+        """The same with nothing in it that changes any more, its tensors on the CPU."""
         copies = dict(zip(tensors, self._copier.copy(list(tensors.values())), strict=True))
 
         def copied(leaf: Any) -> Any:

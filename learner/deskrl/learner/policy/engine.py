@@ -67,6 +67,8 @@ class Engine:
             model=policy, optimizer=optimizer, config=_deepspeed_config(config)
         )
         self._stage = config.zero_stage
+        self.shards_parameters = config.zero_stage == 3
+        """Whether a rank holds no more than its part of each parameter."""
         self.scales_loss = config.dtype == "float16"
         """Whether a gradient that is not finite may be the loss scale's doing, which is then lowered."""
         self.policy = policy
@@ -121,7 +123,7 @@ class Engine:
 
     def checkpoint_parameters(self) -> dict[str, Tensor]:
         """The model's live tensors by the names of its checkpoint, in its order; shards of them under ZeRO 3."""
-        if self._stage == 3:
+        if self.shards_parameters:
             # A forward pass without a backward one leaves what it fetched ahead on its way, which cannot be gathered.
             self._optimizer.empty_partition_cache()
         return checkpoint_tensors(self.policy.model)
@@ -130,7 +132,9 @@ class Engine:
         """Makes parameters whole on every GPU for as long as the context lasts; a collective call under ZeRO 3."""
         import deepspeed
 
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            parameters, enabled=self.shards_parameters
+        )
         return context
 
     def _whole_gradients(self) -> AbstractContextManager[None]:
@@ -155,7 +159,7 @@ class Engine:
 
         A collective call under ZeRO 3.
         """
-        if self._stage == 3:
+        if self.shards_parameters:
             return self.weights()
         return self.checkpoint_parameters() if self.rank == 0 else {}
 
