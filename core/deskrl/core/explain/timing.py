@@ -96,7 +96,7 @@ def predict(
     act_s = (0.1 if config.model.build == "tiny" else 5.0) if assumed.act_s is None else assumed.act_s
     steps = float(config.tasks.max_steps) if assumed.steps is None else assumed.steps
     staleness = config.learner.grpo.max_staleness
-    allowed = min(config.desktop.num_envs, (staleness + 1) * batches.episodes_per_update)
+    allowed = _allowed_at_once(config.desktop.num_envs, staleness, batches)
     slowest = _slowest(allowed, assumed.spread) if config.replay.schedule == "lock_step" else 1.0
     episode_s = slowest * reset_s + steps * (act_s + slowest * step_s) + slowest * evaluate_s
     rounds = batches.episodes_per_update / allowed
@@ -126,10 +126,15 @@ def least_staleness(batches: Batches, timing: Timing) -> float:
     Beyond it episodes wait, and are older when they are learnt from.
     """
     for staleness in range(1, timing.desktops // batches.episodes_per_update + 2):
-        allowed = min(timing.desktops, (staleness + 1) * batches.episodes_per_update)
+        allowed = _allowed_at_once(timing.desktops, staleness, batches)
         if timing.episode_s * batches.episodes_per_update / allowed < timing.learning_s:
             return staleness
     return math.inf
+
+
+def _allowed_at_once(desktops: int, staleness: int, batches: Batches) -> int:
+    """Desktops that pacing can keep busy."""
+    return min(desktops, (staleness + 1) * batches.episodes_per_update)
 
 
 def learning_seconds(config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape, assumed: Assumptions) -> float:
