@@ -6,19 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_kit import in_ranks, load, rows_of
+from engine_kit import in_ranks, learn, load, rows_of
 from learner_kit import ToyPolicy, build_model, play
-from torch import Tensor
 
 from deskrl.core.config import LearnerConfig
-from deskrl.learner.batches.batch import MicroBatch
 from deskrl.learner.batches.feed import Feed
-from deskrl.learner.losses import imitation_loss
 from deskrl.learner.policy import checkpoint_writer
 from deskrl.learner.policy.checkpoint import CheckpointStore
 from deskrl.learner.policy.checkpoint_writer import CheckpointWriter
 from deskrl.learner.policy.engine import Engine
-from deskrl.learner.policy.model import Scores
 
 
 @pytest.fixture
@@ -41,12 +37,7 @@ class Learning:
 
     def step(self) -> float:
         """One optimizer step; what it found is told by its gradient."""
-
-        def loss_of(index: int, micro: MicroBatch, scores: Scores) -> Tensor:
-            return imitation_loss(scores.logprobs_N, 10.0)
-
-        batches = self.feed.batches(self.share)
-        return self.engine.update(batches, len(self.share), 1.0, loss_of).gradient_norm
+        return learn(self.engine, self.feed, self.share).gradient_norm
 
 
 def learn_beside_writing(folder: Path, cases: list[dict[str, Any]]) -> None:

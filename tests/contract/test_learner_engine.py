@@ -11,20 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import SHOTS, Episode, in_ranks, load, rows_of
+from engine_kit import SHOTS, Episode, in_ranks, learn, load, rows_of
 from learner_kit import SIZE, ToyPolicy, build_model, demonstrate, play
 from torch import Tensor
 
 from deskrl.core.config import LearnerConfig
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import image_sizing_of
-from deskrl.learner.batches.batch import MicroBatch
 from deskrl.learner.batches.feed import Feed
 from deskrl.learner.batches.packing import Row, micro_batches, pack
 from deskrl.learner.imitation import demonstration, image_sizes
 from deskrl.learner.losses import imitation_loss
 from deskrl.learner.policy.engine import Engine
-from deskrl.learner.policy.model import Scores
 from deskrl.learner.trajectories import Trajectory
 
 
@@ -149,14 +147,10 @@ def take_steps(folder: Path, cases: list[tuple[dict[str, Any], bool]], results_f
         feed = Feed(collator, engine.rank, engine.world_size, 64, lambda: None)
         share = feed.share(rows)
         denominator = math.nan if spoilt else 10.0
-
-        def loss_of(index: int, micro: MicroBatch, scores: Scores, denominator: float = denominator) -> Tensor:
-            return imitation_loss(scores.logprobs_N, denominator)
-
-        outcome = engine.update(feed.batches(share), len(share), 1.0, loss_of)
+        outcome = learn(engine, feed, share, denominator)
         num_skipped = 0
         while engine.scales_loss and not outcome.applied and not spoilt:
-            outcome = engine.update(feed.batches(share), len(share), 1.0, loss_of)
+            outcome = learn(engine, feed, share, denominator)
             num_skipped += 1
         weights = engine.checkpoint_parameters()
         probed = weights["model.layers.0.mlp.up_proj.weight"]

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine_kit import in_ranks, load, rows_of
+from engine_kit import in_ranks, learn, load, rows_of
 from learner_kit import ToyPolicy, build_model, play
-from torch import Tensor
 
 from deskrl.core.config import LearnerConfig
-from deskrl.learner.batches.batch import MicroBatch
 from deskrl.learner.batches.feed import Feed
-from deskrl.learner.losses import imitation_loss
 from deskrl.learner.policy import engine as engine_module
 from deskrl.learner.policy.checkpoint_names import whole_shape
 from deskrl.learner.policy.engine import Engine
-from deskrl.learner.policy.model import Scores
 
 
 def gather_after_scoring(folder: Path) -> None:
@@ -36,12 +32,9 @@ def gather_after_scoring(folder: Path) -> None:
     episode = play(ToyPolicy(folder), "red", 0)
     share = feed.share(rows_of([episode, play(ToyPolicy(folder), "blue", 1)]))
 
-    def loss_of(index: int, micro: MicroBatch, scores: Scores) -> Tensor:
-        return imitation_loss(scores.logprobs_N, 10.0)
-
     canary = collator.collate(rows_of([episode])[:1])
     for _ in range(2):
-        engine.update(feed.batches(share), len(share), 1.0, loss_of)
+        learn(engine, feed, share)
         for batch in feed.batches(share):
             engine.score(batch, 1.0)
         engine.score(canary, 1.0)

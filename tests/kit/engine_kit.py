@@ -14,12 +14,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
+
 from deskrl.core.ids import image_hash
 from deskrl.core.rendering import suppressed_ids, vocab_size_of
 from deskrl.core.trajectory import Step
-from deskrl.learner.batches.batch import Collator
+from deskrl.learner.batches.batch import Collator, MicroBatch
+from deskrl.learner.batches.feed import Feed
 from deskrl.learner.batches.packing import Row, pack
-from deskrl.learner.policy.model import Policy, load_policy, load_processor, make_collator
+from deskrl.learner.losses import imitation_loss
+from deskrl.learner.policy.engine import Engine, UpdateOutcome
+from deskrl.learner.policy.model import Policy, Scores, load_policy, load_processor, make_collator
 
 Episode = tuple[list[Step], list[bytes], float]
 """Steps, their screenshots and the reward."""
@@ -39,9 +44,6 @@ def load(folder: Path) -> tuple[Policy, Collator]:
     return policy, make_collator(policy, processor, lambda hashes: {name: SHOTS[name] for name in hashes})
 
 
-SHOTS: dict[str, bytes] = {}
-
-
 def rows_of(episodes: Sequence[Episode], share: bool = True) -> list[Row]:
     SHOTS.update({image_hash(shot): shot for _, shots, _ in episodes for shot in shots})
     return [
@@ -49,6 +51,15 @@ def rows_of(episodes: Sequence[Episode], share: bool = True) -> list[Row]:
         for index, (steps, _, _) in enumerate(episodes)
         for row in pack(index, steps, [[0] * len(step.action_ids) for step in steps], share)
     ]
+
+
+def learn(engine: Engine, feed: Feed, share: Sequence[Sequence[Row]], denominator: float = 10.0) -> UpdateOutcome:
+    """One optimizer step that imitates this rank's share."""
+
+    def loss_of(index: int, micro: MicroBatch, scores: Scores) -> Tensor:
+        return imitation_loss(scores.logprobs_N, denominator)
+
+    return engine.update(feed.batches(share), len(share), 1.0, loss_of)
 
 
 def in_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> str:
