@@ -439,9 +439,12 @@ def test_a_database_of_something_else_is_left_as_it_is(refused: Refused, run_fol
 def test_a_refusal_of_ranks_that_torchrun_started_has_its_status_and_its_line(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     dump_config(RunConfig.model_validate({"runs": tmp_path, "learner": {"num_processes": 2}}), path)
+    (temporary := tmp_path / "temporary").mkdir()
     command = [sys.executable, "-m", "deskrl.core.cli", "learner", str(path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
+    assert list(temporary.iterdir()) == []
     told = {line for line in ended.stderr.splitlines() if line.startswith("deskrl: ")}
     (line,) = told
     assert f"{tmp_path / 'run' / 'tasks.json'} cannot be read" in line and "start the run with `deskrl up`" in line

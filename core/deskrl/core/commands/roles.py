@@ -103,7 +103,8 @@ def _run_ranks(config: RunConfig, command: Sequence[str]) -> int:
     """Have torchrun start the ranks, each with the same command again."""
     port = config.learner.master_port
     rendezvous = [f"--master-port={port}"] if port else ["--standalone"]
-    world = [f"--nproc-per-node={config.learner.num_processes}", *rendezvous]
+    # Without a place for logs, torchrun makes a temporary folder for them and leaves it there.
+    world = [f"--nproc-per-node={config.learner.num_processes}", *rendezvous, f"--log-dir={os.devnull}"]
     return int(importlib.import_module("deskrl.learner.ranks").main([*world, "-m", "deskrl.core.cli", *command]))
 
 
