@@ -17,6 +17,7 @@ def test_copies_hold_the_moment_though_the_gpu_goes_on() -> None:
     copier = HostCopier()
     tensors = [torch.randn(50_000_000, device="cuda"), torch.randn(7, 1000, 5000, device="cuda").bfloat16()]
     for _ in range(3):
+        copier.begin()
         for tensor in tensors:
             tensor.mul_(1.5)  # still under way when the copies are asked for
         copies = copier.copy([*tensors, torch.tensor(3, device="cuda")])

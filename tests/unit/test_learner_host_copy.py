@@ -37,10 +37,14 @@ def test_a_copy_has_the_values_and_changes_no_more(monkeypatch: pytest.MonkeyPat
 
 def test_the_next_copies_use_the_same_memory_and_no_more() -> None:
     copier = HostCopier()
-    first = {copy.data_ptr() for copy in copier.copy([torch.zeros(5), torch.ones(5), torch.ones(9)])}
+    first = copier.copy([torch.zeros(5), torch.ones(5)]) + copier.copy([torch.ones(9)])
+    assert copier.kept_bytes == 0, "all of it is in use"
+    copier.begin()
     assert copier.kept_bytes == 4 * 19
-    second = copier.copy([torch.full((9,), 2.0), torch.full((5,), 3.0), torch.full((5,), 4.0)])
-    assert {copy.data_ptr() for copy in second} == first
+    second = copier.copy([torch.full((9,), 2.0), torch.full((5,), 3.0)]) + copier.copy([torch.full((5,), 4.0)])
+    assert {copy.data_ptr() for copy in second} == {copy.data_ptr() for copy in first}
     assert [copy.mean().item() for copy in second] == [2, 3, 4]
+    copier.begin()
     copier.copy([torch.ones(5)])
-    assert copier.kept_bytes == 20
+    copier.begin()
+    assert copier.kept_bytes == 20, "memory that was of no use is given back"

@@ -94,7 +94,8 @@ class CheckpointWriter:
                 partial.mkdir()
             self._engine.barrier()
             files = self._engine.state_files(partial / "engine")
-            weights = self._engine.model_tensors()
+            self._copier.begin()
+            weights = self._engine.model_tensors(self._copier)
         # Sharded weights are copies by now: they had to be gathered.
         live = files, {} if self._engine.shards_parameters else weights
         tensors = _tensors(live)

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -22,11 +22,14 @@ from torch import Tensor
 
 from deskrl.core.config import LearnerConfig
 from deskrl.learner.batches.batch import MicroBatch
-from deskrl.learner.policy.checkpoint_names import checkpoint_tensors
+from deskrl.learner.policy.checkpoint_names import checkpoint_tensors, whole_shape
+from deskrl.learner.policy.host_copy import HostCopier
 from deskrl.learner.policy.model import Policy, Scores
 
 Gathered = TypeVar("Gathered")
 _GROUP_ELEMENTS = 250_000_000
+_PORTION_BYTES = 1024**3
+"""Of sharded weights, what is whole on a GPU at a time, and one tensor more, while they are copied."""
 _WRITING_TIMEOUT = timedelta(hours=2)
 """Ranks may be done with their part of a checkpoint as far apart as this."""
 
@@ -142,25 +145,32 @@ class Engine:
         once: AbstractContextManager[None] = self._engine.coalesce_grad_reduction()
         return once if self._stage == 1 else nullcontext()
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, copier: HostCopier | None = None) -> dict[str, Tensor]:
         """The model's tensors by the names of its checkpoint, copied to the CPU of rank 0; none on other ranks.
 
         A collective call under ZeRO 3.
+
+        Args:
+            copier: whose memory the copies are to be in; unset: new memory.
         """
-        copies = {}
-        for name, tensor in self.checkpoint_parameters().items():
-            with self.gathered([tensor]):
+        copier = copier or HostCopier()
+        copies: dict[str, Tensor] = {}
+        for portion in _portions(self.checkpoint_parameters()):
+            with self.gathered(list(portion.values())):
                 if self.rank == 0:
-                    copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
+                    copies.update(zip(portion, copier.copy(list(portion.values())), strict=True))
         return copies
 
-    def model_tensors(self) -> dict[str, Tensor]:
+    def model_tensors(self, copier: HostCopier) -> dict[str, Tensor]:
         """The model's tensors by the names of its checkpoint, on rank 0: the live ones, or copies of sharded ones.
 
         A collective call under ZeRO 3.
+
+        Args:
+            copier: whose memory copies are to be in.
         """
         if self.shards_parameters:
-            return self.weights()
+            return self.weights(copier)
         return self.checkpoint_parameters() if self.rank == 0 else {}
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
@@ -253,6 +263,20 @@ def _join_world() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _portions(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Tensors by name, in order, as many at a time as may be whole beside what learning holds."""
+    portion: dict[str, Tensor] = {}
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        portion[name] = tensor
+        num_bytes += math.prod(whole_shape(tensor)) * tensor.element_size()
+        if num_bytes >= _PORTION_BYTES:
+            yield portion
+            portion, num_bytes = {}, 0
+    if portion:
+        yield portion
 
 
 def _parameter_groups(policy: Policy) -> list[dict[str, Any]]:

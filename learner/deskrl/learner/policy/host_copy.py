@@ -23,17 +23,27 @@ class HostCopier:
     """Copies tensors, into the same memory each time."""
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []
+        self._used: list[Tensor] = []
+        self._free: dict[int, list[Tensor]] = {}
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="copy")
+        self._bring = _bringer()
 
     @property
     def kept_bytes(self) -> int:
-        """Memory that it holds already."""
-        return sum(buffer.nbytes for buffer in self._kept)
+        """Memory that it holds and that no copy is in."""
+        return sum(buffer.nbytes for buffers in self._free.values() for buffer in buffers)
+
+    def begin(self) -> None:
+        """Have the next copies overwrite those that were made since the last call."""
+        self._free = {}
+        for buffer in self._used:
+            self._free.setdefault(buffer.nbytes, []).append(buffer)
+        self._used = []
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of tensors, contiguous; those of the call before are overwritten."""
+        """Copies of tensors, contiguous."""
         flat = [tensor.detach().contiguous().reshape(-1) for tensor in tensors]
-        buffers = self._buffers([tensor.nbytes for tensor in flat])
+        buffers = [self._buffer(tensor.nbytes) for tensor in flat]
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # threads have streams of their own
         chunks = [
@@ -41,19 +51,15 @@ class HostCopier:
             for source, buffer in zip(flat, buffers, strict=True)
             for start in range(0, buffer.nbytes, _CHUNK_BYTES)
         ]
-        bring = _bringer()
-        with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="copy") as pool:
-            for _ in pool.map(lambda chunk: bring(*chunk), chunks):
-                pass
+        for _ in self._pool.map(lambda chunk: self._bring(*chunk), chunks):
+            pass
         return [buffer.view(tensor.dtype).view(tensor.shape) for tensor, buffer in zip(tensors, buffers, strict=True)]
 
-    def _buffers(self, sizes: Sequence[int]) -> list[Tensor]:
-        """One for each size; those of the right size are used again, others given up."""
-        free: dict[int, list[Tensor]] = {}
-        for buffer in self._kept:
-            free.setdefault(buffer.nbytes, []).append(buffer)
-        self._kept = [free[size].pop() if free.get(size) else torch.empty(size, dtype=torch.uint8) for size in sizes]
-        return self._kept
+    def _buffer(self, num_bytes: int) -> Tensor:
+        """One of that size that is free, or a new one."""
+        fitting = self._free.get(num_bytes)
+        self._used.append(fitting.pop() if fitting else torch.empty(num_bytes, dtype=torch.uint8))
+        return self._used[-1]
 
 
 def _bringer() -> Callable[[Tensor, Tensor], None]:
