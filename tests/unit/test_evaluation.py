@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deskrl.core.config import ModelConfig, RunConfig, TasksConfig, dump_config
+from deskrl.core.devices import contradictions
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation import comparison
 from deskrl.core.evaluation.comparison import Comparison, compare_counts, counts_of
@@ -184,6 +185,13 @@ def test_an_evaluation_plays_each_task_so_often_under_seeds_of_its_own(tmp_path:
     of_other_set = plan_groups(config, plan, tasks, "eval/y")
     assert [group.seeds for group in groups] == [group.seeds for group in of_other_set]
     assert not {group.group_id for group in groups} & {group.group_id for group in of_other_set}
+
+
+def test_whoever_acts_in_an_evaluation_may_have_the_gpus_that_learning_had(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(
+        {"learner": {"devices": [0]}, "inference": {"devices": [0], "weight_transfer": "nccl"}}
+    )
+    assert list(contradictions(config)) and not list(contradictions(configure(config, tmp_path, "judged")))
 
 
 def test_one_set_has_the_evaluations_folder_and_each_of_several_one_below(tmp_path: Path) -> None:

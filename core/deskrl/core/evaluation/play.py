@@ -88,7 +88,8 @@ def configure(config: RunConfig, checkpoint: Path | None, name: str) -> RunConfi
             "name": name,
             **served,
             "tasks": config.tasks.model_copy(update={"unplayable": unplayable}),
-            "learner": config.learner.model_copy(update={"warm_start": None}),
+            # Nothing learns, so its GPUs are free for whoever acts.
+            "learner": config.learner.model_copy(update={"warm_start": None, "devices": ()}),
         }
     )
 
