@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from deskrl.core import devices
 from deskrl.core.config import ModelConfig, RunConfig, TasksConfig, dump_config
-from deskrl.core.devices import contradictions
 from deskrl.core.errors import UserError
 from deskrl.core.evaluation import comparison
 from deskrl.core.evaluation.comparison import Comparison, compare_counts, counts_of
@@ -187,11 +187,15 @@ def test_an_evaluation_plays_each_task_so_often_under_seeds_of_its_own(tmp_path:
     assert not {group.group_id for group in groups} & {group.group_id for group in of_other_set}
 
 
-def test_whoever_acts_in_an_evaluation_may_have_the_gpus_that_learning_had(tmp_path: Path) -> None:
+def test_whoever_acts_in_an_evaluation_may_have_the_gpu_that_learning_had(tmp_path: Path) -> None:
     config = RunConfig.model_validate(
         {"learner": {"devices": [0]}, "inference": {"devices": [0], "weight_transfer": "nccl"}}
     )
-    assert list(contradictions(config)) and not list(contradictions(configure(config, tmp_path, "judged")))
+    with pytest.raises(UserError):
+        devices.refuse_missing(config, num_gpus=1)
+    alone = configure(config, tmp_path, "judged")
+    devices.refuse_missing(alone, num_gpus=1)
+    assert list(devices.contradictions(config)) and not list(devices.contradictions(alone))
 
 
 def test_one_set_has_the_evaluations_folder_and_each_of_several_one_below(tmp_path: Path) -> None:

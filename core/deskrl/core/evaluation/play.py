@@ -80,7 +80,11 @@ def configure(config: RunConfig, checkpoint: Path | None, name: str) -> RunConfi
     unplayable = "skip" if config.tasks.unplayable == "refuse" else config.tasks.unplayable
     served: dict[str, Any]
     if checkpoint is not None:
-        served = {"model": config.model.model_copy(update={"path": checkpoint.resolve(), "build": None})}
+        served = {
+            "model": config.model.model_copy(update={"path": checkpoint.resolve(), "build": None}),
+            # No weights come.
+            "inference": config.inference.model_copy(update={"weight_transfer": "auto"}),
+        }
     else:
         served = {"inference": config.inference.model_copy(update={"num_replicas": 0})}
     return config.model_copy(
@@ -129,7 +133,7 @@ def _open_folder(config: RunConfig, parts: Sequence[Part], plan: Plan, folder: R
     begun = folder.root / "evaluation.json"
     if not begun.exists():
         for part in parts:
-            preflight.refuse_bad_input(part.config)  # before anything is written
+            preflight.refuse_unplayable(part.config)  # before anything is written
         if config.inference.external_url is not None:
             external.refuse_absent(config.inference)
     sets = {part.tasks.name: json.loads(part.config.tasks.model_dump_json()) for part in parts}

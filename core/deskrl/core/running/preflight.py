@@ -36,8 +36,21 @@ class Endpoint(NamedTuple):
     port: int
 
 
-def refuse_bad_input(config: RunConfig) -> None:
-    """Raise UserError for whatever can be known to be wrong by now; changes nothing."""
+def refuse_bad_run(config: RunConfig) -> None:
+    """Raise UserError for whatever can be known by now to keep this machine from learning; changes nothing."""
+    refuse_unlearnable(config)
+    refuse_missing_packages("learner")
+    if config.wandb != "off":
+        _refuse_missing_package("wandb", "wandb")
+    refuse_unplayable(config)
+    shape = facts.model_of(config, [])[1]
+    if shape is not None:
+        refuse_small_disk(RunFolder(config.folder), config.learner, storage.checkpoint_bytes(config.learner, shape))
+    importlib.import_module("deskrl.learner.policy.checkpoint").refuse_unreadable(config)
+
+
+def refuse_unplayable(config: RunConfig) -> None:
+    """Raise UserError for whatever can be known by now to keep episodes from being played here; changes nothing."""
     refuse_contradictions(config)
     served_here = config.inference.external_url is None
     if served_here and config.inference.num_replicas == 0:
@@ -52,23 +65,16 @@ def refuse_bad_input(config: RunConfig) -> None:
 
 
 def _refuse_unservable(config: RunConfig) -> None:
-    """Raise UserError for a model that could not be served or learnt with on this machine."""
-    refuse_missing_packages(config)
+    """Raise UserError for a model that could not be served on this machine."""
+    refuse_missing_packages("inference")
     if devices.are_named(config):
         devices.refuse_missing(config, importlib.import_module("deskrl.learner.gpus").num_gpus())
     if config.model.path is not None:
         model_folder.refuse_incomplete(config.model.path)
     else:
         importlib.import_module("deskrl.learner.policy.build_model").refuse_unfit(config)
-    _refuse_what_does_not_fit(config)
-    importlib.import_module("deskrl.learner.policy.checkpoint").refuse_unreadable(config)
-
-
-def _refuse_what_does_not_fit(config: RunConfig) -> None:
-    _, shape, sizing = facts.model_of(config, [])
+    sizing = facts.model_of(config, [])[2]
     fitting.refuse_what_does_not_fit(config, sizing.num_tokens(*config.image_size))
-    if shape is not None:
-        refuse_small_disk(RunFolder(config.folder), config.learner, storage.checkpoint_bytes(config.learner, shape))
 
 
 def refuse_contradictions(config: RunConfig) -> None:
@@ -89,13 +95,15 @@ def refuse_unlearnable(config: RunConfig) -> None:
     model_folder.refuse_quantized(config)
 
 
-def refuse_missing_packages(config: RunConfig) -> None:
-    """Raise UserError if one of the engines is not installed on this machine, which is to run every role."""
-    tracking = {} if config.wandb == "off" else {"wandb": ("wandb",)}
-    for role, packages in (ENGINES | tracking).items():
-        for package in packages:
-            if importlib.util.find_spec(package) is None:
-                raise missing_package(package, role)
+def refuse_missing_packages(role: str) -> None:
+    """Raise UserError if an engine of the role is not installed on this machine, which is to run it."""
+    for package in ENGINES[role]:
+        _refuse_missing_package(package, role)
+
+
+def _refuse_missing_package(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise missing_package(package, extra)
 
 
 def refuse_ports(config: RunConfig) -> None:

@@ -74,8 +74,7 @@ def _up(config: RunConfig, folder: RunFolder) -> int:
     die_with_parent(_STOP_S)  # a sweep, if one started this
     console = Console()
     num_leftovers = _end_leftovers(folder)
-    preflight.refuse_unlearnable(config)
-    preflight.refuse_bad_input(config)
+    preflight.refuse_bad_run(config)
     started_unix_s = _open_folder(config, folder, console)
     supervisor = Supervisor(folder)
     if not has_learnt(folder):  # nobody else is at it by now
