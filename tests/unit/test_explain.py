@@ -12,14 +12,14 @@ import pytest
 from deskrl.core.config import LearnerConfig, RunConfig, load_config
 from deskrl.core.devices import num_gpus
 from deskrl.core.errors import UserError
-from deskrl.core.explain.batches import Rows, count_batches, count_rows, rows_by_images
+from deskrl.core.explain.batches import Rows, count_batches, count_rows, rows_by_images, usual_rows
 from deskrl.core.explain.differences import differences
 from deskrl.core.explain.explanation import Explanation
 from deskrl.core.explain.main import explain_run
 from deskrl.core.explain.memory import MicroBatch, activation_bytes, learner_memory, replica_memory
 from deskrl.core.explain.shape import ModelShape, shape_of_config, shape_of_name
 from deskrl.core.explain.storage import checkpoint_bytes
-from deskrl.core.explain.timing import Assumptions, least_staleness, predict, update_flops
+from deskrl.core.explain.timing import Assumptions, least_staleness, predict, sharding_bytes, update_flops
 from deskrl.core.explain.whole import add_up
 from deskrl.core.families import Architecture
 from deskrl.core.runfolder import RunFolder
@@ -43,6 +43,10 @@ def rows_of(config: RunConfig) -> Rows:
     return count_rows(config, (28, 28), patches_per_image=4, tokens_per_image=1, prompt_tokens=10, action_tokens=3)
 
 
+def usual(config: RunConfig) -> list[tuple[float, Rows]]:
+    return [(1.0, rows_of(config))]
+
+
 def test_the_published_shapes_have_the_published_numbers_of_parameters() -> None:
     for name, num_parameters in (("UI-TARS-1.5-7B", 8_292_166_656), ("UI-TARS-2B-SFT", 2_208_985_600)):
         shape = shape_of_name(name)
@@ -57,7 +61,7 @@ def test_time_added_to_embedded_desktops_is_counted_and_environment_steps_end_a_
         learner={"grpo": {"num_updates": 50, "env_steps": 100, "groups_per_batch": 2}},
         tasks={"rollouts": 4},
     )
-    timing = predict(config, count_batches(config, 4), rows_of(config), SMALL, Assumptions(steps=5))
+    timing = predict(config, count_batches(config, 4), usual(config), SMALL, Assumptions(steps=5))
     assert timing is not None
     assert timing.env_reset_s == pytest.approx(0.6 + 2.0)
     assert timing.env_step_s == pytest.approx(0.15 + 0.5 * 1.6487, abs=1e-4), "a lognormal's mean is above its median"
@@ -215,7 +219,7 @@ def test_lock_step_adds_acting_and_learning_and_asynchrony_takes_the_longer() ->
     for staleness, update_s in ((0, 160), (1, 100)):
         grpo = {"groups_per_batch": 2, "max_staleness": staleness, "num_updates": 10}
         config = config_of(tasks={"rollouts": 4, "max_steps": 4}, desktop={"num_envs": 4}, learner={"grpo": grpo})
-        timing = predict(config, count_batches(config, 2), rows_of(config), None, Assumptions.model_validate(times))
+        timing = predict(config, count_batches(config, 2), usual(config), None, Assumptions.model_validate(times))
         assert timing is not None
         assert (timing.episode_s, timing.acting_s, timing.update_s) == (50, 100, update_s)
 
@@ -229,7 +233,7 @@ def test_a_run_takes_its_updates_and_two_evaluations_and_costs_its_gpus_and_desk
     times = {"env_reset_s": 10, "env_step_s": 3, "evaluate_s": 8, "act_s": 5, "learn_s": 60}
     assumed = Assumptions.model_validate({**times, "gpu_hour_price": 3.0, "desktop_hour_price": 0.5})
     batches = count_batches(config, 9)
-    timing = predict(config, batches, rows_of(config), None, assumed)
+    timing = predict(config, batches, usual(config), None, assumed)
     assert timing is not None
     whole = add_up(config, batches, timing, assumed)
     assert (whole.training_s, whole.num_evaluation_episodes, whole.evaluation_s) == (1600, 36, 500)
@@ -255,7 +259,7 @@ def test_in_lock_step_all_wait_for_the_slowest_desktop() -> None:
         tasks={"rollouts": 8}, desktop={"num_envs": 256}, replay={"schedule": "lock_step"},
         learner={"grpo": {"groups_per_batch": 32, "max_staleness": 0}},
     )  # fmt: skip
-    timing = predict(config, count_batches(config, 128), rows_of(config), None, Assumptions.model_validate(times))
+    timing = predict(config, count_batches(config, 128), usual(config), None, Assumptions.model_validate(times))
     assert timing is not None and timing.slowest == pytest.approx(3.5, rel=0.01)
     assert timing.episode_s == pytest.approx(5 + timing.slowest * (10 + 5 * 2 + 5))
 
@@ -263,7 +267,7 @@ def test_in_lock_step_all_wait_for_the_slowest_desktop() -> None:
 def test_pacing_keeps_no_more_desktops_busy_than_it_grants() -> None:
     grpo = {"groups_per_batch": 1, "max_staleness": 0}
     config = config_of(tasks={"rollouts": 4}, desktop={"num_envs": 32}, learner={"grpo": grpo})
-    timing = predict(config, count_batches(config, 4), rows_of(config), SMALL, Assumptions())
+    timing = predict(config, count_batches(config, 4), usual(config), SMALL, Assumptions())
     assert timing is not None and (timing.desktops, timing.desktops_allowed) == (32, 4)
 
 
@@ -273,7 +277,7 @@ def test_staleness_beyond_what_keeps_the_learner_busy_gains_nothing(learn_s: flo
     times = {"env_reset_s": 400, "env_step_s": 0, "evaluate_s": 0, "act_s": 0, "learn_s": learn_s}
     config = config_of(tasks={"rollouts": 4}, desktop={"num_envs": 16}, learner={"grpo": {"groups_per_batch": 1}})
     batches = count_batches(config, 1)
-    timing = predict(config, batches, rows_of(config), None, Assumptions.model_validate(times))
+    timing = predict(config, batches, usual(config), None, Assumptions.model_validate(times))
     assert timing is not None and least_staleness(batches, timing) == enough
 
 
@@ -283,6 +287,31 @@ def test_later_optimizer_steps_cost_one_forward_pass_more() -> None:
     )  # 3 passes' worth against 3.5
     work = [update_flops(config, count_batches(config, 4), rows_of(config), SMALL) for config in (one, two)]
     assert work[1] / work[0] == pytest.approx(3.5 / 3)
+
+
+def test_shorter_episodes_have_fewer_rows_and_not_a_share_of_each() -> None:
+    """A window of 3: up to 3 steps are one row, 4 are two; a mean of 2.5 is half 2 and half 3."""
+    config = config_of(tasks={"max_steps": 6}, agent={"context": "window", "window_images": 3})
+
+    def of_steps(steps: int) -> Rows:
+        return count_rows(config, (28, 28), 4, 1, 10, 3, steps)
+
+    assert [(share, rows.steps) for share, rows in usual_rows(of_steps, 2.5)] == [(0.5, 2), (0.5, 3)]
+    assert [(share, rows.rows_per_trajectory) for share, rows in usual_rows(of_steps, 4.0)] == [(1.0, 2)]
+
+
+def test_sharded_weights_come_with_every_micro_batch_and_larger_ones_move_less() -> None:
+    """A row is 10 + 2 x (1 + 3 + 12) = 42 tokens, 8 trajectories are 4 rows on each of 2 ranks."""
+    batches, moved = count_batches(config_of(learner={"grpo": {"groups_per_batch": 2}}, tasks={"rollouts": 4}), 4), {}
+    for tokens in (42, 100):
+        learner = {"zero_stage": 3, "num_processes": 2, "dtype": "bfloat16", "micro_batch_tokens": tokens}
+        config = config_of(tasks={"max_steps": 2}, learner={**learner, "activations": "layers"})
+        moved[tokens] = sharding_bytes(config, batches, usual(config), SMALL)
+    # Thrice in 2 bytes, and gradients in 4; half of it is on the other rank.
+    assert moved[42] == 4 * (3 * 2 + 4) * SMALL.num_parameters / 2
+    assert moved[100] == moved[42] / 2
+    whole = config_of(tasks={"max_steps": 2}, learner={"zero_stage": 1, "num_processes": 2})
+    assert sharding_bytes(whole, batches, usual(whole), SMALL) == 0
 
 
 def test_arpos_preset_departs_from_arpos_code_only_where_that_is_a_fault() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deskrl.core.config import RunConfig
@@ -120,6 +121,18 @@ def count_rows(
         tokens_per_trajectory=sum(lengths),
         images_per_trajectory=sum(images),
     )
+
+
+def usual_rows(rows_of: Callable[[int], Rows], mean_steps: float) -> list[tuple[float, Rows]]:
+    """Trajectories of the two whole numbers of steps around a mean, each with its share of them.
+
+    Args:
+        rows_of: a trajectory's, by its steps.
+        mean_steps: 1 or more.
+    """
+    fewer = math.floor(mean_steps)
+    longer = mean_steps - fewer
+    return [(1 - longer, rows_of(fewer)), *([(longer, rows_of(fewer + 1))] if longer else [])]
 
 
 def rows_by_images(steps: int, window: int) -> Sequence[int]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 
 from deskrl.core.arpo.translate import Note
 from deskrl.core.config import RunConfig
-from deskrl.core.explain.batches import Batches, Rows, count_batches, count_rows
+from deskrl.core.explain.batches import Batches, Rows, count_batches, count_rows, usual_rows
 from deskrl.core.explain.differences import differences
 from deskrl.core.explain.explanation import Explanation
 from deskrl.core.explain.facts import gather, sizing_of_screens
@@ -52,13 +53,15 @@ def explain_run(config: RunConfig, notes: Sequence[Note], assumed: Assumptions) 
     refuse_what_does_not_fit(config, tokens)
     action_tokens = min(assumed.action_tokens, config.inference.max_action_tokens)
     batches = count_batches(config, facts.num_tasks)
-    rows = count_rows(config, size, patches, tokens, facts.prompt_tokens, action_tokens)
+    rows_of = partial(count_rows, config, size, patches, tokens, facts.prompt_tokens, action_tokens)
+    rows = rows_of()
+    usual = [(1.0, rows)] if assumed.steps is None else usual_rows(rows_of, assumed.steps)
     shape = facts.shape
     learner = replica = None
     if shape is not None:
         learner = learner_memory(config, shape, rows)
         replica = replica_memory(config, shape, int(assumed.gpu_memory_gib * 1024**3))
-    timing = predict(config, batches, rows, shape, assumed)
+    timing = predict(config, batches, usual, shape, assumed)
     remarks = [*facts.remarks, *_remarks(config, batches, rows, replica, timing)]
     if learner is not None and replica is not None:
         remarks += _remarks_on_memory(config, learner, replica, assumed.gpu_memory_gib)

@@ -6,11 +6,12 @@ The times of a desktop and of the policy are assumptions, and told as such; each
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deskrl.core.config import RunConfig, Section
 from deskrl.core.explain.batches import Batches, Rows
+from deskrl.core.explain.memory import bytes_per_number
 from deskrl.core.explain.shape import ModelShape
 
 _PROVIDER_TIMES_S: Mapping[str, tuple[float, float, float]] = {
@@ -51,6 +52,9 @@ class Assumptions(Section):
     float32 (a few CPU cores')."""
     utilisation: float = 0.52
     """The share of that which the learner turns into progress."""
+    gather_gb_per_s: float = 95.0
+    """What reaches a GPU from the others while weights are gathered and gradients parted (ZeRO 3): measured on two
+    H200s that NVLink joins."""
     gpu_hour_price: float | None = None
     """Price of a GPU for an hour, in whatever currency."""
     desktop_hour_price: float | None = None
@@ -81,14 +85,26 @@ class Timing:
 
 
 def predict(
-    config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape | None, assumed: Assumptions
+    config: RunConfig,
+    batches: Batches,
+    usual: Sequence[tuple[float, Rows]],
+    shape: ModelShape | None,
+    assumed: Assumptions,
 ) -> Timing | None:
-    """Wall clock; None where the model's shape, and so its work, is not known and no time is given for it."""
+    """Wall clock; None where the model's shape, and so its work, is not known and no time is given for it.
+
+    Args:
+        config: of the run.
+        batches: of it.
+        usual: what trajectories are like, each kind with its share of them.
+        shape: of the model.
+        assumed: whatever else it rests on.
+    """
     learning_s = assumed.learn_s
     if learning_s is None:
         if shape is None:
             return None
-        learning_s = learning_seconds(config, batches, rows, shape, assumed)
+        learning_s = learning_seconds(config, batches, usual, shape, assumed)
     reset_s, step_s, evaluate_s = _desktop_times(config)
     reset_s = reset_s if assumed.env_reset_s is None else assumed.env_reset_s
     step_s = step_s if assumed.env_step_s is None else assumed.env_step_s
@@ -137,13 +153,41 @@ def _allowed_at_once(desktops: int, staleness: int, batches: Batches) -> int:
     return min(desktops, (staleness + 1) * batches.episodes_per_update)
 
 
-def learning_seconds(config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape, assumed: Assumptions) -> float:
-    """One update of the learner at the assumed share of its GPUs' rate."""
-    share = (assumed.steps or rows.steps) / rows.steps
+def learning_seconds(
+    config: RunConfig, batches: Batches, usual: Sequence[tuple[float, Rows]], shape: ModelShape, assumed: Assumptions
+) -> float:
+    """One update of the learner: at the assumed share of its GPUs' rate, and what sharding adds."""
     device = _FLOAT32_TFLOPS if config.learner.dtype == "float32" else _BFLOAT16_TFLOPS
     tflops = device if assumed.gpu_tflops is None else assumed.gpu_tflops
     rate = tflops * 1e12 * assumed.utilisation * config.learner.num_processes
-    return update_flops(config, batches, rows, shape) * share / rate
+    flops = sum(share * update_flops(config, batches, rows, shape) for share, rows in usual)
+    received = sharding_bytes(config, batches, usual, shape)
+    return flops / rate + received / (assumed.gather_gb_per_s * 1e9)
+
+
+def sharding_bytes(
+    config: RunConfig, batches: Batches, usual: Sequence[tuple[float, Rows]], shape: ModelShape
+) -> float:
+    """What a rank receives from the others in an update under ZeRO 3, which no other stage moves.
+
+    With each micro-batch, weights come for the forward and for the backward pass, and once more where layers are
+    computed anew; gradients go in float32. So larger micro-batches move less.
+    """
+    learner, ranks = config.learner, config.learner.num_processes
+    if learner.zero_stage < 3 or ranks == 1:
+        return 0.0
+    rows_each = sum(share * rows.rows_per_trajectory for share, rows in usual)
+    mean_tokens = sum(share * rows.tokens_per_trajectory for share, rows in usual) / rows_each
+    rows_at_once = max(1, int(learner.micro_batch_tokens / mean_tokens))
+    num_micro_batches = sum(
+        math.ceil(trajectories * rows_each / ranks / rows_at_once)
+        for trajectories in batches.trajectories_per_optimizer_step
+    )
+    later = 1 - 1 / batches.optimizer_steps_per_update
+    passes = (2 if learner.activations == "all" else 3) + later
+    trained = shape.num_language_parameters if learner.freeze_vision else shape.num_parameters
+    moved = bytes_per_number(learner.dtype) * passes * shape.num_parameters + 4 * trained
+    return num_micro_batches * moved * (ranks - 1) / ranks
 
 
 def update_flops(config: RunConfig, batches: Batches, rows: Rows, shape: ModelShape) -> float:
