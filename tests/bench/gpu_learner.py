@@ -113,7 +113,7 @@ def say(text: str) -> None:
 class World:
     """The model, the device and everything made up."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, options: argparse.Namespace, folder: Path, rank: int = 0, num_ranks: int = 1) -> None:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         self.options = options
@@ -135,7 +135,9 @@ class World:
         self.policy = Policy(model, suppressed, ByteCache(2 * 1024**3)).to(self.device)
         activations.keep(model.model.language_model, options.activations)
         self.shots: dict[str, bytes] = {}
-        self.feed = Feed(make_collator(self.policy, self.processor, self._fetch), 0, 1, options.tokens, lambda: None)
+        self.feed = Feed(
+            make_collator(self.policy, self.processor, self._fetch), rank, num_ranks, options.tokens, lambda: None
+        )
         with self.without_features():
             self.pixel_collator = make_collator(self.policy, self.processor, self._fetch)
         self._generator = random.Random(0)
