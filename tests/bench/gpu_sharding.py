@@ -1,4 +1,4 @@
-"""An optimizer step shared by several GPUs: weights whole (ZeRO 1) and sharded (ZeRO 3), beside what `explain` foretells.
+"""An optimizer step of several GPUs: weights whole (ZeRO 1) and sharded (ZeRO 3), beside what `explain` foretells.
 
 Episodes of three steps, made up as in `gpu_learner.py`, and a model of UI-TARS-1.5-7B's shape, layers computed anew:
 what `deploy/runs/h200x4.toml` does. Each side is a world of ranks of its own, started by torchrun, one after another:

@@ -70,6 +70,26 @@ def test_one_run_has_one_supervisor(folder: RunFolder) -> None:
     Supervisor(folder).close()
 
 
+def test_whoever_calls_others_has_ended_when_those_are_asked_to(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = Supervisor(folder)
+    start_replay(supervisor, folder)
+    callers = [
+        supervisor.start("actor-0", "actor", str(folder.config), "--index", "0").process,
+        supervisor.start("learner", "learner", str(folder.config)).process,
+    ]
+    replay, running = supervisor.children["replay"].process, []
+
+    def send_signal(number: int) -> None:
+        running.append([caller.poll() is None for caller in callers])
+        os.kill(replay.pid, number)
+
+    monkeypatch.setattr(replay, "send_signal", send_signal)
+    supervisor.close()
+    assert running == [[False, False]]
+
+
 def test_roles_end_with_a_supervisor_that_was_killed_and_the_next_one_removes_the_rest(folder: RunFolder) -> None:
     program = (
         "import sys, time; from pathlib import Path; from deskrl.core.runfolder import RunFolder\n"

@@ -32,6 +32,8 @@ RUN_MARK = "DESKRL_RUN_FOLDER"
 USER_ERROR_STATUS = 2
 MAX_RESTARTS = 5
 STOP_TIMEOUT_S = 20.0
+_SERVERS = ("replay", "inference")
+"""Roles that the others call."""
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Child:
     """One role's process, as it is now and as it has been restarted."""
 
     name: str
+    role: str
     command: list[str]
     process: subprocess.Popen[bytes]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -89,7 +92,7 @@ class Supervisor:
         log = open(self._folder.logs / f"{name}.log", "ab")  # noqa: SIM115 - closed when the child is stopped
         log_start = log.tell()
         process = self._spawn(command, log, environment)
-        child = Child(name, command, process, environment, log=log, log_start=log_start)
+        child = Child(name, arguments[0], command, process, environment, log=log, log_start=log_start)
         self.children[name] = child
         return child
 
@@ -132,13 +135,18 @@ class Supervisor:
         if status != 0:
             raise RoleFailed(name, status, last_line)
 
-    def stop(self, names: Sequence[str], timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """SIGTERM these children together, wait, then kill whatever is left of their sessions."""
+    def stop(self, names: Sequence[str]) -> None:
+        """Stop those of these children that there are: first whoever calls others, and so misses nobody."""
         leaving = [self.children.pop(name) for name in names if name in self.children]
+        self._stop_together([child for child in leaving if child.role not in _SERVERS])
+        self._stop_together([child for child in leaving if child.role in _SERVERS])
+
+    def _stop_together(self, leaving: Sequence[Child]) -> None:
+        """SIGTERM to each, wait, then kill whatever is left of their sessions."""
         for child in leaving:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + STOP_TIMEOUT_S
         late = []
         for child in leaving:
             try:
