@@ -310,6 +310,8 @@ def test_sharded_weights_come_with_every_micro_batch_and_larger_ones_move_less()
     # Thrice in 2 bytes, and gradients in 4; half of it is on the other rank.
     assert moved[42] == 4 * (3 * 2 + 4) * SMALL.num_parameters / 2
     assert moved[100] == moved[42] / 2
+    timing = predict(config, batches, usual(config), SMALL, Assumptions(gather_gb_per_s=moved[100] / 1e9))
+    assert timing is not None and timing.gathering_s == 1.0 < timing.learning_s
     whole = config_of(tasks={"max_steps": 2}, learner={"zero_stage": 1, "num_processes": 2})
     assert sharding_bytes(whole, batches, usual(whole), SMALL) == 0
 

@@ -24,6 +24,8 @@ from deskrl.core.explain.timing import Assumptions, Timing, least_staleness, pre
 from deskrl.core.explain.whole import add_up
 from deskrl.core.running.preflight import refuse_contradictions
 
+_NOTABLE_SHARE = 0.15
+
 
 def explain(config: RunConfig, notes: Sequence[Note], assumed: Assumptions, *, as_document: bool) -> int:
     """Print the explanation; the exit status.
@@ -117,6 +119,11 @@ def _remarks(
         remarks.append(
             f"pacing keeps {timing.desktops_allowed} of {timing.desktops} desktops busy: the others wait for updates "
             "(raise learner.grpo.max_staleness or groups_per_batch, or lower desktop.num_envs)"
+        )
+    if timing is not None and timing.gathering_s > _NOTABLE_SHARE * timing.learning_s:
+        remarks.append(
+            f"{timing.gathering_s:.1f} of the {timing.learning_s:.1f} s of learning move sharded weights: larger "
+            "learner.micro_batch_tokens move them less often, and zero_stage 1 leaves them where they are"
         )
     staleness = config.learner.grpo.max_staleness
     if timing is not None and (enough := least_staleness(batches, timing)) < staleness:

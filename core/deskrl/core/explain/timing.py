@@ -79,6 +79,8 @@ class Timing:
     acting_s: float
     """All episodes of an update on the desktops that may act."""
     learning_s: float
+    gathering_s: float
+    """Of that, what goes into moving sharded weights and their gradients."""
     overlap: bool
     """Whether acting goes on while the learner learns."""
     update_s: float
@@ -100,11 +102,12 @@ def predict(
         shape: of the model.
         assumed: whatever else it rests on.
     """
-    learning_s = assumed.learn_s
+    learning_s, gathering_s = assumed.learn_s, 0.0
     if learning_s is None:
         if shape is None:
             return None
-        learning_s = learning_seconds(config, batches, usual, shape, assumed)
+        gathering_s = sharding_bytes(config, batches, usual, shape) / (assumed.gather_gb_per_s * 1e9)
+        learning_s = computing_seconds(config, batches, usual, shape, assumed) + gathering_s
     reset_s, step_s, evaluate_s = _desktop_times(config)
     reset_s = reset_s if assumed.env_reset_s is None else assumed.env_reset_s
     step_s = step_s if assumed.env_step_s is None else assumed.env_step_s
@@ -131,6 +134,7 @@ def predict(
         desktops_allowed=allowed,
         acting_s=acting_s,
         learning_s=learning_s,
+        gathering_s=gathering_s,
         overlap=staleness > 0,
         update_s=update_s,
     )
@@ -153,16 +157,14 @@ def _allowed_at_once(desktops: int, staleness: int, batches: Batches) -> int:
     return min(desktops, (staleness + 1) * batches.episodes_per_update)
 
 
-def learning_seconds(
+def computing_seconds(
     config: RunConfig, batches: Batches, usual: Sequence[tuple[float, Rows]], shape: ModelShape, assumed: Assumptions
 ) -> float:
-    """One update of the learner: at the assumed share of its GPUs' rate, and what sharding adds."""
+    """One update of the learner at the assumed share of its GPUs' rate."""
     device = _FLOAT32_TFLOPS if config.learner.dtype == "float32" else _BFLOAT16_TFLOPS
     tflops = device if assumed.gpu_tflops is None else assumed.gpu_tflops
     rate = tflops * 1e12 * assumed.utilisation * config.learner.num_processes
-    flops = sum(share * update_flops(config, batches, rows, shape) for share, rows in usual)
-    received = sharding_bytes(config, batches, usual, shape)
-    return flops / rate + received / (assumed.gather_gb_per_s * 1e9)
+    return sum(share * update_flops(config, batches, rows, shape) for share, rows in usual) / rate
 
 
 def sharding_bytes(
