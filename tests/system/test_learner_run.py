@@ -275,8 +275,11 @@ def check_checkpoints(run: World) -> None:
         assert tensor.equal(served.model.state_dict()[name]), name
 
 
-def test_sigterm_ends_it_with_status_0_and_the_next_start_goes_on(world: Callable[..., World]) -> None:
-    run = world(grpo=GRPO)
+@pytest.mark.parametrize("ranks", [{}, {"num_processes": 2, "zero_stage": 3}], ids=["one rank", "two, sharded"])
+def test_sigterm_ends_it_with_status_0_and_the_next_start_goes_on(
+    world: Callable[..., World], ranks: dict[str, Any]
+) -> None:
+    run = world(grpo=GRPO, **ranks)
     learner = run.start()
     run.wait_for(lambda: len(run.metrics("update")) == 1, learner)
     learner.send_signal(signal.SIGTERM)
