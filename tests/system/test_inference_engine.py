@@ -16,8 +16,11 @@ from deskrl.inference.engine import Engine
 from deskrl.inference.engine_input import Prompt, engine_input
 from deskrl.proto.v1 import common_pb2
 
+FEW_TOKENS = 40
+"""That the engine computes in a step: fewer than several prompts have."""
 
-def test_screenshots_are_seen_as_vllm_would_show_them_and_sent_again_if_they_are_lost(
+
+def test_screenshots_are_seen_as_vllm_would_show_them_and_prompts_at_once_act_as_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoTokenizer
@@ -25,6 +28,8 @@ def test_screenshots_are_seen_as_vllm_would_show_them_and_sent_again_if_they_are
     # On a GPU, which this process may hold already: a forked engine could not use it.
     monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
     config = replica_config(tmp_path, port=1)
+    in_parts = config.inference.model_copy(update={"engine_args": {"max_num_batched_tokens": FEW_TOKENS}})
+    config = config.model_copy(update={"inference": in_parts})
     prompt_format = PromptFormat(config.model_folder, AutoTokenizer.from_pretrained(config.model_folder))
 
     async def scenario() -> None:
@@ -32,6 +37,7 @@ def test_screenshots_are_seen_as_vllm_would_show_them_and_sent_again_if_they_are
         try:
             await both_ways_give_one_distribution(engine, config, prompt_format)
             await what_the_worker_lacks_is_sent_again(engine, config, prompt_format)
+            await who_is_taken_in_parts_acts_as_alone(engine, config, prompt_format)
         finally:
             engine.shutdown()
 
@@ -69,3 +75,16 @@ async def what_the_worker_lacks_is_sent_again(engine: Engine, config: RunConfig,
     for prompt in (known, lost):
         sampled = await engine.sample(prompt, temperature=1.0, max_tokens=4, seed=3, name="after")
         assert len(sampled.action_ids) == 4 or sampled.stopped
+
+
+async def who_is_taken_in_parts_acts_as_alone(engine: Engine, config: RunConfig, prompt_format: PromptFormat) -> None:
+    prompts = [await make_prompt(config, prompt_format, screenshot(10 + number)) for number in range(6)]
+    assert len(prompts[0].ids) < FEW_TOKENS < 2 * len(prompts[0].ids)
+
+    async def act(seed: int) -> list[int]:
+        sampled = await engine.sample(prompts[seed], temperature=1.0, max_tokens=8, seed=seed, name=f"part-{seed}")
+        return list(sampled.action_ids)
+
+    together = await asyncio.gather(*map(act, range(6)))
+    await engine.llm.reset_prefix_cache()
+    assert together == [await act(seed) for seed in range(6)]
