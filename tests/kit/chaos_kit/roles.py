@@ -19,6 +19,7 @@ import psutil
 from deskrl.core.running.supervisor import USER_ERROR_STATUS
 
 _STOP_S = 60.0
+_NO_OUTPUT = "no output"
 
 
 @dataclass(frozen=True)
@@ -122,23 +123,24 @@ class RoleProcess:
             self.lock.release()
 
     def stop(self) -> int:
-        """SIGTERM; the exit status."""
+        """SIGTERM; the exit status, 0 also of a process that had not come to heed it, so soon after its start."""
         with self.lock:
             assert self._process is not None
             self._signal(self.pid, signal.SIGCONT)
             self._process.terminate()
             try:
-                return self._process.wait(_STOP_S)
+                status = self._process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                return self._process.wait()
+                status = self._process.wait()
+            return 0 if status == -signal.SIGTERM and self.last_line() == _NO_OUTPUT else status
 
     def last_line(self) -> str:
         """What the process wrote last."""
         with open(self.log, "rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "no output"
+        return lines[-1] if lines else _NO_OUTPUT
 
     def _signal(self, pid: int, number: int) -> None:
         with suppress(ProcessLookupError):
