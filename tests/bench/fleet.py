@@ -58,6 +58,7 @@ from deskrl.core.config import SimulatedConfig
 MEAN_STEPS_PER_S = 0.07
 """Turns of one desktop that never waits, about; where the search for the limit begins follows from it."""
 FIRST_STEPS_PER_S = 70.0
+"""Time never passes slower than stated, so a large fleet begins with more."""
 SATURATED_BELOW = 0.9
 _IDEAL_ROUNDS = 100
 
@@ -112,7 +113,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 def saturate(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Ever faster, until deskrl's own work no longer fits between what is modelled."""
-    speedup = FIRST_STEPS_PER_S / (MEAN_STEPS_PER_S * options.desktops)
+    speedup = max(1.0, FIRST_STEPS_PER_S / (MEAN_STEPS_PER_S * options.desktops))
     stages: list[dict[str, object]] = []
     while True:
         fleet = Fleet(options.desktops, speedup, "free", options.width, options.height, options.prompt_tokens)
