@@ -263,9 +263,13 @@ ESCAPES = {
     """,
     "the virtual machine's host": """
         import socket
-        attempt = socket.socket(40)  # AF_VSOCK
-        attempt.settimeout(2)
-        attempt.connect((2, 22))
+        socket.socket(40)  # AF_VSOCK, which no namespace parts: whoever has one can call
+        print("out")
+    """,
+    "what filters of system calls do not see": """
+        import ctypes
+        queue = ctypes.CDLL(None, use_errno=True).syscall(425, 1, ctypes.create_string_buffer(120))  # io_uring_setup
+        assert queue >= 0, ctypes.get_errno()
         print("out")
     """,
     "the machine's secrets": """

@@ -24,6 +24,7 @@ from deskrl.actor.guest.keyring import leave_keyring
 from deskrl.actor.guest.osworld import osworld_routes
 from deskrl.actor.guest.screen import Screen
 from deskrl.actor.guest.session import DISPLAY, Limits, Session
+from deskrl.actor.guest.system_calls import filter_system_calls
 from deskrl.actor.guest.windows import Windows
 
 _BACKGROUND = 0x2E5266
@@ -33,6 +34,7 @@ def main() -> None:
     """Start everything, serve for ever."""
     options = json.loads(sys.argv[1])
     leave_keyring()
+    filter_system_calls()
     limits = Limits(options["max_processes"], options["max_data_bytes"])
     session = Session(options["width"], options["height"], limits)
     framebuffer = session.wait_for_x_server()
