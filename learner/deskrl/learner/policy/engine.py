@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from deskrl.core.config import LearnerConfig
+from deskrl.core.weights.buckets import plan_buckets
 from deskrl.learner.batches.batch import MicroBatch
 from deskrl.learner.policy.checkpoint_names import checkpoint_tensors, whole_shape
 from deskrl.learner.policy.host_copy import HostCopier
@@ -28,8 +29,6 @@ from deskrl.learner.policy.model import Policy, Scores
 
 Gathered = TypeVar("Gathered")
 _GROUP_ELEMENTS = 250_000_000
-_PORTION_BYTES = 1024**3
-"""Of sharded weights, what is whole on a GPU at a time, and one tensor more, while they are copied."""
 _WRITING_TIMEOUT = timedelta(hours=2)
 """Ranks may be done with their part of a checkpoint as far apart as this."""
 
@@ -154,12 +153,15 @@ class Engine:
             copier: whose memory the copies are to be in; unset: new memory.
         """
         copier = copier or HostCopier()
-        copies: dict[str, Tensor] = {}
-        for portion in _portions(self.checkpoint_parameters()):
-            with self.gathered(list(portion.values())):
+        parameters = self.checkpoint_parameters()
+        sizes_bytes = [math.prod(whole_shape(tensor)) * tensor.element_size() for tensor in parameters.values()]
+        tensors, copies = list(parameters.values()), []
+        for bucket in plan_buckets(sizes_bytes):
+            portion = [tensors[piece.tensor] for piece in bucket.pieces]
+            with self.gathered(portion):
                 if self.rank == 0:
-                    copies.update(zip(portion, copier.copy(list(portion.values())), strict=True))
-        return copies
+                    copies += copier.copy(portion)
+        return dict(zip(parameters, copies, strict=True)) if self.rank == 0 else {}
 
     def model_tensors(self, copier: HostCopier) -> dict[str, Tensor]:
         """The model's tensors by the names of its checkpoint, on rank 0: the live ones, or copies of sharded ones.
@@ -263,20 +265,6 @@ def _join_world() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-
-
-def _portions(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Tensors by name, in order, as many at a time as may be whole beside what learning holds."""
-    portion: dict[str, Tensor] = {}
-    num_bytes = 0
-    for name, tensor in tensors.items():
-        portion[name] = tensor
-        num_bytes += math.prod(whole_shape(tensor)) * tensor.element_size()
-        if num_bytes >= _PORTION_BYTES:
-            yield portion
-            portion, num_bytes = {}, 0
-    if portion:
-        yield portion
 
 
 def _parameter_groups(policy: Policy) -> list[dict[str, Any]]:
