@@ -60,14 +60,19 @@ _CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
+_GPU_ENVIRONMENT = {
+    # This process has computed by then. A fork of it has OpenMP's pool without its threads, and waits for them for ever
+    # at the first tensor that is filled in parallel; whether one is depends on the model's and the machine's size.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+
 
 def set_environment() -> None:
     """Set what vLLM reads from the environment, before it is first imported; the user's own settings win."""
     _set_defaults(_ENVIRONMENT)
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        _set_defaults(_CPU_ENVIRONMENT)
+    _set_defaults(_CPU_ENVIRONMENT if current_platform.is_cpu() else _GPU_ENVIRONMENT)
 
 
 def _set_defaults(defaults: Mapping[str, str]) -> None:

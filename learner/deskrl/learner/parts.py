@@ -28,7 +28,7 @@ from deskrl.learner.take import BatchTaker
 from deskrl.learner.tracking import Tracker
 from deskrl.learner.weights.announcements import Outcome
 from deskrl.learner.weights.canary import CanaryProbe, make_canary
-from deskrl.learner.weights.publish import TOLERANCE_BFLOAT16, TOLERANCE_FLOAT32, Publisher
+from deskrl.learner.weights.publish import TOLERANCE_FLOAT32, TOLERANCE_HALF, TOLERANCE_TF32, Publisher
 from deskrl.learner.weights.sending import Sender
 
 
@@ -127,7 +127,7 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         publisher=Publisher(
             config.inference,
             _sender(config, engine),
-            TOLERANCE_FLOAT32 if config.is_in_float32 else TOLERANCE_BFLOAT16,
+            _canary_tolerance(config, engine),
             stop,
             on_outcome,
         ),
@@ -135,6 +135,12 @@ def assemble(config: RunConfig, stop: StopEvent, on_outcome: Callable[[Outcome],
         results=Results(folder, tasks),
         tracker=Tracker(config) if engine.rank == 0 else None,
     )
+
+
+def _canary_tolerance(config: RunConfig, engine: Engine) -> float:
+    if not config.is_in_float32:
+        return TOLERANCE_HALF
+    return TOLERANCE_TF32 if engine.device.type == "cuda" else TOLERANCE_FLOAT32
 
 
 def _sender(config: RunConfig, engine: Engine) -> Sender | None:

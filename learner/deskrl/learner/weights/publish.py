@@ -31,8 +31,10 @@ from deskrl.learner.weights.sending import Sender, follow
 T = TypeVar("T")
 
 TOLERANCE_FLOAT32 = 1e-3
-TOLERANCE_BFLOAT16 = 0.3
-"""Largest difference of a canary's logprob between a replica and the learner: two implementations, one arithmetic."""
+TOLERANCE_TF32 = 5e-2
+TOLERANCE_HALF = 0.3
+"""Largest difference of a canary's logprob between a replica and the learner: two implementations, one arithmetic. A
+GPU's attention kernels multiply float32 as TF32."""
 START_TIMEOUT_S = 900.0
 """How long the first publication waits for replicas to come up."""
 RECOVERY_S = 300.0
