@@ -152,6 +152,7 @@ def test_a_run_from_demonstrations_to_results(learnt: World) -> None:
         "loading",
         "demonstrations",
         "imitation",
+        "waiting for inference",
         "publishing",
         "eval/before",
         "training",

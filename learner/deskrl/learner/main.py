@@ -83,6 +83,7 @@ class Learner:
             self._warm_start()
             self._saving.begin(self._state, self._version)
         with self._replicas():
+            self._phase("publishing")
             self._publish()
             self._announce_version()
             self._evaluate("before")
@@ -99,7 +100,7 @@ class Learner:
     @contextmanager
     def _replicas(self) -> Iterator[None]:
         """Within it there are replicas to publish to, and whoever joins is followed."""
-        self._phase("publishing")
+        self._phase("waiting for inference")
         if not self._is_first:
             yield
             return
