@@ -15,7 +15,7 @@ from ports_kit import free_port
 from deskrl.core.config import dump_config, load_config
 from deskrl.core.errors import UserError
 from deskrl.core.runfolder import RunFolder
-from deskrl.core.running.supervisor import RoleFailed, Supervisor, describe_leftovers, temporary_folder
+from deskrl.core.running.supervisor import Child, RoleFailed, Supervisor, describe_leftovers, temporary_folder
 
 SMOKE = Path(__file__).parents[2] / "deploy" / "runs" / "smoke.toml"
 
@@ -88,6 +88,45 @@ def test_whoever_calls_others_has_ended_when_those_are_asked_to(
     monkeypatch.setattr(replay, "send_signal", send_signal)
     supervisor.close()
     assert running == [[False, False]]
+
+
+SAVING = """
+import os, pathlib, signal, sys, time
+partial, num_writes = pathlib.Path(sys.argv[1], ".epoch_2.partial"), int(sys.argv[2])
+weights = partial / "model.safetensors"
+def save(*_):
+    for size in range(num_writes):
+        weights.write_bytes(bytes(size))
+        time.sleep(0.05)
+    time.sleep(0 if num_writes else 600)
+    partial.rename(partial.with_name("epoch_2"))
+    sys.exit()
+partial.mkdir()
+weights.touch()
+if not num_writes:
+    os.utime(weights, (0, 0))
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("num_writes", "ends_by_itself"), [(20, True), (0, False)], ids=["it writes", "it hangs"])
+def test_a_learner_that_is_told_to_end_may_write_its_checkpoint(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, num_writes: int, ends_by_itself: bool
+) -> None:
+    monkeypatch.setattr("deskrl.core.running.supervisor.STOP_TIMEOUT_S", 0.2)
+    command = [sys.executable, "-c", SAVING, str(folder.checkpoints), str(num_writes)]
+    supervisor = Supervisor(folder)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        log = open(folder.logs / "learner.log", "ab")  # noqa: SIM115 - closed when the child is stopped
+        supervisor.children["learner"] = Child("learner", "learner", command, process, log=log)
+        supervisor.stop(["learner"])
+    assert (process.returncode == 0) is ends_by_itself
+    assert (folder.checkpoints / "epoch_2").exists() is ends_by_itself
+    assert [line["role"] for line in folder.read_metrics("stop_timeout")] == ([] if ends_by_itself else ["learner"])
+    supervisor.close()
 
 
 def test_roles_end_with_a_supervisor_that_was_killed_and_the_next_one_removes_the_rest(folder: RunFolder) -> None:

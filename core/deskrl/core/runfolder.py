@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -59,6 +60,15 @@ class RunFolder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.metrics))
         finally:
             os.close(descriptor)
+
+    def is_saving(self, within_s: float) -> bool:
+        """Whether anything was written, this short a time ago, of a checkpoint that is not whole yet."""
+        since_unix_s = time.time() - within_s
+        for path in self.checkpoints.glob(".*.partial/**/*"):
+            with contextlib.suppress(FileNotFoundError):  # it became whole meanwhile
+                if path.stat().st_mtime > since_unix_s:
+                    return True
+        return False
 
     def read_metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """Lines of metrics.jsonl of one kind (or all); a torn line is left out."""

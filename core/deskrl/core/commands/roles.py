@@ -103,6 +103,9 @@ def _run_ranks(config: RunConfig, command: Sequence[str]) -> int:
     """Have torchrun start the ranks, each with the same command again."""
     port = config.learner.master_port
     rendezvous = [f"--master-port={port}"] if port else ["--standalone"]
+    # Else torchrun kills ranks 30 s after it told them to end, in the middle of a checkpoint. Whoever stops a run has
+    # patience of its own, and ends the ranks too.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
     # Without a place for logs, torchrun makes a temporary folder for them and leaves it there.
     world = [f"--nproc-per-node={config.learner.num_processes}", *rendezvous, f"--log-dir={os.devnull}"]
     return int(importlib.import_module("deskrl.learner.ranks").main([*world, "-m", "deskrl.core.cli", *command]))

@@ -32,6 +32,12 @@ RUN_MARK = "DESKRL_RUN_FOLDER"
 USER_ERROR_STATUS = 2
 MAX_RESTARTS = 5
 STOP_TIMEOUT_S = 20.0
+SAVING_TIMEOUT_S = 900.0
+"""How long a learner that is told to end may take for the checkpoint that it has begun: 124 GB of a 7B take over a
+minute on a fast disk, and updates are lost with them."""
+_STILL_S = 60.0
+"""A checkpoint of which nothing has been written for so long is not being written: files are made durable meanwhile."""
+_POLL_S = 0.05
 _SERVERS = ("replay", "inference")
 """Roles that the others call."""
 
@@ -146,18 +152,32 @@ class Supervisor:
         for child in leaving:
             if child.process.poll() is None:
                 child.process.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
+        asked_s = time.monotonic()
         late = []
         for child in leaving:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if not self._ends(child, asked_s):
                 late.append(child.name)
             end_session(child.process.pid)
             child.process.wait()
             child.log.close()
         for name in late:  # at the end, because on a full disk it fails
             self._folder.append_metrics("stop_timeout", role=name)
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._folder.is_saving(_STILL_S)
+
+    def _ends(self, child: Child, asked_s: float) -> bool:
+        """Wait for a child's end while it has time for it: a learner, once its checkpoint is written, as much again."""
+        deadline_s = asked_s + STOP_TIMEOUT_S
+        while child.process.poll() is None:
+            now_s = time.monotonic()
+            if child.role == "learner" and self.is_saving():
+                deadline_s = min(now_s, asked_s + SAVING_TIMEOUT_S) + STOP_TIMEOUT_S
+            if now_s >= deadline_s:
+                return False
+            time.sleep(_POLL_S)
+        return True
 
     def close(self) -> list[str]:
         """Stop everything, then name what of the run is still there (and end that too); nothing is the normal case."""

@@ -85,6 +85,8 @@ def _up(config: RunConfig, folder: RunFolder) -> int:
     try:
         proof = _run(config, folder, supervisor, stop, console, started_unix_s)
     except Interrupted:
+        if supervisor.is_saving():
+            console.print("a checkpoint is being written: the run ends with it", highlight=False)
         supervisor.close()
         console.print(f"stopped; the same command resumes {folder.root}", highlight=False)
         return 130
