@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them.
+# Installs what the tests need, runs the linters and the type checker, and then the tests.
 # Usage: deploy/test.sh [pytest arguments]      e.g. deploy/test.sh tests/long
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ bash deploy/install.sh "${extras[@]}"
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check --quiet .
-mypy core actor inference replay learner
+mypy core actor inference replay learner launch analysis cli testing
 lint-imports
 buf lint proto
 exec pytest "$@"

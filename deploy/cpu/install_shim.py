@@ -1,11 +1,11 @@
-"""Mends an environment whose torch is a CPU build and whose torchvision, torchaudio or torchcodec are CUDA builds.
+"""Repairs an environment with a CPU build of torch and CUDA builds of torchvision, torchaudio or torchcodec.
 
     python deploy/cpu/install_shim.py
 
-pip brings such a mixture where only the package index has wheels: the extras' compiled parts cannot be loaded, and
-transformers and vLLM fail while they import them. torchvision gets `torchvision_shim.py`; torchaudio and torchcodec
-(sound and video, of no use here) are uninstalled. What imports well is left alone, so running this twice, or on a
-healthy environment, changes nothing. Works on the environment of the interpreter that runs it.
+pip installs such a combination if only the default package index is available. The compiled parts of the CUDA builds
+cannot be loaded, and transformers and vLLM fail when they import them. This script installs `torchvision_shim.py` for
+torchvision, and uninstalls torchaudio and torchcodec (audio and video, which deskrl does not use). It changes only
+packages that cannot be imported, in the environment of the interpreter that runs it.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _MISSING_OPERATORS = "operator torchvision::"
 
 
 def import_error(package: str) -> str | None:
-    """What `import package` says in a fresh interpreter; None if it works or the package is not installed."""
+    """Return the error of importing a package in a new interpreter; None for success or if it is not installed."""
     program = f"import importlib.util, sys\nif importlib.util.find_spec({package!r}): import {package}"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     return None if result.returncode == 0 else result.stderr.strip().splitlines()[-1]
 
 
 def install_torchvision_shim() -> None:
-    """Put the shim and its .pth file into site-packages."""
+    """Copy the shim into site-packages and write its .pth file."""
     site_packages = Path(sysconfig.get_paths()["purelib"])
     shutil.copyfile(Path(__file__).with_name(f"{_MODULE}.py"), site_packages / f"{_MODULE}.py")
     (site_packages / f"{_MODULE}.pth").write_text(f"import {_MODULE}; {_MODULE}.install()\n", encoding="utf-8")
 
 
 def main() -> int:
-    """Mend what is broken; 0 if everything imports afterwards."""
+    """Repair broken packages; return 0 if all can be imported afterwards."""
     error = import_error("torchvision")
     if error is not None and _MISSING_OPERATORS in error:
         print(f"torchvision: {error}: installing the shim")

@@ -1,11 +1,11 @@
-"""Lets a CUDA build of torchvision be imported beside a CPU build of torch. Part of the environment, never of deskrl.
+"""Makes a CUDA build of torchvision importable with a CPU build of torch. Part of the environment, not of deskrl.
 
-Such a torchvision cannot load its compiled operators, and then fails while it is imported, because it describes two of
-them to torch ("operator torchvision::nms does not exist"). Image transforms, all that a Qwen2.5-VL processor wants,
-need none of them. So the two are declared, without a body, just before torchvision runs.
+Such a torchvision cannot load its compiled operators, and its import fails because it registers fake implementations
+for two of them ("operator torchvision::nms does not exist"). The image transforms that a Qwen2.5-VL processor uses do
+not need these operators. The shim therefore declares both, without implementation, before torchvision is executed.
 
 `install_shim.py` copies this module into site-packages with a .pth file that calls `install` in every interpreter of
-the environment, spawned workers included. It costs nothing until somebody imports torchvision.
+the environment, including spawned workers. It has no effect until torchvision is imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SCHEMAS = {
 
 
 class _DeclareOperators(importlib.abc.Loader):
-    """Runs torchvision as its own loader would, after the missing operators were declared."""
+    """Loader that declares the missing operators and then executes torchvision with its own loader."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -40,7 +40,7 @@ class _DeclareOperators(importlib.abc.Loader):
 
 
 class _TorchvisionFinder(importlib.abc.MetaPathFinder):
-    """Finds torchvision where it lies and nothing else."""
+    """Finder for torchvision only."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -54,5 +54,5 @@ class _TorchvisionFinder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Called by the .pth file when an interpreter starts."""
+    """Install the finder; the .pth file calls this when an interpreter starts."""
     sys.meta_path.insert(0, _TorchvisionFinder())

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Builds the image of the provider `docker`.
+# Builds the desktop image of the provider `docker`.
 # Usage: deploy/docker/build.sh [--tag NAME] [--base IMAGE | --bootstrap] [--applications "PACKAGE ..."]
-#   --base IMAGE    a Debian image to build on (debian:bookworm-slim)
-#   --bootstrap     make that base from Debian's own packages (debootstrap, as root): for machines that reach no registry
-#   --applications  Debian packages of the applications (those of deskrl's own tasks)
-# DOCKER_HOST names another daemon, DEBIAN_MIRROR another source of packages for --bootstrap.
+#   --tag NAME      name of the image (default: deskrl-desktop)
+#   --base IMAGE    Debian base image (default: debian:bookworm-slim)
+#   --bootstrap     create the base image from Debian packages (debootstrap, as root), for machines without a registry
+#   --applications  Debian packages of the applications (default: those of deskrl's own tasks)
+# Environment: DOCKER_HOST selects the docker daemon, DEBIAN_MIRROR the package source of --bootstrap.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -17,7 +18,7 @@ while (($#)); do
         --base) base=$2; shift 2 ;;
         --bootstrap) base=bootstrap; shift ;;
         --applications) arguments+=(--build-arg "APPLICATIONS=$2"); shift 2 ;;
-        *) echo "build.sh: unknown option $1; see the head of this file" >&2; exit 2 ;;
+        *) echo "build.sh: $1: unknown option (hint: the options are listed at the top of this file)" >&2; exit 2 ;;
     esac
 done
 
@@ -26,7 +27,7 @@ trap 'rm -rf --one-file-system "$work"' EXIT
 
 if [ "$base" = bootstrap ]; then
     if ! command -v debootstrap >/dev/null || ((EUID)); then
-        echo "build.sh: --bootstrap needs root and the package debootstrap; apt-get install it, or name a --base" >&2
+        echo "build.sh: --bootstrap requires root and debootstrap (hint: apt-get install debootstrap, or use --base)" >&2
         exit 2
     fi
     echo "bootstrapping Debian"

@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
-# Runs deskrl under Slurm: arrays of actors and of inference replicas, a job each for the rest. docs/launch-slurm.md goes with it.
+# Runs deskrl with Slurm: job arrays for actors and inference replicas, one job for each other role.
+# Documentation: docs/launch-slurm.md.
 # Usage: deploy/slurm/launch.sh start|scale|drain|stop CONFIG [sbatch option ...]
-#   start  submits the roles that are not there yet      scale  brings actors and replicas to what the file says
-#   drain  ends the actors; they give their work back    stop   ends every job of the run; start resumes it
-# sbatch options go to every job that is submitted, those in SBATCH_REPLAY, SBATCH_INFERENCE, SBATCH_LEARNER and
-# SBATCH_ACTOR to that role's: SBATCH_LEARNER="--gres=gpu:4" deploy/slurm/launch.sh start CONFIG --account=lab
+#   start  submit the roles that are not pending or running
+#   scale  submit or end actors and replicas to match the configuration
+#   drain  end the actors, which return their rollouts
+#   stop   end all jobs of the run; start resumes it
+# sbatch options apply to every submitted job; those in SBATCH_REPLAY, SBATCH_INFERENCE, SBATCH_LEARNER and SBATCH_ACTOR
+# to the jobs of that role: SBATCH_LEARNER="--gres=gpu:4" deploy/slurm/launch.sh start CONFIG --account=lab
 set -euo pipefail
-refuse() {
-    echo "launch.sh: $1" >&2
+die() { # MESSAGE HINT
+    echo "launch.sh: $1 (hint: $2)" >&2
     exit 2
 }
-(($# >= 2)) || refuse "no command or no configuration; usage: launch.sh start|scale|drain|stop CONFIG"
+(($# >= 2)) || die "a command and a configuration are required" "launch.sh start|scale|drain|stop CONFIG"
 command=$1 config=$(realpath -m "$2") here=$(dirname "$(realpath "$0")")
 shift 2
-type -P sbatch >/dev/null || refuse "there is no Slurm here (no sbatch on PATH); run this on a login node"
-type -P deskrl >/dev/null || refuse "there is no deskrl on PATH; source .venv/bin/activate"
+type -P sbatch >/dev/null || die "sbatch: not on PATH" "run this on a login node of the cluster"
+type -P deskrl >/dev/null || die "deskrl: not on PATH" "source .venv/bin/activate"
 values=$(deskrl size "$config") || exit 2
 eval "$values"
 
-jobs_of() { # ROLE: array index and job of each of its jobs that waits or runs, a line each
+jobs_of() { # ROLE: print array index and id of each pending or running job of a role, one per line
     squeue --me --noheader --array --states=PENDING,RUNNING,CONFIGURING,SUSPENDED --format=%K:%F_%K --name="deskrl-$name-$1"
 }
 
@@ -31,17 +34,17 @@ submit() { # ROLE [sbatch option ...]
         "${options[@]}" ${!own-} "$@" "$here/role.sh" "$role" "$config"
 }
 
-scale() { # ROLE COUNT: elements 0 to COUNT - 1 of its array wait or run, others do not
+scale() { # ROLE COUNT: make elements 0 to COUNT - 1 of its array pending or running, and end all others
     local role=$1 wanted index job missing=() surplus=()
-    declare -A there=()
+    declare -A existing=()
     while IFS=: read -r index job; do
-        [ -n "$index" ] && there[$index]=$job
+        [ -n "$index" ] && existing[$index]=$job
     done < <(jobs_of "$role")
     for ((wanted = 0; wanted < $2; wanted++)); do
-        [ -n "${there[$wanted]-}" ] || missing+=("$wanted")
-        unset "there[$wanted]"
+        [ -n "${existing[$wanted]-}" ] || missing+=("$wanted")
+        unset "existing[$wanted]"
     done
-    surplus=("${there[@]}")
+    surplus=("${existing[@]}")
     ((${#missing[@]} == 0)) || submit "$role" --array="$(IFS=,; echo "${missing[*]}")" "${after[@]}" >/dev/null
     ((${#surplus[@]} == 0)) || scancel --signal=TERM --full "${surplus[@]}"
     echo "$name: $2 of $role, ${#missing[@]} submitted, ${#surplus[@]} draining"
@@ -71,5 +74,5 @@ stop)
         scancel --me --name="deskrl-$name-$role"
     done
     ;;
-*) refuse "there is no command $command; start, scale, drain or stop" ;;
+*) die "$command: unknown command" "start, scale, drain or stop" ;;
 esac

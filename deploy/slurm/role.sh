@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# One role of a run as a Slurm job; launch.sh submits it. Usage: role.sh ROLE CONFIG
-# Replay writes into RUN/addresses/ where it is, because nobody knows it before the job has a node; the others wait for it.
+# Runs one role as a Slurm job, which launch.sh submits. Usage: role.sh ROLE CONFIG
+# The node of the replay job is known only once it runs, so it writes its address to RUN/addresses/, and the other roles
+# wait for it.
 set -euo pipefail
 role=$1 config=$2
 eval "$(deskrl size "$config")"
 addresses=$folder/addresses
 here=$(hostname -f 2>/dev/null || hostname)
 
-publish() { # ADDRESS: where replay is found from now on
+publish() { # ADDRESS: write the address of the replay service, atomically
     printf '%s\n' "$1" >"$addresses/.$SLURM_JOB_ID" && mv "$addresses/.$SLURM_JOB_ID" "$addresses/replay"
 }
 
-await_replay() { # until it has a node; prints its address
+await_replay() { # wait for the address of the replay service, and print it
     until [ -s "$addresses/replay" ]; do sleep 1; done
     cat "$addresses/replay"
 }
@@ -27,7 +28,7 @@ replay)
     ;;
 esac
 DESKRL_REPLAY__ADDRESS=$(await_replay)
-export DESKRL_REPLAY__ADDRESS DESKRL_INFERENCE__NUM_REPLICAS=0 # replicas join wherever they run
+export DESKRL_REPLAY__ADDRESS DESKRL_INFERENCE__NUM_REPLICAS=0 # replicas register with the replay service instead
 case $role in
 inference)
     export DESKRL_INFERENCE__JOIN=true DESKRL_INFERENCE__ADDRESS=$here:$((inference_port + SLURM_ARRAY_TASK_ID))
@@ -40,7 +41,7 @@ esac
 deskrl learner "$config" &
 learner=$!
 trap 'kill -TERM $learner' TERM
-wait "$learner" || wait "$learner" # the first is cut short by the signal
+wait "$learner" || wait "$learner" # the signal interrupts the first wait
 for other in actor inference replay; do
-    scancel --me --name="deskrl-$name-$other" # the run is over
+    scancel --me --name="deskrl-$name-$other" # the run has ended
 done

@@ -1,27 +1,30 @@
 #!/usr/bin/env bash
-# Runs deskrl under systemd, on one machine or a part of it on each of several. docs/launch-systemd.md goes with it.
+# Runs deskrl with systemd, on one machine or distributed over several. Documentation: docs/launch-systemd.md.
 # Usage: deploy/systemd/launch.sh install | start|scale|drain|roll|stop RUN      (RUN: /etc/deskrl/RUN.toml)
-#   install  copies the units             start  starts every role            scale  brings the actors to desktop.num_envs
-#   drain    ends the actors              roll   restarts every role, actors last and one by one
-#   stop     ends every role; start resumes the run
+#   install  copy the units to /etc/systemd/system
+#   start    start all roles
+#   scale    start or stop actors to match desktop.num_envs
+#   drain    stop the actors
+#   roll     restart all roles, actors last and one by one
+#   stop     stop all roles; start resumes the run
 set -euo pipefail
-refuse() {
-    echo "launch.sh: $1" >&2
+die() { # MESSAGE HINT
+    echo "launch.sh: $1 (hint: $2)" >&2
     exit 2
 }
 deskrl=/opt/deskrl/.venv/bin/deskrl
 command=${1-} run=${2-}
-type -P systemctl >/dev/null && [ -d /run/systemd/system ] || refuse "systemd does not run this machine; see docs/ for other launchers"
+type -P systemctl >/dev/null && [ -d /run/systemd/system ] || die "this machine does not run systemd" "docs/launching.md describes other launchers"
 if [ "$command" = install ]; then
     install -m 644 "$(dirname "$0")"/*.service "$(dirname "$0")"/*.target /etc/systemd/system/
     systemctl daemon-reload
     exit 0
 fi
-[ -n "$run" ] || refuse "no run named; usage: launch.sh start|scale|drain|roll|stop RUN"
+[ -n "$run" ] || die "a command and a run are required" "launch.sh start|scale|drain|roll|stop RUN"
 values=$("$deskrl" size "/etc/deskrl/$run.toml") || exit 2
 eval "$values"
 
-scale() { # ROLE COUNT: instances 0 to COUNT - 1 run, others do not
+scale() { # ROLE COUNT: start instances 0 to COUNT - 1, and stop all others
     local index unit
     for ((index = 0; index < $2; index++)); do
         systemctl start --no-block "deskrl-$1@$run:$index"
@@ -53,5 +56,5 @@ stop)
     scale inference 0
     systemctl stop "deskrl@$run.target" "deskrl-prepare@$run"
     ;;
-*) refuse "there is no command $command; install, start, scale, drain, roll or stop" ;;
+*) die "$command: unknown command" "install, start, scale, drain, roll or stop" ;;
 esac

@@ -1,13 +1,15 @@
-"""Action to settled screenshot: our fast path against OSWorld's own guest server driven its client's way.
+"""Benchmark of the time from an action to the settled screenshot: embedded desktop against OSWorld's guest server.
 
-Both sides do the same actions in the same editor on an X server of the same size, and wait by the same rule: a screen
-is settled when it has not changed for `settle_quiet_s`. Pauses of the clients (2 s a step in OSWorld's) are left out;
-PyAutoGUI's own pause after each call is part of an action, and the ratio without it stands beside.
+Both sides perform the same actions in the same editor on X servers of the same size, and use the same rule: a screen is
+settled when it has not changed for `settle_quiet_s`. OSWorld's guest server receives the requests of OSWorld's client,
+without the client's pause of 2 s per step. PyAutoGUI's pause after each call is part of an action.
+Prints one JSON line; `ratio` is the median time of OSWorld's guest server divided by that of the embedded desktop, and
+`ratio_without_pyautogui_pause` the same without PyAutoGUI's pause.
 
     python tests/bench/desktop.py [--osworld FOLDER] [--rounds N] [--desktops N]
 
-FOLDER holds OSWorld's guest server (`main.py`). It runs in an environment of its own, made under .cache/ when absent,
-without a network: this program starts itself again inside bubblewrap and tells that copy when to act.
+FOLDER contains OSWorld's guest server (`main.py`). The server runs in a virtual environment under .cache/, created if
+it is missing, and without network: this program starts a second copy of itself inside bubblewrap and sends it commands.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import asyncio
 import io
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,30 +39,35 @@ from deskrl.core.config import DesktopConfig
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = REPOSITORY / ".cache" / "bench-osworld"
 REQUIREMENTS = ["flask", "requests", "lxml", "numpy", "Pillow<11", "python3-xlib==0.15", "PyAutoGUI==0.9.54"]
+SYSTEM_PYTHON = "/usr/bin/python3"
+MODULES = {"ensurepip": "python3-venv", "pyatspi": "python3-pyatspi", "tkinter": "python3-tk"}
+"""Modules of the system's Python that OSWorld's server needs, and their Debian packages."""
+PROGRAMS = {"Xvfb": "xvfb", "bwrap": "bubblewrap", "mousepad": "mousepad", "openbox": "openbox"}
+"""Programs that this benchmark starts, and their Debian packages."""
 GUEST_SERVER = "http://127.0.0.1:5000"
 WIDTH, HEIGHT = 1280, 720
-QUIET_S, LIMIT_S = DesktopConfig().settle_quiet_s, DesktopConfig().settle_limit_s
+QUIET_S, LIMIT_S = DesktopConfig().settle_quiet_s, DesktopConfig().settle_timeout_s
 POLL_S = 0.02
 WARM_UP_ROUNDS = 2
-NO_DEBUG = """
+SERVER_WITHOUT_DEBUGGER = """
 import runpy, sys, flask
 run = flask.Flask.run
 flask.Flask.run = lambda app, **options: run(app, host="127.0.0.1")
 sys.path.insert(0, ".")
 runpy.run_path("main.py", run_name="__main__")
 """
-"""Starts OSWorld's server without the debugger that its last line asks for, which would only slow it."""
+"""Starts OSWorld's server without the debugger that its last line enables, which would slow it down."""
 ACTIONS = ("type", "click", "hotkey")
 CLICK_AT = ((500, 300), (700, 400))
 
 
-class Ours:
-    """An embedded desktop over its fast path."""
+class EmbeddedSide:
+    """Embedded desktop, used through its native interface."""
 
     def __init__(self, run_root: Path) -> None:
         from deskrl.actor.desktops.embedded import EmbeddedDesktop
 
-        config = DesktopConfig(width=WIDTH, height=HEIGHT, settle_quiet_s=QUIET_S, settle_limit_s=LIMIT_S)
+        config = DesktopConfig(width=WIDTH, height=HEIGHT, settle_quiet_s=QUIET_S, settle_timeout_s=LIMIT_S)
         self.desktops = (EmbeddedDesktop(config, f"desktop-{number}", run_root) for number in range(1_000_000))
         self.desktop = next(self.desktops)
 
@@ -70,7 +78,7 @@ class Ours:
         await self.desktop.settle()
 
     async def step(self, number: int) -> float:
-        """Seconds from the action to its settled screenshot."""
+        """Perform an action and return the seconds until its settled screenshot."""
         from deskrl.actor.actions import Action, ActionKind
 
         x, y = CLICK_AT[number // len(ACTIONS) % 2]
@@ -86,11 +94,11 @@ class Ours:
         return time.perf_counter() - started
 
     async def reset_s(self, rounds: int) -> float:
-        """Median seconds of a reset."""
+        """Return the median seconds of a reset."""
         return statistics.median([await _timed(self.desktop.reset()) for _ in range(rounds)])
 
     async def run_at_once(self, num_desktops: int) -> dict[str, float]:
-        """Start desktops together, each with an editor, and see that all answer: seconds, and megabytes of each."""
+        """Start desktops concurrently, each with an editor; return their number, the time and the memory of each."""
         desktops = [next(self.desktops) for _ in range(num_desktops)]
         available = _available_mb()
 
@@ -119,8 +127,8 @@ def _available_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
 
 
-class Theirs:
-    """The copy of this program that drives OSWorld's guest server, one step a line."""
+class OsworldSide:
+    """Copy of this program that drives OSWorld's guest server; it performs one step per line of input."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None and process.stdout is not None
@@ -129,52 +137,77 @@ class Theirs:
         self._read()
 
     def step(self, number: int, *, with_pause: bool) -> float:
-        """Seconds from the action to its settled screenshot."""
+        """Perform an action and return the seconds until its settled screenshot."""
         print(number, int(with_pause), file=self._stdin, flush=True)
         return self._read()
 
     def _read(self) -> float:
         line = self._stdout.readline()
         if not line:
-            raise SystemExit("OSWorld's guest server did not come up: see above")
+            raise SystemExit("OSWorld's guest server did not start (hint: see its output above)")
         return float(line)
 
 
 @contextmanager
-def osworld(folder: Path) -> Iterator[Theirs]:
-    """OSWorld's guest server, running in a place where it hurts nobody."""
+def osworld(folder: Path) -> Iterator[OsworldSide]:
+    """Run OSWorld's guest server inside bubblewrap until the end of the block."""
+    check_requirements()
     if not ENVIRONMENT.exists():
         make_environment()
     with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as scratch:
         command = ["bwrap", "--die-with-parent", "--unshare-pid", "--unshare-net", "--dev-bind", "/", "/"]
-        command += ["--proc", "/proc", "--tmpfs", "/tmp", "--bind", scratch, "/run"]
+        command += ["--proc", "/proc", "--tmpfs", "/tmp", "--bind", scratch, "/run", *visible_arguments(folder)]
         command += ["--setenv", "HOME", "/tmp", "--setenv", "DISPLAY", ":0", "--", sys.executable, __file__]
         process = subprocess.Popen(
             [*command, "--drive", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
-            yield Theirs(process)
+            yield OsworldSide(process)
         finally:
             process.kill()
             process.communicate()
 
 
+def visible_arguments(folder: Path) -> list[str]:
+    """Return bubblewrap arguments that show what the copy of this program needs, where /tmp or /run would hide it."""
+    paths = {REPOSITORY, folder.resolve(), Path(sys.prefix), Path(sys.base_prefix)}
+    hidden = sorted(path for path in paths if path.is_relative_to("/tmp") or path.is_relative_to("/run"))
+    return [word for path in hidden for word in ("--bind", str(path), str(path))]
+
+
+def check_requirements() -> None:
+    """Exit with one line that names all Debian packages that are missing."""
+    missing = {package for program, package in PROGRAMS.items() if shutil.which(program) is None}
+    if shutil.which(SYSTEM_PYTHON) is None:
+        missing |= {"python3", *MODULES.values()}
+    else:
+        code = f"from importlib.util import find_spec; print(*(m for m in {list(MODULES)} if find_spec(m) is None))"
+        found = subprocess.run([SYSTEM_PYTHON, "-c", code], check=True, capture_output=True, text=True)
+        missing |= {MODULES[module] for module in found.stdout.split()}
+    if missing:
+        raise SystemExit(
+            f"Debian packages are not installed: {', '.join(sorted(missing))} "
+            f"(hint: apt-get install {' '.join(sorted(missing))})"
+        )
+
+
 def make_environment() -> None:
-    """A virtual environment of the system's Python, which has pyatspi and tkinter (python3-pyatspi, python3-tk)."""
+    """Create a virtual environment of the system's Python, which has pyatspi and tkinter (Debian packages)."""
     try:
-        subprocess.run(["/usr/bin/python3", "-c", "import pyatspi, tkinter"], check=True)
-        subprocess.run(["/usr/bin/python3", "-m", "venv", "--system-site-packages", str(ENVIRONMENT)], check=True)
+        subprocess.run([SYSTEM_PYTHON, "-m", "venv", "--system-site-packages", str(ENVIRONMENT)], check=True)
         pip = [str(ENVIRONMENT / "bin" / "pip"), "install", "--quiet", *REQUIREMENTS]
         subprocess.run(pip, check=True, stdout=sys.stderr)
     except (OSError, subprocess.CalledProcessError):
         subprocess.run(["rm", "-rf", str(ENVIRONMENT)], check=True)
-        raise SystemExit("OSWorld's server needs: apt-get install python3-venv python3-tk python3-pyatspi") from None
+        raise SystemExit(
+            "the environment of OSWorld's server was not created (hint: see the output of venv and pip above)"
+        ) from None
 
 
 def drive(folder: Path) -> None:
-    """Inside bubblewrap: bring up a desktop with OSWorld's server, then do one step for each line read."""
+    """Start a desktop with OSWorld's server inside bubblewrap, then perform one step per line of standard input."""
     environment = os.environ | {"PATH": f"{ENVIRONMENT}/bin:{os.environ['PATH']}", "NO_AT_BRIDGE": "1"}
-    # With this program in sight PyAutoGUI takes screenshots in its own process, as on OSWorld's image: its fastest way.
+    # If this program exists, PyAutoGUI takes screenshots in its own process, its fastest mode, as on OSWorld's image.
     (ENVIRONMENT / "bin" / "gnome-screenshot").unlink(missing_ok=True)
     (ENVIRONMENT / "bin" / "gnome-screenshot").symlink_to("/bin/true")
     Path("/tmp/.gtkrc-2.0").touch()
@@ -186,19 +219,15 @@ def drive(folder: Path) -> None:
         subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=cwd)
 
     spawn("Xvfb", ":0", "-screen", "0", f"{WIDTH}x{HEIGHT}x24", "-nolisten", "tcp", "-ac")
-    # The server writes beside itself, so it runs from a copy.
-    copy = Path("/tmp/server")
+    # The server writes to its own folder, so it runs from a copy.
+    copy = Path("/tmp/deskrl-osworld-server")
     subprocess.run(["cp", "-r", "--no-preserve=mode", str(folder), str(copy)], check=True)
     subprocess.run(["touch", "/tmp/.Xauthority"], check=True)
     while not Path("/tmp/.X11-unix/X0").exists():
         time.sleep(0.05)
     spawn("openbox")
     spawn("mousepad")
-    server = (
-        "import runpy, flask; run = flask.Flask.run; flask.Flask.run = lambda app, **o: run(app, host='127.0.0.1')\n"
-    )
-    server += "import sys; sys.path.insert(0, '.'); runpy.run_path('main.py', run_name='__main__')"
-    spawn("python", "-c", server, cwd=copy)
+    spawn("python", "-c", SERVER_WITHOUT_DEBUGGER, cwd=copy)
     for _ in range(300):
         try:
             settled_png()
@@ -206,15 +235,15 @@ def drive(folder: Path) -> None:
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.1)
     else:
-        raise SystemExit("OSWorld's guest server does not answer")
+        raise SystemExit("OSWorld's guest server does not respond")
     print(0, flush=True)
     for line in sys.stdin:
         number, with_pause = map(int, line.split())
-        print(their_step(number, with_pause=bool(with_pause)), flush=True)
+        print(osworld_step(number, with_pause=bool(with_pause)), flush=True)
 
 
-def their_step(number: int, *, with_pause: bool) -> float:
-    """One action as OSWorld's client sends it, then screenshots until one is settled."""
+def osworld_step(number: int, *, with_pause: bool) -> float:
+    """Send an action as OSWorld's client does, poll until the screen is settled, and return the seconds."""
     x, y = CLICK_AT[number // len(ACTIONS) % 2]
     call = {
         "type": "pyautogui.write('hello')",
@@ -226,8 +255,8 @@ def their_step(number: int, *, with_pause: bool) -> float:
     started = time.perf_counter()
     body = json.dumps({"command": ["python", "-c", code], "shell": False}).encode()
     headers = {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{GUEST_SERVER}/execute", body, headers)) as answer:
-        done = json.load(answer)
+    with urllib.request.urlopen(urllib.request.Request(f"{GUEST_SERVER}/execute", body, headers)) as response:
+        done = json.load(response)
     if done["returncode"] != 0:
         raise SystemExit(f"the action failed: {done}")
     image = Image.open(io.BytesIO(settled_png())).convert("RGB")
@@ -236,7 +265,7 @@ def their_step(number: int, *, with_pause: bool) -> float:
 
 
 def settled_png() -> bytes:
-    """The rule of `deskrl.actor.guest.screen`, as far as a client can keep it: poll until nothing has changed."""
+    """Poll screenshots until they settle, by the rule of `deskrl.actor.guest.framebuffer`; return the last one."""
     started = quiet_since = time.perf_counter()
     last = get_png()
     while True:
@@ -250,17 +279,17 @@ def settled_png() -> bytes:
 
 
 def get_png() -> bytes:
-    """One screenshot."""
-    with urllib.request.urlopen(f"{GUEST_SERVER}/screenshot") as answer:
-        data: bytes = answer.read()
+    """Return a screenshot as PNG."""
+    with urllib.request.urlopen(f"{GUEST_SERVER}/screenshot") as response:
+        data: bytes = response.read()
     return data
 
 
 async def compare(folder: Path, rounds: int, num_desktops: int) -> dict[str, object]:
-    """All figures; a round is every action once on each side, the sides in turns."""
+    """Measure everything and return the result; a round is every action once on each side, in alternation."""
     times: dict[str, list[float]] = {"ours": [], "theirs": [], "theirs_without_pause": []}
     with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as scratch, osworld(folder) as theirs:
-        ours = Ours(Path(scratch) / "desktops")
+        ours = EmbeddedSide(Path(scratch) / "desktops")
         try:
             await ours.start()
             for number in range(len(ACTIONS) * (rounds + WARM_UP_ROUNDS)):
@@ -289,19 +318,21 @@ async def compare(folder: Path, rounds: int, num_desktops: int) -> dict[str, obj
 
 
 def main() -> None:
-    """Print the figures as one line of JSON."""
+    """Parse the arguments, measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.environ.get("DESKRL_OSWORLD", str(REPOSITORY.parent / "shared" / "osworld" / "guest_server"))
     parser.add_argument("--osworld", type=Path, default=Path(default), help="folder of OSWorld's guest server")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--desktops", type=int, default=16, help="how many desktops to run at once")
+    parser.add_argument("--desktops", type=int, default=16, help="number of concurrent desktops")
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.drive:
         drive(options.drive)
         return
     if not (options.osworld / "main.py").is_file():
-        raise SystemExit(f"{options.osworld}/main.py: no such file; name OSWorld's guest server with --osworld")
+        raise SystemExit(
+            f"{options.osworld}/main.py: not found (hint: --osworld names the folder of OSWorld's guest server)"
+        )
     print(json.dumps(asyncio.run(compare(options.osworld, options.rounds, options.desktops))))
 
 

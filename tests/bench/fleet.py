@@ -1,27 +1,27 @@
-"""How much of a fleet's time deskrl uses: free running against lock-step, on the same simulated desktops.
+"""Benchmark of the episode throughput of a fleet: asynchronous against lock-step, on the same simulated desktops.
 
-Real are the replay service and the actors (processes of their own: leases, episode streams, heartbeats, pacing) and
-the learner's way of planning, taking and committing batches. Modelled are the desktops (`desktop.provider =
-"simulated"`, latencies as configured by default), the policy (5 s an action; 8 s for a batch in lock-step) and the
-learner (150 s for 256 episodes). All of this time passes `--speedup` times faster than stated (JSON: `time_scale`), so
-that deskrl's own work weighs as many times more than it would on a real fleet.
+The replay service, the actors (separate processes) and the learner's planning, taking and committing of batches are
+real. The desktops (`desktop.provider = "simulated"` with default latencies), the policy (5 s per action; 8 s per batch
+of actions in lock-step) and the learner (150 s for 256 episodes) are modelled. Modelled time passes `--speedup` times
+faster than real time (JSON: `time_scale`), so the overhead of deskrl weighs more than on a real fleet, by this factor.
 
-Both schedules are measured from the end of one update to the end of a later one, the first few left out. In JSON:
+Both schedules are measured from the end of one update to the end of a later one, after some warm-up updates. Prints
+progress, then one JSON line:
 
-- `ratio`: episodes a minute, free running over lock-step. Lock-step (`replay.schedule`) waits for the slowest of all
-  at each step, hangs included, and has the learner take its turn.
-- `bound_share`: episodes a minute over the bound, which is what the drawn latencies allow if nothing ever waits: all
-  desktops busy all the time with resets, actions, evaluations (as the actors count what was drawn in the same window)
-  and with the policy's time for each action; or the learner's pace, where that is less.
-- `ratio_to_ideal`: the same episodes a minute over those of a lock-step without any work of deskrl's own, drawn here
-  from the same distributions: what lock-step could reach at best.
-- `occupancy`: share of the desktops' time in which they reset, act or are evaluated, sampled; the rest is waiting for
-  work.
-- `dropped_share`: episodes finished and not learnt from; `max_staleness`: of any token when its batch was taken.
+- `ratio`: episodes per minute of the asynchronous schedule divided by those of lock-step. In lock-step
+  (`replay.schedule`), every step waits for the slowest desktop, including hangs, and acting and training alternate.
+- `bound_share`: episodes per minute divided by their upper bound. At the bound, all desktops are always busy with the
+  drawn latencies (resets, actions, evaluations) and the policy's time per action, or the learner is always busy.
+- `ratio_to_ideal`: episodes per minute divided by those of an ideal lock-step without any overhead, which is simulated
+  here with the same distributions.
+- `occupancy`: sampled share of desktop time spent in resets, actions and evaluations, not waiting for work.
+- `dropped_share`: share of finished episodes that were not trained on; `max_staleness`: maximum staleness of any token
+  when its batch was taken.
 
-With `--load`, free running only, time passing twice as fast again and again, until the desktops spend less than 90 %
-of it in what is modelled (`busy_share`): what saturates first, and at which rate. The learner's pace grows with the
-fleet here, so that it is not what is measured. `cpu_ms_per_step` is each role's; one process can use one core.
+With `--load`, only the asynchronous schedule runs, and the speed of time doubles until the desktops spend less than
+90 % of it in modelled latencies (`busy_share`). The output names the resource that saturates first and the step rate.
+The learner's speed is proportional to the size of the fleet, so it is not the limit. `cpu_ms_per_step` is given by
+role; one process can use one core.
 
     python tests/bench/fleet.py [--desktops 256] [--speedup 10] [--updates 6] [--rounds 3]
     python tests/bench/fleet.py --desktops 1000 --load [--window 40]
@@ -40,51 +40,56 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
-from fleet_rig import (
+from fleet_measurement_kit import (
     BATCH_ACT_S,
     LEARN_S,
     LENGTHS,
     MAX_STALENESS,
-    Fleet,
-    Measured,
-    Samples,
-    measure,
-    watch,
+    FleetMeasurement,
+    FleetSamples,
+    FleetSpec,
+    measure_updates,
+    sample_window,
 )
 
 from deskrl.actor.desktops.simulated import Latencies
 from deskrl.core.config import SimulatedConfig
 
 MEAN_STEPS_PER_S = 0.07
-"""Turns of one desktop that never waits, about; where the search for the limit begins follows from it."""
+"""Approximate steps per second of one desktop that never waits; determines the first speedup of `--load`."""
 FIRST_STEPS_PER_S = 70.0
-"""Time never passes slower than stated, so a large fleet begins with more."""
-SATURATED_BELOW = 0.9
+"""Step rate at the first speedup of `--load`; higher for large fleets, as the speedup is at least 1."""
+SATURATION_SHARE = 0.9
+"""Busy share of desktops below which a fleet is saturated, and core use above which a process is."""
 _IDEAL_ROUNDS = 100
 
 
 def ideal_lock_step_per_min(num_desktops: int) -> float:
-    """Episodes a minute of lock-step if nothing but the drawn latencies takes time."""
+    """Return the episodes per minute of lock-step in which only the drawn latencies take time."""
     random = Random(0)
     latencies = Latencies(SimulatedConfig(), random)
     rounds_s = []
     for _ in range(_IDEAL_ROUNDS):
-        turns = [LENGTHS.draw(random.getrandbits(32)) for _ in range(num_desktops)]
-        actions = [num - 1 for num in turns]  # the last turn says that it has finished
-        round_s = max(latencies.reset_s() for _ in turns) + max(latencies.evaluation_s() for _ in turns)
-        for turn in range(max(turns)):
-            acting = [latencies.action_s() for num in actions if num > turn]
+        lengths = [LENGTHS.draw(random.getrandbits(32)) for _ in range(num_desktops)]
+        actions = [length - 1 for length in lengths]  # the last step only declares the end
+        round_s = max(latencies.reset_s() for _ in lengths) + max(latencies.evaluation_s() for _ in lengths)
+        for step in range(max(lengths)):
+            acting = [latencies.action_s() for num in actions if num > step]
             round_s += BATCH_ACT_S + max(acting, default=0.0)
         rounds_s.append(round_s + LEARN_S)
     return 60 * num_desktops / fmean(rounds_s)
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Free running against lock-step."""
+    """Measure both schedules and return the result."""
     screen = (options.width, options.height, options.prompt_tokens)
-    free = measure(Fleet(options.desktops, options.speedup, "free", *screen), folder, 2, options.updates)
+    free = measure_updates(
+        FleetSpec(options.desktops, options.speedup, "asynchronous", *screen), folder, 2, options.updates
+    )
     print(_summary(free), file=sys.stderr, flush=True)
-    locked = measure(Fleet(options.desktops, options.speedup, "lock_step", *screen), folder, 1, options.rounds)
+    locked = measure_updates(
+        FleetSpec(options.desktops, options.speedup, "lock_step", *screen), folder, 1, options.rounds
+    )
     print(_summary(locked), file=sys.stderr, flush=True)
     return {
         "bench": "fleet",
@@ -112,12 +117,14 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 
 def saturate(options: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Ever faster, until deskrl's own work no longer fits between what is modelled."""
+    """Double the speed of time until the fleet is saturated, and return the result."""
     speedup = max(1.0, FIRST_STEPS_PER_S / (MEAN_STEPS_PER_S * options.desktops))
     stages: list[dict[str, object]] = []
     while True:
-        fleet = Fleet(options.desktops, speedup, "free", options.width, options.height, options.prompt_tokens)
-        samples = watch(fleet, folder, options.window)
+        fleet = FleetSpec(
+            options.desktops, speedup, "asynchronous", options.width, options.height, options.prompt_tokens
+        )
+        samples = sample_window(fleet, folder, options.window)
         busy_share = samples.modelled_s / (options.desktops * samples.elapsed_s * speedup)
         stages.append(
             {
@@ -134,7 +141,7 @@ def saturate(options: argparse.Namespace, folder: Path) -> dict[str, object]:
             }
         )
         print(json.dumps(stages[-1]), file=sys.stderr, flush=True)
-        if busy_share < SATURATED_BELOW:
+        if busy_share < SATURATION_SHARE:
             return {
                 "bench": "fleet",
                 "desktops": options.desktops,
@@ -149,17 +156,17 @@ def saturate(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         speedup *= 2
 
 
-def _first_saturated(samples: Samples) -> str:
-    """What has no processor time left: one role's process, or the machine and who uses most of it."""
-    if samples.cores["replay"] > SATURATED_BELOW:
+def _first_saturated(samples: FleetSamples) -> str:
+    """Return what is saturated: the process of a role, or the CPUs of the machine with their main user."""
+    if samples.cores["replay"] > SATURATION_SHARE:
         return "the replay process"
-    if samples.busiest_actor_cores > SATURATED_BELOW:
+    if samples.busiest_actor_cores > SATURATION_SHARE:
         return "an actor process"
     own = {name: used for name, used in samples.cores.items() if name != "others"}
-    return f"the machine's processors, of which {max(own, key=lambda name: own[name])} used most"
+    return f"the CPUs of the machine, mostly used by {max(own, key=lambda name: own[name])}"
 
 
-def _summary(measured: Measured) -> str:
+def _summary(measured: FleetMeasurement) -> str:
     states = {
         name: round(num / measured.samples.by_state.total(), 4) for name, num in measured.samples.by_state.items()
     }
@@ -170,19 +177,22 @@ def _summary(measured: Measured) -> str:
 
 
 def main() -> None:
-    """Measure, print one line."""
-    parser = argparse.ArgumentParser(description="a fleet of simulated desktops: free running against lock-step")
+    """Parse the arguments, measure and print the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--desktops", type=int, default=256)
-    parser.add_argument("--speedup", type=float, default=10.0, help="how much faster than stated time passes")
-    parser.add_argument("--updates", type=int, default=6, help="that count, free running; two more come before")
-    parser.add_argument("--rounds", type=int, default=3, help="that count, in lock-step; one more comes before")
+    parser.add_argument("--speedup", type=float, default=10.0, help="factor by which modelled time passes faster")
+    parser.add_argument("--updates", type=int, default=6, help="measured asynchronous updates, after two for warm-up")
+    parser.add_argument("--rounds", type=int, default=3, help="measured lock-step updates, after one for warm-up")
     parser.add_argument("--width", type=int, default=280)
     parser.add_argument("--height", type=int, default=168)
     parser.add_argument(
-        "--prompt-tokens", type=int, default=6000, help="prompt ids of each step: five screenshots' worth"
+        "--prompt-tokens",
+        type=int,
+        default=6000,
+        help="prompt ids per step; the default is typical of five screenshots",
     )
-    parser.add_argument("--load", action="store_true", help="find what saturates")
-    parser.add_argument("--window", type=float, default=40.0, help="seconds of each stage of --load")
+    parser.add_argument("--load", action="store_true", help="find the load that saturates")
+    parser.add_argument("--window", type=float, default=40.0, help="seconds per stage of --load")
     options = parser.parse_args()
     bench = saturate if options.load else compare
     with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as folder:

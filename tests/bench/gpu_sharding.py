@@ -1,12 +1,12 @@
-"""An optimizer step of several GPUs: weights whole (ZeRO 1) and sharded (ZeRO 3), beside what `explain` foretells.
+"""Benchmark of an optimizer step on several GPUs with whole (ZeRO 1) and sharded weights (ZeRO 3).
 
-Episodes of three steps, made up as in `gpu_learner.py`, and a model of UI-TARS-1.5-7B's shape, layers computed anew:
-what `deploy/runs/h200x4.toml` does. Each side is a world of ranks of its own, started by torchrun, one after another:
-ZeRO 1, ZeRO 3 with the same micro-batches, ZeRO 3 with large ones. Weights are gathered anew for every micro-batch, so
-how many there are decides what sharding costs.
+The workload is that of `deploy/runs/h200x4.toml`: synthetic episodes of three steps as in `gpu_learner.py`, a model of
+UI-TARS-1.5-7B's shape, full activation checkpointing. The sides run one after another, each with its own ranks started
+by torchrun: ZeRO 1, ZeRO 3 with the same micro-batches, ZeRO 3 with large ones. ZeRO 3 gathers the weights for every
+micro-batch, so its cost depends on the number of micro-batches.
 
-Prints progress, then one JSON line; `ratio` is the time of a step with whole weights over that with sharded ones and
-large micro-batches, medians of the turns. Beside each side stands what `deskrl explain` says of time and memory.
+Prints progress, then one JSON line. `ratio` is the median time of a step with whole weights divided by that with
+sharded weights and large micro-batches. Each side includes the time and memory that `deskrl explain` predicts.
 
     python tests/bench/gpu_sharding.py [--model 7b] [--device cuda] [--ranks 2] [--episodes 32] [--turns 5]
 """
@@ -24,39 +24,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_learner import World, learner_config, optimizer_step, say
+from gpu_learner import BenchmarkSetup, learner_config, optimizer_step, say
 
-from deskrl.learner.policy.engine import Engine
+from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine
 
 RUN = Path(__file__).resolve().parents[2] / "deploy" / "runs" / "h200x4.toml"
 STEPS = 3
 SIDES = ((1, 8192), (3, 8192), (3, 32768))
-"""ZeRO stages, and the tokens of a micro-batch."""
+"""ZeRO stage and tokens per micro-batch of each side."""
 SIDE_TIMEOUT_S = 400
 
 
 def measure(options: argparse.Namespace, rank: int) -> None:
-    """In each rank: a warm-up step and the turns; the first rank prints them."""
+    """Run a warm-up step and the turns in one rank; rank 0 prints the measurements."""
     if options.device == "cuda":
         torch.cuda.set_device(rank)
         options.device = f"cuda:{rank}"
     with tempfile.TemporaryDirectory() as folder:
-        world = World(options, Path(folder), rank, options.ranks)
-        config = learner_config(options, world).model_copy(update={"zero_stage": options.stage})
-        engine = Engine(world.policy, config)
+        setup = BenchmarkSetup(options, Path(folder), rank, options.ranks)
+        config = learner_config(options, setup).model_copy(update={"zero_stage": options.stage})
+        engine = DeepSpeedEngine(setup.policy, config)
         seconds, norm = [], 0.0
         for turn in range(options.turns + 1):
-            step_s, _, report = optimizer_step(world, engine)
+            step_s, _, report = optimizer_step(setup, engine)
             seconds += [step_s] if turn else []
             norm = report.gradient_norm
         if rank == 0:
-            side = {"seconds": seconds, "gradient_norm": norm, "peak_gib": world.peak_bytes() / 1024**3}
+            side = {"seconds": seconds, "gradient_norm": norm, "peak_gib": setup.peak_bytes() / 1024**3}
             print(json.dumps(side), flush=True)
         engine.close()
 
 
 def measured(options: argparse.Namespace, stage: int, tokens: int) -> dict[str, Any]:
-    """One side, in ranks of its own."""
+    """Return the measurements of one side, run in its own ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
     given = [f"--{name}={getattr(options, name)}" for name in ("model", "device", "ranks", "episodes", "turns")]
     given += [f"--stage={stage}", f"--tokens={tokens}"]
@@ -65,35 +65,39 @@ def measured(options: argparse.Namespace, stage: int, tokens: int) -> dict[str, 
     side: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     side["step_s"] = statistics.median(side.pop("seconds"))
     say(f"ZeRO {stage}, {tokens} tokens: {side}")
-    return {"zero_stage": stage, "micro_batch_tokens": tokens, **side, **foretold(options, stage, tokens)}
+    return {"zero_stage": stage, "micro_batch_tokens": tokens, **side, **predicted(options, stage, tokens)}
 
 
-def foretold(options: argparse.Namespace, stage: int, tokens: int) -> dict[str, float]:
-    """What `deskrl explain` says of it; nothing for another model than the run's."""
+def predicted(options: argparse.Namespace, stage: int, tokens: int) -> dict[str, float]:
+    """Return the predictions of `deskrl explain`; empty for a model other than that of the run."""
     if options.model != "7b":
         return {}
-    settings = {"tasks.max_steps": STEPS, "tasks.rollouts": 4, "learner.grpo.groups_per_batch": options.episodes // 4}
+    settings = {
+        "tasks.max_steps": STEPS,
+        "tasks.num_rollouts": 4,
+        "learner.grpo.groups_per_batch": options.episodes // 4,
+    }
     settings |= {"learner.zero_stage": stage, "learner.micro_batch_tokens": tokens}
     settings |= {"learner.num_processes": options.ranks, "learner.devices": json.dumps(list(range(options.ranks)))}
     settings |= {"inference.devices": json.dumps([options.ranks, options.ranks + 1])}
     overrides = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "deskrl.core.cli", "explain", str(RUN), *overrides, "--json"]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    gib = sum(told["learner_memory"].values()) / 1024**3
-    return {"foretold_step_s": told["timing"]["learning_s"], "foretold_peak_gib": gib}
+    command = [sys.executable, "-m", "deskrl.cli.main", "explain", str(RUN), *overrides, "--json"]
+    prediction = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    gib = sum(prediction["learner_memory"].values()) / 1024**3
+    return {"foretold_step_s": prediction["timing"]["learning_s"], "foretold_peak_gib": gib}
 
 
 def main() -> None:
-    """Measure every side and print what came out; in a rank, measure this one."""
+    """Measure all sides and print the results; in a rank, measure its side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("7b", "tiny"), default="7b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--episodes", type=int, default=32, help="in one optimizer step; a multiple of 4")
+    parser.add_argument("--episodes", type=int, default=32, help="episodes per optimizer step; a multiple of 4")
     parser.add_argument("--turns", type=int, default=5)
     for name in ("stage", "tokens"):
         parser.add_argument(f"--{name}", type=int, help=argparse.SUPPRESS)
-    parser.set_defaults(steps=STEPS, activations="layers", offload=False)
+    parser.set_defaults(steps=STEPS, activation_checkpointing="full", offload=False)
     options = parser.parse_args()
     if "RANK" in os.environ:
         measure(options, int(os.environ["LOCAL_RANK"]))

@@ -1,10 +1,10 @@
-"""How fast a model's weights move to a replica, against the bare wire, and what an update costs those who act.
+"""Benchmark of weight transfer to a replica against the plain transport, and of the throughput that an update costs.
 
-In turns: the same bytes by the barest means there is (NCCL broadcasts of the same buckets to a process that does
-nothing else; copies on one device for `ipc`; a copy into a file in memory for `stream`), then an update by deskrl with
-all that belongs to it: packing, transfer, checksums, loading, commit, canary. `ratio` is bare over deskrl, in seconds
-of the transfer alone, median of the rounds; `ratio_whole` counts the wait until the replica stands still, too. With
-`--windows`, then also the seconds of throughput that a window loses by an update in its middle, under steady load.
+Each round transfers the same bytes by the plain transport (NCCL broadcasts of the same buckets to an otherwise idle
+process; copies on one device for `ipc`; a copy to a file in memory for `stream`), then by an update of deskrl with all
+its parts: packing, transfer, checksums, loading, commit, canary. `ratio` is the time of the plain transport divided by
+that of deskrl's transfer, median of the rounds; `ratio_whole` includes the time until the replica has paused. With
+`--windows`, the throughput lost by an update under constant load is measured as well.
 
     python tests/bench/gpu_weights.py --engine nccl --model 7b --windows 2          # two GPUs
     python tests/bench/gpu_weights.py --engine ipc --model 7b --windows 2           # one GPU
@@ -32,24 +32,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ports_kit import free_port
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
 import torch
 from inference_kit import CORPUS, IMAGE_SIZE, act_request, replica_config, running_replica, user
 from PIL import Image
+from ports_kit import free_port
 from torch import Tensor
-from weights_kit import Changing, load_changing
+from weight_update_kit import ChangingModel, load_changing_model
 
 from deskrl.core import ids, rpc
 from deskrl.core.config import ModelConfig, RunConfig
-from deskrl.core.lifetime import StopEvent
+from deskrl.core.process_lifecycle import StopEvent
 from deskrl.core.weights.buckets import BUCKET_BYTES, Bucket, plan_buckets
-from deskrl.learner.policy.shaped_model import UI_TARS_7B, build_shaped_model
-from deskrl.learner.weights.announcements import Outcome, describe
-from deskrl.learner.weights.publish import Publisher
-from deskrl.learner.weights.sending import Sender
+from deskrl.learner.policy.random_weight_model import UI_TARS_7B, build_random_weight_model
+from deskrl.learner.weights.bucket_sender import BucketSender
+from deskrl.learner.weights.manifest import PublishOutcome, tensor_specs
+from deskrl.learner.weights.publisher import Publisher
 from deskrl.proto.v1 import common_pb2, inference_pb2_grpc
 
 SCREEN = (1280, 720)
@@ -59,15 +58,15 @@ _started_s = time.perf_counter()
 
 
 def say(*words: object) -> None:
-    """Progress, on standard error."""
+    """Print progress to standard error."""
     print(f"[{time.perf_counter() - _started_s:6.1f} s]", *words, file=sys.stderr, flush=True)
 
 
-# The bare wire.
+# The plain transport.
 
 
 def bare_copies(sizes: list[int], device: torch.device) -> Callable[[], float]:
-    """Buckets copied on one GPU, as CUDA copies: seconds."""
+    """Return a function that copies buckets on one GPU and returns the seconds."""
     source = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
@@ -83,7 +82,7 @@ def bare_copies(sizes: list[int], device: torch.device) -> Callable[[], float]:
 
 
 def bare_file(num_bytes: int) -> Callable[[], float]:
-    """The bytes copied into a file in memory: seconds."""
+    """Return a function that copies bytes to a file in memory and returns the seconds."""
 
     def measure() -> float:
         data = memoryview(bytes(min(num_bytes, 256 * 1024**2)))
@@ -101,7 +100,7 @@ def bare_file(num_bytes: int) -> Callable[[], float]:
 
 
 class BareNccl:
-    """Broadcasts of the buckets to a process on another GPU that does nothing else."""
+    """NCCL broadcasts of the buckets to an otherwise idle process on another GPU."""
 
     def __init__(self, sizes: list[int]) -> None:
         self._sizes = sizes
@@ -117,15 +116,15 @@ class BareNccl:
         return broadcast_all(self._slots, self._sizes)
 
     def close(self) -> None:
-        """End the peer."""
+        """Terminate the peer."""
         assert self._peer.stdin is not None
         self._peer.stdin.close()
-        torch.distributed.destroy_process_group()  # it ends on neither side before it has begun on both
+        torch.distributed.destroy_process_group()  # returns only after both sides have called it
         self._peer.wait(timeout=60)
 
 
 def join_bare(port: int, rank: int, sizes: list[int]) -> list[Tensor]:
-    """A world of two over NCCL, warm, and its buffers."""
+    """Join a warmed-up NCCL process group of two; return the buffers."""
     torch.cuda.set_device(0)
     where = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("nccl", init_method=where, rank=rank, world_size=2)
@@ -135,7 +134,7 @@ def join_bare(port: int, rank: int, sizes: list[int]) -> list[Tensor]:
 
 
 def broadcast_all(slots: list[Tensor], sizes: list[int]) -> float:
-    """Seconds from when both are there to the last byte."""
+    """Broadcast all buckets; return the seconds from the moment both sides are ready."""
     torch.distributed.all_reduce(torch.zeros(1, device="cuda"))
     torch.cuda.synchronize()
     began_s = time.perf_counter()
@@ -145,8 +144,8 @@ def broadcast_all(slots: list[Tensor], sizes: list[int]) -> float:
     return time.perf_counter() - began_s
 
 
-def be_peer(port: int, sizes: list[int]) -> None:
-    """The other side: one pass for each line on standard input."""
+def run_peer(port: int, sizes: list[int]) -> None:
+    """Run the receiving side: one pass for each line on standard input."""
     slots = join_bare(port, 1, sizes)
     for _ in sys.stdin:
         broadcast_all(slots, sizes)
@@ -157,38 +156,38 @@ def be_peer(port: int, sizes: list[int]) -> None:
 
 
 @dataclass
-class World:
-    """Everything that one update needs."""
+class LearnerSide:
+    """Model and publisher of the learner's side."""
 
-    changing: Changing
+    model: ChangingModel
     publisher: Publisher
-    outcomes: list[Outcome]
+    outcomes: list[PublishOutcome]
 
-    def update(self) -> tuple[Outcome, float]:
-        """One update with new weights, and the seconds from its begin to its commit."""
-        announcement = self.changing.announce()
+    def update(self) -> tuple[PublishOutcome, float]:
+        """Publish new weights; return the outcome and the seconds from begin to commit."""
+        manifest = self.model.next_manifest()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         began_s = time.perf_counter()
-        self.publisher.publish(announcement, self.changing.held)
+        self.publisher.publish(manifest, self.model.source)
         update_s = time.perf_counter() - began_s
         return self.outcomes[-1], update_s
 
 
-def make_world(config: RunConfig, device: torch.device, image_size: tuple[int, int]) -> World:
-    """The learner's half, without learning."""
-    outcomes: list[Outcome] = []
-    sender = Sender(device) if device.type == "cuda" else None
-    # What the canary says is printed; whether it is near enough is not this program's question.
-    publisher = Publisher(config.inference, sender, float("inf"), StopEvent(), outcomes.append)
-    return World(load_changing(config, device, image_size), publisher, outcomes)
+def make_learner_side(config: RunConfig, device: torch.device, image_size: tuple[int, int]) -> LearnerSide:
+    """Create the learner's side, without training."""
+    outcomes: list[PublishOutcome] = []
+    sender = BucketSender(device) if device.type == "cuda" else None
+    # The canary's difference is printed, not checked.
+    publisher = Publisher(config.inference, sender, float("inf"), StopEvent(), outcomes.append, tuple)
+    return LearnerSide(load_changing_model(config, device, image_size), publisher, outcomes)
 
 
-# Those who act meanwhile.
+# The load.
 
 
 def screenshots(size: tuple[int, int]) -> list[common_pb2.Image]:
-    """Pictures with edges and flat parts, as screens have."""
+    """Return images with edges and uniform areas, like those of screens."""
     generator = torch.Generator().manual_seed(0)
     images = []
     for _ in range(NUM_SCREENSHOTS):
@@ -200,7 +199,7 @@ def screenshots(size: tuple[int, int]) -> list[common_pb2.Image]:
 
 
 class Load:
-    """Callers without end in a thread of their own; notes when each answer came and how many tokens it had."""
+    """Endless requests from a background thread; records the time and the number of tokens of each response."""
 
     def __init__(self, address: str, concurrency: int, images: list[common_pb2.Image]) -> None:
         self._address = address
@@ -234,19 +233,19 @@ class Load:
             self._answers.append((time.perf_counter(), len(reply.action.action_ids)))
 
     def num_tokens(self, start_s: float, end_s: float) -> int:
-        """Tokens of the answers that came between two times."""
+        """Return the number of tokens of the responses between two times."""
         return sum(num for at_s, num in list(self._answers) if start_s <= at_s < end_s)
 
 
-def measure_window(load: Load, world: World, window_s: float) -> dict[str, Any]:
-    """Steady load, an update in the middle, steady load; what is missing of the rate of the outer quarters."""
+def measure_window(load: Load, learner_side: LearnerSide, window_s: float) -> dict[str, Any]:
+    """Measure a window of constant load with an update in the middle, against the rate of its outer quarters."""
     start_s = time.perf_counter()
     time.sleep(window_s / 2)
-    outcome, update_s = world.update()
+    outcome, update_s = learner_side.update()
     time.sleep(max(0.0, start_s + window_s - time.perf_counter()))
     end_s, quarter_s = start_s + window_s, window_s / 4
-    calm = load.num_tokens(start_s, start_s + quarter_s) + load.num_tokens(end_s - quarter_s, end_s)
-    rate = calm / (2 * quarter_s)
+    unaffected = load.num_tokens(start_s, start_s + quarter_s) + load.num_tokens(end_s - quarter_s, end_s)
+    rate = unaffected / (2 * quarter_s)
     return {
         "lost_s": round(window_s - load.num_tokens(start_s, end_s) / rate, 3),
         "update_s": round(update_s, 3),
@@ -260,19 +259,19 @@ def measure_window(load: Load, world: World, window_s: float) -> dict[str, Any]:
 
 
 def gpu(number: int) -> str:
-    """The name of a GPU for `CUDA_VISIBLE_DEVICES`, counted among those that were visible at first."""
+    """Return the identifier for `CUDA_VISIBLE_DEVICES` of a GPU, numbered among the initially visible ones."""
     visible = os.environ.get("DESKRL_BENCH_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")
     names = visible.split(",") if visible else ["0", "1"]
     return names[number].strip()
 
 
 def build(options: argparse.Namespace, scratch: Path) -> Path:
-    """The model's folder."""
+    """Return the model folder; build it if it is missing."""
     if options.model == "7b":
         folder = options.folder or scratch / "7b"
         if not (folder / "model.safetensors.index.json").exists():
             say("building a model of 7B shape (16 GB) in", folder)
-            build_shaped_model(folder, 0, UI_TARS_7B, max(SCREEN), CORPUS * 20)
+            build_random_weight_model(folder, 0, UI_TARS_7B, max(SCREEN), CORPUS * 20)
         return folder
     if options.model == "tiny":
         return replica_config(scratch, 1).model_folder
@@ -280,16 +279,19 @@ def build(options: argparse.Namespace, scratch: Path) -> Path:
 
 
 def configure(options: argparse.Namespace, scratch: Path, model: Path) -> RunConfig:
-    """The replica's run."""
+    """Return the run configuration of the replica."""
     big = options.model != "tiny"
-    settings: dict[str, Any] = {"weight_transfer": options.engine, "max_concurrent": max(8, options.concurrency)}
+    settings: dict[str, Any] = {
+        "weight_transfer": options.engine,
+        "max_concurrent_requests": max(8, options.concurrency),
+    }
     if big:
         settings |= {
             "dtype": "bfloat16",
             "max_model_len": 32768,
             "kv_cache_bytes": 24 * 1024**3,
             "image_cache_bytes": 1024**3,
-            "gpu_memory_fraction": 0.4 if options.engine == "ipc" else 0.85,
+            "gpu_memory_utilization": 0.4 if options.engine == "ipc" else 0.85,
         }
     config = replica_config(scratch, free_port(), **settings)
     if options.device == "cuda":
@@ -301,8 +303,8 @@ def configure(options: argparse.Namespace, scratch: Path, model: Path) -> RunCon
 
 
 @contextmanager
-def bare_wire(options: argparse.Namespace, buckets: tuple[Bucket, ...], device: torch.device) -> Iterator[Any]:
-    """What the engine is compared with: seconds for the same bytes."""
+def plain_transport(options: argparse.Namespace, buckets: tuple[Bucket, ...], device: torch.device) -> Iterator[Any]:
+    """Yield a function that transfers the same bytes by the plain transport and returns the seconds."""
     sizes = [bucket.num_bytes for bucket in buckets]
     if options.engine == "stream":
         yield bare_file(sum(sizes))
@@ -314,46 +316,45 @@ def bare_wire(options: argparse.Namespace, buckets: tuple[Bucket, ...], device: 
 
 
 def measure(options: argparse.Namespace, config: RunConfig, device: torch.device, environment: dict[str, str]) -> Any:
-    """All rounds and windows."""
+    """Measure all rounds and windows."""
     log = config.runs / "replica.log"
     size = IMAGE_SIZE if options.model == "tiny" else SCREEN
     say("starting the replica; its log is", log)
     with running_replica(config, log, environment):
-        say("the replica serves; loading the model for the learner's half")
-        world = make_world(config, device, size)
-        sizes = [spec.num_bytes for spec in describe(world.changing.held.checkpoint_parameters())]
+        say("the replica serves; loading the model of the learner's side")
+        learner_side = make_learner_side(config, device, size)
+        sizes = [spec.num_bytes for spec in tensor_specs(learner_side.model.source.checkpoint_parameters())]
         buckets = plan_buckets(sizes, BUCKET_BYTES)
         say(f"{sum(sizes) / 1e9:.2f} GB in {len(sizes)} tensors and {len(buckets)} buckets")
-        world.publisher.wait_for_replicas()
-        with bare_wire(options, buckets, device) as bare:
-            rounds = [measure_round(world, bare, buckets) for _ in range(1 + options.rounds)][
-                1:
-            ]  # the first is warm-up
+        learner_side.publisher.wait_for_replicas()
+        with plain_transport(options, buckets, device) as bare:
+            measured = [measure_round(learner_side, bare, buckets) for _ in range(1 + options.rounds)]
+            rounds = measured[1:]  # the first is warm-up
         windows = []
         if options.windows:
             with Load(config.inference.address, options.concurrency, screenshots(size)) as load:
                 say(f"{options.concurrency} callers; warming up")
                 time.sleep(options.window_s / 3)
                 for _ in range(options.windows):
-                    windows.append(measure_window(load, world, options.window_s))
+                    windows.append(measure_window(load, learner_side, options.window_s))
                     say("window:", windows[-1])
-        world.publisher.close()
+        learner_side.publisher.close()
     return rounds, windows, sum(sizes)
 
 
-def measure_round(world: World, bare: Callable[[], float], buckets: tuple[Bucket, ...]) -> dict[str, Any]:
-    """The bare wire, then an update."""
+def measure_round(learner_side: LearnerSide, bare: Callable[[], float], buckets: tuple[Bucket, ...]) -> dict[str, Any]:
+    """Measure the plain transport, then an update."""
     bare_s = bare()
-    outcome, update_s = world.update()
+    outcome, update_s = learner_side.update()
     if not outcome.ok:
         raise SystemExit(f"the update failed: {outcome.error}")
     total = sum(bucket.num_bytes for bucket in buckets)
     phases_ms = dict(outcome.phases_ms)
-    # Of a stream, what is counted is from the first byte to the last checksum.
-    moving_s = phases_ms.get("transfer", outcome.receive_ms) / 1e3
+    # A stream is measured from the first byte to the last checksum.
+    transfer_s = phases_ms.get("transfer", outcome.receive_ms) / 1e3
     first = buckets[0].num_bytes if "transfer" in phases_ms and len(buckets) > 2 else 0
-    bandwidth = (total - first) / moving_s
-    whole_s = (phases_ms.get("pause", 0.0) + phases_ms["load"]) / 1e3 if "transfer" in phases_ms else moving_s
+    bandwidth = (total - first) / transfer_s
+    whole_s = (phases_ms.get("pause", 0.0) + phases_ms["load"]) / 1e3 if "transfer" in phases_ms else transfer_s
     found = {
         "bare_s": bare_s,
         "bare_gb_per_s": total / bare_s / 1e9,
@@ -371,7 +372,7 @@ def measure_round(world: World, bare: Callable[[], float], buckets: tuple[Bucket
 def summary(
     rounds: list[dict[str, Any]], windows: list[dict[str, Any]], num_bytes: int, options: Any
 ) -> dict[str, Any]:
-    """The line that is printed."""
+    """Return the result to print."""
     keys = ("ratio", "ratio_whole", "gb_per_s", "bare_gb_per_s", "bare_s", "update_s", "canary_max_difference")
     medians = {key: round(statistics.median(found[key] for found in rounds), 4) for key in keys}
     phases = sorted({name for found in rounds for name in found["phases_ms"]})
@@ -398,14 +399,14 @@ def summary(
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("nccl", "ipc", "stream"), default="nccl")
-    parser.add_argument("--model", default="7b", help="`7b`, `tiny` or a model folder")
-    parser.add_argument("--folder", type=Path, help="where the model of 7B shape is kept, or was kept before")
+    parser.add_argument("--model", default="7b", help="7b, tiny or a model folder")
+    parser.add_argument("--folder", type=Path, help="folder of the model of 7B shape; built if missing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=0, help="windows of steady load with an update in the middle")
+    parser.add_argument("--windows", type=int, default=0, help="number of windows with an update under constant load")
     parser.add_argument("--window_s", type=float, default=60.0)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--peer", type=int, help=argparse.SUPPRESS)
@@ -414,10 +415,10 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the arguments, measure and print the result."""
     options = parse()
     if options.peer:
-        return be_peer(options.peer, options.sizes)
+        return run_peer(options.peer, options.sizes)
     environment: dict[str, str] = {}
     if options.device == "cuda":
         replica_gpu = gpu(1 if options.engine == "nccl" else 0)

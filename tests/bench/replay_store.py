@@ -1,10 +1,11 @@
-"""The replay service against bare SQLite: episodes of 15 screenshots inserted and read back.
+"""Benchmark of the replay service against bare SQLite: episodes of 15 screenshots are written and read back.
 
-Both sides store the same bytes, durably, with the same number of commits: the service runs first in each turn and its
-commits are counted (by its own metric), then as many are spread over the bare inserts, which have the page size that
-suits screenshots best. The service's time includes everything that a caller waits for: the wire, checking hashes and
-steps, leases, groups.
-Prints one JSON line; `ratio` is bare time over the service's time, writing and reading together, median of the turns.
+Both sides store the same bytes durably with the same number of commits. In each turn the service runs first, and its
+commits are counted by its own metric. The same number of commits is then spread over the bare inserts, which use the
+page size that is best for screenshots. The time of the service includes everything that a caller waits for: gRPC, the
+checks of hashes and steps, leases and groups.
+Prints one JSON line; `ratio` is the time of bare SQLite over that of the service, for writing and reading together, as
+the median of the turns.
 
     python tests/bench/replay_store.py [--turns 5] [--episodes 32] [--actors 4]
 """
@@ -31,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 import grpc
 from ports_kit import free_ports
 
-from deskrl.core import allocator, ids, rpc
+from deskrl.core import ids, malloc_tuning, rpc
 from deskrl.core.config import RunConfig, dump_config
-from deskrl.core.trajectory import Span, Step, decode_step, encode_step
+from deskrl.core.step_codec import Step, VersionSpan, decode_step, encode_step
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc, rollout_pb2, rollout_pb2_grpc
 
 STEPS = 15
@@ -41,23 +42,23 @@ SHOT_BYTES = 200_000
 PROMPT_TOKENS = 1500
 ACTION_TOKENS = 40
 GROUP = 8
-ME = rpc.peer("actor", "bench")
+BENCH_PEER = rpc.peer("actor", "bench")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds of one side in one turn."""
+    """Duration of writing and reading of one side in one turn."""
 
     write_s: float
     read_s: float
 
 
 Episode = list[tuple[bytes, str, bytes]]
-"""For each step: screenshot, its hash, the step in msgpack."""
+"""Screenshot, its hash and the encoded step, for each step."""
 
 
 def make_episode() -> Episode:
-    """An episode of incompressible screenshots."""
+    """Return an episode with incompressible screenshots."""
     episode = []
     for index in range(STEPS):
         shot = os.urandom(SHOT_BYTES)
@@ -70,23 +71,23 @@ def make_episode() -> Episode:
             prompt_ids=tuple(range(PROMPT_TOKENS)),
             action_ids=tuple(range(ACTION_TOKENS)),
             logprobs=(-0.5,) * ACTION_TOKENS,
-            spans=(Span("bench", 1, 0, ACTION_TOKENS),),
+            spans=(VersionSpan("bench", 1, 0, ACTION_TOKENS),),
         )
         episode.append((shot, name, encode_step(step)))
     return episode
 
 
 class Service:
-    """A replay process over a fresh folder, and its callers."""
+    """Replay process with a new run directory, and its clients."""
 
     def __init__(self, folder: Path) -> None:
         ports = free_ports(2)
         config = RunConfig.model_validate(
             {"runs": folder, "replay": {"address": f"127.0.0.1:{ports[0]}", "metrics_port": ports[1]}}
         )
-        config.folder.mkdir(parents=True)
-        dump_config(config, config.folder / "config.json")
-        command = [sys.executable, "-m", "deskrl.core.cli", "replay", str(config.folder / "config.json")]
+        config.run_dir.mkdir(parents=True)
+        dump_config(config, config.run_dir / "config.json")
+        command = [sys.executable, "-m", "deskrl.cli.main", "replay", str(config.run_dir / "config.json")]
         self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         self._address = config.replay.address
         self._metrics = f"http://127.0.0.1:{ports[1]}/metrics"
@@ -99,7 +100,7 @@ class Service:
         self._process.wait()
 
     def num_commits(self) -> int:
-        """Transactions so far, as the service counts them."""
+        """Return the number of transactions so far, from the metrics of the service."""
         with urllib.request.urlopen(self._metrics) as page:
             lines = page.read().decode().splitlines()
         return int(
@@ -107,7 +108,7 @@ class Service:
         )
 
     def turn(self, episodes: list[Episode], queue: str, num_actors: int) -> tuple[Turn, int]:
-        """Write and read the episodes; returns the times and the number of commits of the writing."""
+        """Write and read the episodes, and return the durations and the number of commits of the writing."""
         return asyncio.run(self._turn(episodes, queue, num_actors))
 
     async def _turn(self, episodes: list[Episode], queue: str, num_actors: int) -> tuple[Turn, int]:
@@ -127,14 +128,16 @@ class Service:
             num_commits = self.num_commits() - num_before
 
             start_s = time.perf_counter()
-            num_bytes = sum(await asyncio.gather(*(learn(replay, queue, ordinal) for ordinal in range(num_groups))))
+            num_bytes = sum(
+                await asyncio.gather(*(fetch_group(replay, queue, ordinal) for ordinal in range(num_groups)))
+            )
             read_s = time.perf_counter() - start_s
             assert num_bytes == len(episodes) * STEPS * SHOT_BYTES
             return Turn(write_s, read_s), num_commits
 
 
 def plan(queue: str, num_groups: int) -> replay_pb2.PlanGroupsRequest:
-    """Work for a turn."""
+    """Return the plan of a turn."""
     groups = [
         replay_pb2.GroupPlan(
             group_id=ids.group_id(queue, ordinal),
@@ -147,11 +150,11 @@ def plan(queue: str, num_groups: int) -> replay_pb2.PlanGroupsRequest:
         )
         for ordinal in range(num_groups)
     ]
-    return replay_pb2.PlanGroupsRequest(peer=ME, groups=groups)
+    return replay_pb2.PlanGroupsRequest(peer=BENCH_PEER, groups=groups)
 
 
 def requests_of(episode: Episode) -> list[rollout_pb2.StreamEpisodeRequest]:
-    """What an actor sends after its begin; made beforehand, as the bare side's rows are."""
+    """Return the messages of an actor after `begin`, prepared before the measurement like the rows of the bare side."""
     requests = []
     for index, (shot, name, payload) in enumerate(episode):
         step = rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=payload)
@@ -162,12 +165,14 @@ def requests_of(episode: Episode) -> list[rollout_pb2.StreamEpisodeRequest]:
 
 
 async def act(stub: Any, waiting: list[list[rollout_pb2.StreamEpisodeRequest]]) -> None:
-    """One actor: leases and streams episodes until none is left."""
+    """Lease and stream episodes until none is left, as an actor does."""
     while waiting:
         requests = waiting.pop()
-        lease = await stub.AcquireLease(rollout_pb2.AcquireLeaseRequest(peer=ME, request_id=ids.new_id("request")))
+        lease = await stub.AcquireLease(
+            rollout_pb2.AcquireLeaseRequest(peer=BENCH_PEER, request_id=ids.new_id("request"))
+        )
         call = stub.StreamEpisode()
-        begin = rollout_pb2.EpisodeBegin(peer=ME, lease_id=lease.lease_id, episode_id=lease.rollout.episode_id)
+        begin = rollout_pb2.EpisodeBegin(peer=BENCH_PEER, lease_id=lease.lease_id, episode_id=lease.rollout.episode_id)
         await call.write(rollout_pb2.StreamEpisodeRequest(begin=begin))
         for request in requests:
             await call.write(request)
@@ -176,9 +181,9 @@ async def act(stub: Any, waiting: list[list[rollout_pb2.StreamEpisodeRequest]]) 
         assert closed[-1]
 
 
-async def learn(stub: Any, queue: str, ordinal: int) -> int:
-    """The learner's side: a group, then its screenshots; returns their bytes."""
-    request = replay_pb2.TakeGroupRequest(peer=ME, queue=queue, batch_id=queue, ordinal=ordinal)
+async def fetch_group(stub: Any, queue: str, ordinal: int) -> int:
+    """Take a group and fetch its screenshots, as the learner does, and return their size in bytes."""
+    request = replay_pb2.TakeGroupRequest(peer=BENCH_PEER, queue=queue, batch_id=queue, ordinal=ordinal)
     group = (await stub.TakeGroup(request)).group
     names = [decode_step(payload).screenshot for episode in group.episodes for payload in episode.steps]
     num_bytes = 0
@@ -188,7 +193,7 @@ async def learn(stub: Any, queue: str, ordinal: int) -> int:
 
 
 def bare_turn(path: Path, episodes: list[Episode], num_commits: int) -> Turn:
-    """The same bytes straight into and out of SQLite: a row for each screenshot and each step."""
+    """Write the same bytes to SQLite and read them back, with one row per screenshot and one per step."""
     database = sqlite3.connect(path, isolation_level=None)
     database.execute("PRAGMA page_size = 65536")
     database.execute("PRAGMA journal_mode = WAL")
@@ -224,13 +229,13 @@ def bare_turn(path: Path, episodes: list[Episode], num_commits: int) -> Turn:
 
 
 def main() -> None:
-    """Measure in turns, print one line."""
-    parser = argparse.ArgumentParser(description="the replay service against bare SQLite")
+    """Measure in turns and print one line."""
+    parser = argparse.ArgumentParser(description="Benchmark the replay service against bare SQLite.")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--episodes", type=int, default=32, help=f"in each turn, a multiple of {GROUP}")
-    parser.add_argument("--actors", type=int, default=4, help="episodes streamed at once")
+    parser.add_argument("--episodes", type=int, default=32, help=f"episodes per turn, a multiple of {GROUP}")
+    parser.add_argument("--actors", type=int, default=4, help="number of episodes streamed concurrently")
     options = parser.parse_args()
-    allocator.keep_freed_memory()  # as actors do
+    malloc_tuning.keep_freed_memory()  # as actors do
 
     services, bares, commits = [], [], []
     with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as folder:

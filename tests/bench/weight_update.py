@@ -1,9 +1,10 @@
-"""What a weight update costs those who act: throughput lost in the minute around it, and its phases.
+"""Benchmark of the throughput that a weight update costs, and of the update's phases.
 
-A replica samples under steady load; in the middle of each window its weights are replaced while requests go on. What
-was lost is the window's tokens against the rate of its first and last third, which no update touches. The peer is the
-least that any update must do: copying the same bytes once, from memory to a file in memory. Prints one JSON line;
-`ratio` is copying over losing, in seconds, median of the windows.
+A replica samples under constant load; in the middle of each window its weights are replaced while requests continue.
+The loss is the difference between the window's tokens and those expected from the rate of its first and last third,
+which the update does not affect. The peer is the minimum that any update must do: copying the same bytes once, from
+memory to a file in memory. Prints one JSON line; `ratio` is the time of the copy divided by the lost time, median of
+the windows.
 
     python tests/bench/weight_update.py [--windows 5] [--window_s 60] [--concurrency 8] [--model FOLDER]
 """
@@ -36,14 +37,14 @@ MAX_TOKENS = 24
 
 @dataclass
 class Load:
-    """Requests without end; notes when each answer came and how many tokens it had."""
+    """Endless requests; records the time and the number of tokens of each response."""
 
     stub: inference_pb2_grpc.InferenceServiceStub
     seeds: Any = field(default_factory=itertools.count)
     answers: list[tuple[float, int]] = field(default_factory=list)
 
     async def run(self) -> None:
-        """One caller."""
+        """Send requests one after another."""
         while True:
             seed = next(self.seeds)
             image = screenshot(seed)
@@ -52,16 +53,16 @@ class Load:
             self.answers.append((time.perf_counter(), len(reply.action.action_ids)))
 
     def num_tokens(self, start_s: float, end_s: float) -> int:
-        """Tokens of the answers that came between two times."""
+        """Return the number of tokens of the responses between two times."""
         return sum(num for at_s, num in self.answers if start_s <= at_s < end_s)
 
 
 @dataclass(frozen=True)
 class Window:
-    """One update under load."""
+    """Measurements of one update under load."""
 
     lost_s: float
-    """Seconds of steady throughput that the window lacks."""
+    """Lost throughput, in seconds of constant load."""
     update_s: float
     copy_s: float
     phases_ms: dict[str, float]
@@ -69,7 +70,7 @@ class Window:
 
 
 def copy_s(num_bytes: int) -> float:
-    """Seconds to copy as many bytes into a file in memory."""
+    """Return the seconds to copy a number of bytes to a file in memory."""
     data = os.urandom(num_bytes)
     handle = os.memfd_create("copy")
     try:
@@ -85,7 +86,7 @@ def copy_s(num_bytes: int) -> float:
 async def measure_window(
     load: Load, weights: weights_pb2_grpc.WeightServiceStub, events: list[Any], num_bytes: int, window_s: float
 ) -> Window:
-    """Steady load, an update in the middle, steady load."""
+    """Measure a window of constant load with an update in the middle."""
     start_s = time.perf_counter()
     await asyncio.sleep(window_s / 2)
     began_s = time.perf_counter()
@@ -93,8 +94,10 @@ async def measure_window(
     update_s = time.perf_counter() - began_s
     await asyncio.sleep(start_s + window_s - time.perf_counter())
     third_s = window_s / 3
-    calm = load.num_tokens(start_s, start_s + third_s) + load.num_tokens(start_s + 2 * third_s, start_s + window_s)
-    rate = calm / (2 * third_s)
+    unaffected = load.num_tokens(start_s, start_s + third_s) + load.num_tokens(
+        start_s + 2 * third_s, start_s + window_s
+    )
+    rate = unaffected / (2 * third_s)
     return Window(
         lost_s=window_s - load.num_tokens(start_s, start_s + window_s) / rate,
         update_s=update_s,
@@ -105,14 +108,14 @@ async def measure_window(
 
 
 async def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """All windows."""
+    """Measure all windows and return the result."""
     reference = Reference(config.model_folder)
     num_bytes = sum(tensor.nbytes for tensor in reference.original.values())
     windows = []
     async with rpc.connect(config.inference.address) as channel, asyncio.TaskGroup() as tasks:
         load = Load(inference_pb2_grpc.InferenceServiceStub(channel))
         callers = [tasks.create_task(load.run()) for _ in range(options.concurrency)]
-        await asyncio.sleep(options.window_s / 3)  # warm
+        await asyncio.sleep(options.window_s / 3)  # warm-up
         for number in range(1, options.windows + 1):
             events: list[weights_pb2.UpdateWeightsRequest] = events_of(reference.perturbed(seed=number), step=number)
             stub = weights_pb2_grpc.WeightServiceStub(channel)
@@ -123,7 +126,7 @@ async def measure(config: RunConfig, options: argparse.Namespace) -> dict[str, A
 
 
 def describe(windows: list[Window], num_bytes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The line that is printed."""
+    """Return the result to print."""
     phases = {name for window in windows for name in window.phases_ms}
     return {
         "bench": "weight_update",
@@ -143,12 +146,12 @@ def describe(windows: list[Window], num_bytes: int, options: argparse.Namespace)
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the arguments, measure and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--window_s", type=float, default=60.0)
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--model", type=Path, help="a model folder; without it the tiny model of the tests")
+    parser.add_argument("--model", type=Path, help="model folder; default: the tiny model of the tests")
     options = parser.parse_args()
     with temporary_replica(options.model, options.concurrency) as config:
         line = asyncio.run(measure(config, options))

@@ -1,4 +1,4 @@
-"""Who may talk to whom: certificates, tokens and roles, on real servers over real channels."""
+"""Authentication and authorisation between roles, with real servers and channels."""
 
 from __future__ import annotations
 
@@ -16,75 +16,75 @@ from pathlib import Path
 
 import grpc
 import pytest
-from chaos_kit.clock import Clock, why_no_clock
-from chaos_kit.wire import FaultyRelay
+from chaos_kit.clock import Clock, clock_unavailable_reason
+from chaos_kit.faulty_relay import FaultyRelay
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from ports_kit import free_port
 from replay_kit import ReplayProcess, StartReplay, replay_config
 
-from deskrl.actor.replay_client import ReplayClient
+from deskrl.actor.lease_client import LeaseClient
 from deskrl.core import rpc
 from deskrl.core.config import dump_config
 from deskrl.core.errors import UserError
-from deskrl.core.lifetime import StopEvent
-from deskrl.core.security.admission import CALLERS
-from deskrl.core.security.certificates import CA_KEY, make_certificates
-from deskrl.core.security.identity import Identity, load_identity
+from deskrl.core.process_lifecycle import StopEvent
+from deskrl.core.security.authorization import ALLOWED_ROLES
+from deskrl.core.security.peer_identity import Identity, load_identity
+from deskrl.launch.certificates import CA_KEY, make_certificates
 from deskrl.learner.replay_client import ReplayClient as LearnerReplayClient
 from deskrl.proto.v1 import directory_pb2, inference_pb2, replay_pb2, rollout_pb2, weights_pb2
 
-Be = Callable[[Path | None, str], None]
+SetIdentity = Callable[[Path | None, str], None]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates as the command makes them."""
+    """Certificate directory created by the command."""
     folder = tmp_path_factory.mktemp("security") / "certificates"
     run_deskrl("certificates", str(folder), "--host", "replay.example")
     return folder
 
 
 @pytest.fixture
-def be() -> Iterator[Be]:
-    """`be(folder, role)`: this process is that role from now on; a folder of None: nobody."""
+def set_identity() -> Iterator[SetIdentity]:
+    """Return `set_identity(folder, role)`, which sets the identity of this process; None as the folder removes it."""
 
-    def be(folder: Path | None, role: str) -> None:
-        rpc.identify_as(role, folder)
+    def set_identity(folder: Path | None, role: str) -> None:
+        rpc.load_own_identity(role, folder)
 
-    yield be
-    rpc.identify(None)
+    yield set_identity
+    rpc.set_identity(None)
 
 
 @pytest.fixture
-def replay(start_replay: StartReplay, folder: Path, be: Be) -> ReplayProcess:
-    """A replay service that other machines could reach, and this process its operator."""
-    be(folder, "operator")
+def replay(start_replay: StartReplay, folder: Path, set_identity: SetIdentity) -> ReplayProcess:
+    """Replay service that listens on all interfaces, with this process as its operator."""
+    set_identity(folder, "operator")
     return start_replay(listen_host="0.0.0.0", security=folder)
 
 
 def run_deskrl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deskrl.core.cli", *arguments]
+    command = [sys.executable, "-m", "deskrl.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def refusal_at(address: str) -> str:
-    """The one line with which a role that needs replay gives up."""
+def lease_error(address: str) -> str:
+    """Return the error of an actor that requests a lease."""
 
     async def acquire() -> None:
-        client = ReplayClient(address, "actor-0")
+        client = LeaseClient(address, "actor-0")
         try:
             await client.acquire()
         finally:
             await client.close()
 
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as raised:
         asyncio.run(asyncio.wait_for(acquire(), 20))
-    return str(refusal.value)
+    return str(raised.value)
 
 
 def re_sign(folder: Path, role: str, until: datetime.datetime) -> None:
-    """Give a role's certificate another end."""
+    """Replace the certificate of a role by one with another expiry date."""
     path = folder / f"{role}.pem"
     old = x509.load_pem_x509_certificate(path.read_bytes())
     key = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), None)
@@ -94,21 +94,23 @@ def re_sign(folder: Path, role: str, until: datetime.datetime) -> None:
     path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
 
-def test_a_server_is_no_stranger_where_bytes_are_corrupted_on_their_way(replay: ReplayProcess) -> None:
+def test_corrupted_bytes_are_not_reported_as_failed_authentication(replay: ReplayProcess) -> None:
     for seed in range(5):
         relay = FaultyRelay(replay.config.replay.address, seed)
-        relay.corrupt(True)
+        relay.set_corrupting(True)
         try:
             assert not rpc.check_health(relay.address)
         finally:
             relay.close()
 
 
-@pytest.mark.skipif(bool(why_no_clock()), reason=f"no clock can be set: {why_no_clock()}")
-def test_a_server_whose_clock_is_hours_behind_is_let_in_and_lets_in(tmp_path: Path, folder: Path, be: Be) -> None:
+@pytest.mark.skipif(bool(clock_unavailable_reason()), reason=f"the clock cannot be set: {clock_unavailable_reason()}")
+def test_a_server_whose_clock_is_hours_behind_is_accepted(
+    tmp_path: Path, folder: Path, set_identity: SetIdentity
+) -> None:
     clock = Clock(tmp_path / "clock")
     clock.shift(-12 * 3600)
-    be(folder, "operator")
+    set_identity(folder, "operator")
     prefix = ["env", *(f"{name}={value}" for name, value in clock.environment.items())]
     replay = ReplayProcess(replay_config(tmp_path, security=folder), prefix=prefix)
     try:
@@ -117,13 +119,13 @@ def test_a_server_whose_clock_is_hours_behind_is_let_in_and_lets_in(tmp_path: Pa
         replay.close()
 
 
-def test_secrets_are_their_owners_alone(folder: Path) -> None:
+def test_secret_files_are_readable_by_their_owner_only(folder: Path) -> None:
     secret = {path for path in folder.iterdir() if stat.S_IMODE(path.stat().st_mode) == 0o600}
     assert secret == {folder / "token", *folder.glob("*-key.pem")}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_the_command_again_keeps_what_was_handed_out_and_renews_the_roles(tmp_path: Path) -> None:
+def test_creating_certificates_again_keeps_authority_and_token(tmp_path: Path) -> None:
     make_certificates(tmp_path, [], 1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     written = make_certificates(tmp_path, ["new.example"], 30)
@@ -132,8 +134,8 @@ def test_the_command_again_keeps_what_was_handed_out_and_renews_the_roles(tmp_pa
     load_identity(tmp_path, "replay")
 
 
-def test_only_servers_have_certificates_for_hosts(folder: Path) -> None:
-    """Who takes an actor's key cannot pass for replay."""
+def test_only_certificates_of_servers_name_hosts(folder: Path) -> None:
+    """The key of an actor must not suffice to impersonate a server."""
     for role, is_server in (("replay", True), ("inference", True), ("actor", False), ("learner", False)):
         extensions = x509.load_pem_x509_certificate((folder / f"{role}.pem").read_bytes()).extensions
         usages = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
@@ -141,7 +143,7 @@ def test_only_servers_have_certificates_for_hosts(folder: Path) -> None:
         assert (x509.SubjectAlternativeName in {type(extension.value) for extension in extensions}) == is_server
 
 
-def test_the_text_form_of_an_identity_holds_no_secret(folder: Path) -> None:
+def test_the_repr_of_an_identity_contains_no_secrets(folder: Path) -> None:
     identity = load_identity(folder, "actor")
     assert identity.token and identity.token not in repr(identity)
     assert "PRIVATE" not in repr(identity)
@@ -151,32 +153,35 @@ def test_the_text_form_of_an_identity_holds_no_secret(folder: Path) -> None:
     ("spoil", "expected"),
     [
         (lambda folder: (folder / "actor.pem").unlink(), "actor.pem: No such file"),
-        (lambda folder: (folder / "token").write_text(" \n"), "token is empty"),
-        (lambda folder: (folder / "token").chmod(0o644), "token is secret and can be read by everybody; chmod 600"),
-        (lambda folder: (folder / "actor-key.pem").chmod(0o604), "can be read by everybody"),
+        (lambda folder: (folder / "token").write_text(" \n"), "token: empty"),
+        (
+            lambda folder: (folder / "token").chmod(0o644),
+            "token: secret file is readable by all users (hint: chmod 600",
+        ),
+        (lambda folder: (folder / "actor-key.pem").chmod(0o604), "is readable by all users"),
         (lambda folder: (folder / "actor.pem").write_text("?"), "is damaged"),
         (
             lambda folder: os.replace(folder / "learner-key.pem", folder / "actor-key.pem"),
-            "is not the key to",
+            "does not match",
         ),
         (lambda folder: re_sign(folder, "actor", datetime.datetime(2020, 1, 1)), "expired on 2020-01-01 00:00 UTC"),
-        (lambda folder: re_sign(folder, "actor", datetime.datetime(2220, 1, 1)), "is valid from 2219-12-31"),
+        (lambda folder: re_sign(folder, "actor", datetime.datetime(2220, 1, 1)), "not valid before 2219-12-31"),
     ],
 )
-def test_what_is_wrong_with_ones_own_files_is_told_before_anything_starts(
+def test_invalid_identity_files_are_reported_before_a_role_starts(
     tmp_path: Path, spoil: Callable[[Path], None], expected: str
 ) -> None:
     make_certificates(tmp_path / "own", [], 1)
     spoil(tmp_path / "own")
     config = tmp_path / "run.toml"
-    config.write_text(f'runs = "{tmp_path}"\nsecurity.folder = "{tmp_path / "own"}"\n')
+    config.write_text(f'runs = "{tmp_path}"\nsecurity.certificates_dir = "{tmp_path / "own"}"\n')
     ended = run_deskrl("actor", str(config))
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith("deskrl: ") and expected in line
 
 
-def test_what_other_machines_can_reach_asks_for_certificates(tmp_path: Path) -> None:
+def test_listening_on_all_interfaces_requires_certificates(tmp_path: Path) -> None:
     dump_config(replay_config(tmp_path, listen_host="0.0.0.0"), tmp_path / "config.json")
     ended = run_deskrl("replay", str(tmp_path / "config.json"))
     assert ended.returncode == 2
@@ -184,107 +189,113 @@ def test_what_other_machines_can_reach_asks_for_certificates(tmp_path: Path) -> 
     assert "0.0.0.0" in line and "`deskrl certificates`" in line
 
 
-def test_each_role_reaches_what_is_its_own_and_nothing_else(replay: ReplayProcess, folder: Path, be: Be) -> None:
+def test_each_role_may_call_its_own_services_only(
+    replay: ReplayProcess, folder: Path, set_identity: SetIdentity
+) -> None:
     address = replay.config.replay.address
     assert rpc.check_health(address)
     replay.client().status()
-    with pytest.raises(grpc.RpcError) as refusal:
+    with pytest.raises(grpc.RpcError) as raised:
         replay.client().acquire()
-    assert refusal.value.code() is grpc.StatusCode.PERMISSION_DENIED
-    assert "RolloutService/AcquireLease is not for the role operator" in str(refusal.value.details())
-    be(folder, "learner")
+    assert raised.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert "role operator may not call deskrl.proto.v1.RolloutService/AcquireLease" in str(raised.value.details())
+    set_identity(folder, "learner")
     client = LearnerReplayClient(address, "rank-0", StopEvent())
     client.status()
     client.close()
-    assert "RolloutService/AcquireLease is not for the role learner" in refusal_at(address)
+    assert "role learner may not call deskrl.proto.v1.RolloutService/AcquireLease" in lease_error(address)
 
 
-def test_a_stranger_is_refused_in_one_line(replay: ReplayProcess, tmp_path: Path, folder: Path, be: Be) -> None:
+def test_a_process_without_valid_credentials_is_rejected(
+    replay: ReplayProcess, tmp_path: Path, folder: Path, set_identity: SetIdentity
+) -> None:
     address = replay.config.replay.address
-    be(None, "")
-    assert refusal_at(address) == (
-        f"the server at {address} asks for a certificate; set security.folder to the folder of the run's certificates"
+    set_identity(None, "")
+    assert lease_error(address) == (
+        f"the server at {address} requires a certificate "
+        "(hint: set security.certificates_dir to the certificate directory of the run)"
     )
     make_certificates(tmp_path / "other", [], 1)
-    be(tmp_path / "other", "actor")
-    assert f"the certificate of the server at {address} is refused" in refusal_at(address)
-    for name in ("actor.pem", "actor-key.pem"):  # ours to trust, theirs to show
+    set_identity(tmp_path / "other", "actor")
+    assert f"the certificate of the server at {address} is rejected" in lease_error(address)
+    for name in ("actor.pem", "actor-key.pem"):  # valid certificates with the token of another run
         (tmp_path / "other" / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "other" / "ca.pem").write_bytes((folder / "ca.pem").read_bytes())
-    be(tmp_path / "other", "actor")
-    assert refusal_at(address) == (
-        f"the server at {address} refuses this process: the token is another one; mend security.folder"
+    set_identity(tmp_path / "other", "actor")
+    assert lease_error(address) == (
+        f"the server at {address} rejected this process: invalid run token (hint: correct security.certificates_dir)"
     )
 
 
 @pytest.mark.parametrize("command", [("health", "replay"), ("actor",)], ids=" ".join)
-def test_a_person_who_is_a_stranger_sees_one_line(
+def test_a_command_without_valid_credentials_prints_one_line(
     replay: ReplayProcess, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    """And nothing of what gRPC's core would write beside it."""
+    """gRPC must not print anything in addition."""
     make_certificates(tmp_path / "other", [], 1)
     name, *arguments = command
-    security = replay.config.security.model_copy(update={"folder": tmp_path / "other"})
+    security = replay.config.security.model_copy(update={"certificates_dir": tmp_path / "other"})
     dump_config(replay.config.model_copy(update={"security": security}), tmp_path / "config.json")
     ended = run_deskrl(name, str(tmp_path / "config.json"), *arguments)
     lines = [line for line in ended.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
     assert (ended.returncode, len(lines)) == (2, 1), ended.stderr
-    assert f"the certificate of the server at {replay.config.replay.address} is refused" in lines[0]
+    assert f"the certificate of the server at {replay.config.replay.address} is rejected" in lines[0]
 
 
-def test_a_caller_of_another_authority_is_refused(replay: ReplayProcess, tmp_path: Path, folder: Path) -> None:
+def test_a_certificate_of_another_authority_is_rejected(replay: ReplayProcess, tmp_path: Path, folder: Path) -> None:
     make_certificates(tmp_path, [], 1)
     identity = load_identity(folder, "actor")
-    stranger = load_identity(tmp_path, "actor")
+    other = load_identity(tmp_path, "actor")
     (tmp_path / "ca.pem").write_bytes(identity.ca)
-    rpc.identify(replace(stranger, ca=identity.ca, token=identity.token))
-    assert f"refuses {tmp_path / 'actor.pem'}" in refusal_at(replay.config.replay.address)
+    rpc.set_identity(replace(other, ca=identity.ca, token=identity.token))
+    assert f"rejects {tmp_path / 'actor.pem'}" in lease_error(replay.config.replay.address)
 
 
-def test_a_server_for_another_host_is_refused(replay: ReplayProcess, folder: Path, be: Be) -> None:
-    be(folder, "actor")
+def test_a_server_certificate_for_another_host_is_rejected(
+    replay: ReplayProcess, folder: Path, set_identity: SetIdentity
+) -> None:
+    set_identity(folder, "actor")
     address = f"127.0.0.2:{replay.config.replay.address.rpartition(':')[2]}"
-    line = refusal_at(address)
-    assert f"the certificate of the server at {address} is refused" in line
+    line = lease_error(address)
+    assert f"the certificate of the server at {address} is rejected" in line
     assert "not valid for '127.0.0.2'" in line and "deskrl certificates --host" in line
 
 
-def line_before(server_identity: Identity | None, client_identity: Identity) -> str:
-    """How a client is refused, or refuses, before a server that was started with its own idea of security."""
+def trust_error(server_identity: Identity | None, client_identity: Identity) -> str:
+    """Return the error of a client that checks the health of a server with another identity."""
 
     async def serve_and_ask() -> str:
         address = f"127.0.0.1:{free_port()}"
-        rpc.identify(server_identity)
+        rpc.set_identity(server_identity)
         server = rpc.make_server()
         await rpc.start_server(server, address, [])
-        rpc.identify(client_identity)
+        rpc.set_identity(client_identity)
         try:
-            with pytest.raises(UserError) as refusal:
+            with pytest.raises(UserError) as raised:
                 await asyncio.to_thread(rpc.check_health, address)
         finally:
             await server.stop(None)
-            rpc.identify(None)
-        return str(refusal.value)
+            rpc.set_identity(None)
+        return str(raised.value)
 
     return asyncio.run(serve_and_ask())
 
 
-def test_a_server_whose_time_ran_out_is_refused(tmp_path: Path) -> None:
+def test_an_expired_server_certificate_is_rejected(tmp_path: Path) -> None:
     make_certificates(tmp_path, [], 1)
     server, client = load_identity(tmp_path, "replay"), load_identity(tmp_path, "actor")
     re_sign(tmp_path, "replay", datetime.datetime(2020, 1, 1))
-    line = line_before(replace(server, certificate=server.files.certificate.read_bytes()), client)
-    assert "is refused: certificate has expired; make it anew with `deskrl certificates`" in line
+    line = trust_error(replace(server, certificate=server.files.certificate.read_bytes()), client)
+    assert "is rejected: certificate has expired (hint: renew it with `deskrl certificates`" in line
 
 
-def test_a_server_without_encryption_is_refused(tmp_path: Path) -> None:
+def test_a_server_without_tls_is_rejected(tmp_path: Path) -> None:
     make_certificates(tmp_path, [], 1)
-    line = line_before(None, load_identity(tmp_path, "actor"))
-    assert "speaks without encryption" in line and "start it with the same security.folder" in line
+    line = trust_error(None, load_identity(tmp_path, "actor"))
+    assert "does not use TLS" in line and "start it with the same security.certificates_dir" in line
 
 
-def test_no_role_shows_a_secret(replay: ReplayProcess, folder: Path) -> None:
-    """Not on its command line, not in its environment, not in its log."""
+def test_secrets_appear_in_no_command_line_environment_or_log(replay: ReplayProcess, folder: Path) -> None:
     process = Path(f"/proc/{replay.process.pid}")
     shown = process.joinpath("cmdline").read_bytes() + process.joinpath("environ").read_bytes()
     status, log = replay.stop()
@@ -293,8 +304,8 @@ def test_no_role_shows_a_secret(replay: ReplayProcess, folder: Path) -> None:
         assert secret not in log and secret.encode() not in shown
 
 
-def test_everything_that_is_called_is_meant_for_somebody() -> None:
-    """A service that is left out of the table would be for every role."""
+def test_every_service_has_a_list_of_allowed_roles() -> None:
+    """A service that is missing in the table would be open to every role."""
     contracts = (directory_pb2, rollout_pb2, replay_pb2, inference_pb2, weights_pb2)
     served = {service.full_name for module in contracts for service in module.DESCRIPTOR.services_by_name.values()}
-    assert served == {key.partition("/")[0] for key in CALLERS}
+    assert served == {key.partition("/")[0] for key in ALLOWED_ROLES}

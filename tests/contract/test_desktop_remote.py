@@ -1,6 +1,6 @@
-"""The provider `remote` drives any guest that speaks OSWorld's protocol, over TCP: here deskrl's own, by that protocol.
+"""The provider `remote` controls any guest that implements OSWorld's protocol over TCP, here deskrl's own guest server.
 
-With `DESKRL_OSWORLD_GUEST=host:port` the same contract is held to another guest, such as OSWorld's own server.
+`DESKRL_OSWORLD_GUEST=host:port` runs the same contract against another guest, such as OSWorld's own server.
 """
 
 import asyncio
@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from desktop_kit import running_desktop
 from ports_kit import free_port
+from remote_guest_kit import forwarding_guest
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import DesktopError
-from deskrl.actor.desktops.packages import missing_packages
-from deskrl.actor.desktops.provider import make_desktop, refuse_unusable
+from deskrl.actor.desktops.debian_packages import missing_packages
+from deskrl.actor.desktops.embedded import EmbeddedDesktop
+from deskrl.actor.desktops.provider_registry import check_usable, make_desktop
 from deskrl.actor.desktops.remote import RemoteDesktop
 from deskrl.core.config import DesktopConfig, RemoteConfig
 from deskrl.core.errors import UserError
@@ -41,38 +43,28 @@ def remote(*addresses: str, reset_command: str = "", start_timeout_s: float = 30
 
 @asynccontextmanager
 async def guest(run_root: Path) -> AsyncIterator[str]:
-    """The address of a guest server."""
+    """Provide the address of a guest server."""
     if OTHER_GUEST:
         yield OTHER_GUEST
         return
     async with running_desktop(DesktopConfig(width=800, height=600), run_root) as desktop:
-
-        async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            inside = await asyncio.open_unix_connection(desktop.socket_path)
-            await asyncio.gather(copy(reader, inside[1]), copy(inside[0], writer))
-
-        async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-            writer.close()
-
-        async with await asyncio.start_server(forward, "127.0.0.1", 0) as server:
-            yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        assert isinstance(desktop, EmbeddedDesktop)
+        async with forwarding_guest(desktop) as address:
+            yield address
 
 
 @pytest.fixture
 def on_remote(run_root: Path) -> Callable[[Callable[[RemoteDesktop], Awaitable[None]]], None]:
-    """`on_remote(play)` runs `play` on a remote desktop that is reset."""
+    """Provide a function that runs a scenario on a remote desktop after a reset."""
 
-    def on_remote(play: Callable[[RemoteDesktop], Awaitable[None]]) -> None:
+    def on_remote(scenario: Callable[[RemoteDesktop], Awaitable[None]]) -> None:
         async def run() -> None:
             async with guest(run_root) as address:
                 desktop = make_desktop(remote(address), "d", run_root / "remote")
                 assert isinstance(desktop, RemoteDesktop)
                 try:
                     await desktop.reset()
-                    await play(desktop)
+                    await scenario(desktop)
                 finally:
                     await desktop.close()
 
@@ -81,8 +73,8 @@ def on_remote(run_root: Path) -> Callable[[Callable[[RemoteDesktop], Awaitable[N
     return on_remote
 
 
-def test_text_arrives_in_an_application_as_it_is_typed(on_remote: Callable[..., None]) -> None:
-    async def play(desktop: RemoteDesktop) -> None:
+def test_an_application_receives_typed_text_unchanged(on_remote: Callable[..., None]) -> None:
+    async def scenario(desktop: RemoteDesktop) -> None:
         await desktop.write_file("~/read.sh", b"cat > ~/typed\n")
         await desktop.launch(["xterm", "-u8", "-title", "reader", "-e", "sh", "/home/user/read.sh"])
         await desktop.wait_for_window("reader")
@@ -95,11 +87,11 @@ def test_text_arrives_in_an_application_as_it_is_typed(on_remote: Callable[..., 
                 break
         assert (await desktop.read_file("~/typed")).decode() == TEXT + "\n"
 
-    on_remote(play)
+    on_remote(scenario)
 
 
-def test_commands_and_files_mean_what_they_mean_on_other_desktops(on_remote: Callable[..., None]) -> None:
-    async def play(desktop: RemoteDesktop) -> None:
+def test_commands_and_files_behave_as_on_other_desktops(on_remote: Callable[..., None]) -> None:
+    async def scenario(desktop: RemoteDesktop) -> None:
         assert await desktop.is_alive()
         done = await desktop.execute("echo out; echo err >&2; exit 3", shell=True)
         assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
@@ -109,14 +101,14 @@ def test_commands_and_files_mean_what_they_mean_on_other_desktops(on_remote: Cal
         with pytest.raises(FileNotFoundError):
             await desktop.read_file("~/folder/other")
         await desktop.close_window("no such window")
-        with pytest.raises(DesktopError, match="not over after"):
+        with pytest.raises(DesktopError, match="did not finish within"):
             await desktop.execute("sleep 5", shell=True, timeout_s=0.2)
 
-    on_remote(play)
+    on_remote(scenario)
 
 
-@pytest.mark.skipif(bool(OTHER_GUEST), reason="needs no guest")
-def test_a_reset_is_the_users_command(run_root: Path) -> None:
+@pytest.mark.skipif(bool(OTHER_GUEST), reason="tests only the host side")
+def test_a_reset_runs_the_configured_command(run_root: Path) -> None:
     async def run() -> None:
         async with guest(run_root) as address:
             port = address.rpartition(":")[2]
@@ -148,14 +140,14 @@ def test_an_address_serves_one_desktop_at_a_time(run_root: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_guest_that_never_answers_is_named(run_root: Path) -> None:
+def test_a_guest_that_never_responds_is_named_in_the_error(run_root: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     desktop = make_desktop(remote(address, start_timeout_s=0.5), "d", run_root)
-    with pytest.raises(DesktopError, match=f"the guest at {address} does not answer: the guest server is gone"):
+    with pytest.raises(DesktopError, match=f"the guest at {address} does not respond: cannot connect"):
         asyncio.run(desktop.start())
 
 
-def test_fewer_addresses_than_desktops_are_refused() -> None:
+def test_fewer_addresses_than_desktops_are_rejected() -> None:
     config = remote("127.0.0.1:5000", "127.0.0.1:5000").model_copy(update={"num_envs": 2})
-    with pytest.raises(UserError, match=r"num_envs = 2 and desktop\.remote\.addresses names 1 guests; "):
-        refuse_unusable(config)
+    with pytest.raises(UserError, match=r"num_envs = 2, but desktop\.remote\.addresses lists 1 guests \(hint: "):
+        check_usable(config)

@@ -1,6 +1,6 @@
-"""The provider `vmware`, against a double of `vmrun` (tests/kit/vmrun_double.py): no VMware can be had here.
+"""The provider `vmware` implements the desktop interface, tested with a fake `vmrun` (tests/kit/fake_vmrun.py).
 
-What the double does not show is how long real machines take, and what else they do.
+The fake does not show the latencies of real virtual machines or other behaviour of VMware.
 """
 
 from __future__ import annotations
@@ -14,60 +14,60 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_vmrun
 import pytest
-import vmrun_double
 
 from deskrl.actor.desktops.base import DesktopError, DesktopGone
-from deskrl.actor.desktops.provider import make_desktop, reap, refuse_unusable
+from deskrl.actor.desktops.provider_registry import check_usable, make_desktop, reap_desktops
 from deskrl.core.config import DesktopConfig, VMwareConfig
 from deskrl.core.errors import UserError
 
-VMRUN = Path(vmrun_double.__file__)
+VMRUN = Path(fake_vmrun.__file__)
 
 
 class Host:
-    """A folder with machines, and the double that drives them."""
+    """Folder with virtual machines of the fake `vmrun`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run_root = folder / "run" / "desktops"
 
     def machine(self, name: str, **changes: Any) -> Path:
-        """A machine whose guest listens at a loopback address of its own."""
-        described = {"address": _address(), "snapshots": ["init_state"], "tools": True, **changes}
+        """Create a machine whose guest listens on a separate loopback address."""
+        description = {"address": _address(), "snapshots": ["init_state"], "tools": True, **changes}
         vmx = self.folder / f"{name}.vmx"
-        vmx.write_text(json.dumps(described))
+        vmx.write_text(json.dumps(description))
         return vmx
 
     def config(self, *machines: Path, start_timeout_s: float = 30.0, num_envs: int = 1, **keys: Any) -> DesktopConfig:
-        """Desktops in these machines."""
+        """Return the configuration of desktops in these machines."""
         vmware = VMwareConfig.model_validate({"machines": machines, "vmrun": str(VMRUN), **keys})
         return DesktopConfig(provider="vmware", num_envs=num_envs, start_timeout_s=start_timeout_s, vmware=vmware)
 
     def calls(self) -> list[str]:
-        """What vmrun was asked of machines, checks of their snapshots left out."""
+        """Return the calls of vmrun that name a machine, without checks of snapshots."""
         lines = (self.folder / "calls.txt").read_text().splitlines()
         return [line for line in lines if not line.startswith("listSnapshots")]
 
     def running(self) -> list[str]:
-        """Machines that are up."""
+        """Return the names of running machines."""
         return [file.stem for file in sorted(self.folder.glob("*.pid"))]
 
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    """Machines that are switched off with the test."""
-    monkeypatch.setenv("VMRUN_DOUBLE", str(tmp_path))
+    """Provide a host whose machines are stopped after the test."""
+    monkeypatch.setenv("FAKE_VMRUN_DIR", str(tmp_path))
     yield Host(tmp_path)
     for file in tmp_path.glob("*.pid"):
-        vmrun_double.stop(file.with_suffix(".vmx"))
+        fake_vmrun.stop(file.with_suffix(".vmx"))
 
 
 def _address() -> str:
     return f"127.{random.randint(1, 254)}.{random.randint(0, 255)}.{random.randint(1, 254)}"
 
 
-def test_a_reset_goes_back_to_the_snapshot_and_a_closed_machine_is_off(host: Host) -> None:
+def test_a_reset_reverts_to_the_snapshot_and_close_stops_the_machine(host: Host) -> None:
     async def run() -> None:
         desktop = make_desktop(host.config(host.machine("a")), "d", host.run_root)
         await desktop.start()
@@ -87,7 +87,7 @@ def test_a_reset_goes_back_to_the_snapshot_and_a_closed_machine_is_off(host: Hos
     assert host.calls() == [*boot, *boot, "stop a hard"] and host.running() == []
 
 
-def test_a_machine_serves_one_desktop_at_a_time_whichever_run_asks(host: Host) -> None:
+def test_a_machine_serves_one_desktop_at_a_time_across_runs(host: Host) -> None:
     async def run() -> None:
         machines = host.machine("a"), host.machine("b")
         first = make_desktop(host.config(*machines), "one", host.run_root)
@@ -104,10 +104,10 @@ def test_a_machine_serves_one_desktop_at_a_time_whichever_run_asks(host: Host) -
     asyncio.run(run())
 
 
-def test_a_machine_that_tells_no_address_is_named_and_switched_off(host: Host) -> None:
+def test_a_machine_that_reports_no_ip_address_is_named_and_stopped(host: Host) -> None:
     async def run() -> None:
         desktop = make_desktop(host.config(host.machine("a", tools=False), start_timeout_s=1.5), "d", host.run_root)
-        with pytest.raises(DesktopError, match=r"a\.vmx told no address in 1\.5 s; do VMware Tools run in it\?"):
+        with pytest.raises(DesktopError, match=r"a\.vmx reported no IP address within 1\.5 s \(hint: possibly"):
             await desktop.start()
         assert host.running() == ["a"]
         await desktop.close()
@@ -116,7 +116,7 @@ def test_a_machine_that_tells_no_address_is_named_and_switched_off(host: Host) -
     assert host.running() == []
 
 
-def test_what_vmrun_says_is_the_desktops_error(host: Host) -> None:
+def test_an_error_of_vmrun_is_raised_as_the_desktops_error(host: Host) -> None:
     machine = host.machine("a")
     desktop = make_desktop(host.config(machine), "d", host.run_root)
     host.machine("a", snapshots=[])
@@ -125,11 +125,11 @@ def test_what_vmrun_says_is_the_desktops_error(host: Host) -> None:
     asyncio.run(desktop.close())
 
 
-def test_a_machine_that_a_killed_actor_left_is_stopped_by_its_runs_next_start(host: Host) -> None:
+def test_a_machine_of_a_killed_actor_is_stopped_when_the_run_starts_its_next_actor(host: Host) -> None:
     config = host.config(host.machine("a"), host.machine("b"))
     program = (
         "import asyncio, os, sys; from pathlib import Path\n"
-        "from deskrl.actor.desktops.provider import make_desktop\n"
+        "from deskrl.actor.desktops.provider_registry import make_desktop\n"
         "from deskrl.core.config import DesktopConfig\n"
         "config = DesktopConfig.model_validate_json(sys.argv[1])\n"
         "asyncio.run(make_desktop(config, 'd', Path(sys.argv[2])).start())\n"
@@ -137,21 +137,21 @@ def test_a_machine_that_a_killed_actor_left_is_stopped_by_its_runs_next_start(ho
     )
     killed = subprocess.run([sys.executable, "-c", program, config.model_dump_json(), str(host.run_root)], check=False)
     assert killed.returncode == -9 and len(host.running()) == 1
-    assert reap(config, host.folder / "another run") == 0 and len(host.running()) == 1
-    assert reap(config, host.run_root) == 1 and host.running() == []
-    assert reap(config, host.run_root) == 0
+    assert reap_desktops(config, host.folder / "another run") == 0 and len(host.running()) == 1
+    assert reap_desktops(config, host.run_root) == 1 and host.running() == []
+    assert reap_desktops(config, host.run_root) == 0
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"vmrun": "no-such-vmrun"}, "there is no program no-such-vmrun on this machine; install VMware"),
-        ({"num_envs": 2}, r"num_envs = 2 and desktop\.vmware\.machines names 1 virtual machines; name a \.vmx"),
-        ({"snapshot": "clean"}, r"a\.vmx has no snapshot clean: it has init_state; take it \(vmrun snapshot "),
-        ({"machines": ["/no/such.vmx"]}, r"desktop\.vmware\.machines: /no/such\.vmx: no such file"),
+        ({"vmrun": "no-such-vmrun"}, r"no-such-vmrun: program not found \(hint: install VMware"),
+        ({"num_envs": 2}, r"num_envs = 2, but desktop\.vmware\.machines lists 1 virtual machines \(hint: list a \.vmx"),
+        ({"snapshot": "clean"}, r"a\.vmx has no snapshot clean: it has init_state \(hint: create it \(vmrun snapshot "),
+        ({"machines": ["/no/such.vmx"]}, r"desktop\.vmware\.machines: /no/such\.vmx: not found"),
     ],
 )
-def test_what_is_missing_is_refused_in_one_line(host: Host, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told) as refused:
-        refuse_unusable(host.config(**{"machines": [host.machine("a")], **changes}))
-    assert "\n" not in str(refused.value)
+def test_unmet_requirements_are_reported_in_one_line(host: Host, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        check_usable(host.config(**{"machines": [host.machine("a")], **changes}))
+    assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""Which policy version `deskrl eval` evaluates: that which its replicas tell. Against doubles that tell one."""
+"""`deskrl eval` evaluates the policy version that all its replicas report."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import grpc
 import pytest
 from ports_kit import free_ports
 
+from deskrl.analysis.evaluation.evaluation_runner import evaluated_version
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
-from deskrl.core.evaluation.play import served_version
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 
 class Replica(inference_pb2_grpc.InferenceServiceServicer):
-    """Serves a step of one lineage."""
+    """Replica that serves one policy version."""
 
     def __init__(self, step: int) -> None:
         self._version = common_pb2.PolicyVersion(lineage="initial", step=step)
@@ -25,7 +25,7 @@ class Replica(inference_pb2_grpc.InferenceServiceServicer):
     def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: grpc.ServicerContext
     ) -> inference_pb2.GetModelInfoResponse:
-        """Tell it."""
+        """Return the version."""
         return inference_pb2.GetModelInfoResponse(version=self._version)
 
 
@@ -34,7 +34,7 @@ Serve = Callable[..., RunConfig]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Replicas that serve these steps, and the configuration that names them."""
+    """Start replicas that serve these versions; returns a configuration with their addresses."""
     servers = []
 
     def start(*steps: int) -> RunConfig:
@@ -53,14 +53,14 @@ def serve() -> Iterator[Serve]:
         server.stop(None).wait()
 
 
-def test_it_is_what_all_replicas_serve(serve: Serve) -> None:
-    assert served_version(serve(0, 0)) == "initial/0"
+def test_the_evaluated_version_is_the_one_that_all_replicas_serve(serve: Serve) -> None:
+    assert evaluated_version(serve(0, 0)) == "initial/0"
 
 
-def test_replicas_of_several_versions_are_no_one_policy(serve: Serve) -> None:
-    with pytest.raises(UserError, match="the replicas serve initial/0, initial/4: no one policy; end what else"):
-        served_version(serve(4, 0))
+def test_replicas_with_different_versions_are_rejected(serve: Serve) -> None:
+    with pytest.raises(UserError, match="the replicas serve different policy versions: initial/0, initial/4"):
+        evaluated_version(serve(4, 0))
 
 
-def test_somebody_elses_server_tells_none(serve: Serve) -> None:
-    assert served_version(serve()) is None
+def test_an_external_server_has_no_version(serve: Serve) -> None:
+    assert evaluated_version(serve()) is None

@@ -1,4 +1,4 @@
-"""A policy on an OpenAI-compatible server: what it is sent, what is made of its answers, what ends an episode."""
+"""External policies: requests to a server that speaks OpenAI's protocol, its responses, and its failures."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deskrl.actor.agent.conversation import make_agent
-from deskrl.actor.agent.external_policy import ExternalPolicy
-from deskrl.actor.agent.policy_client import InferenceFailed
+from deskrl.actor.agent.conversation import Agent
+from deskrl.actor.agent.external_policy import ExternalClient
+from deskrl.actor.agent.external_server import check_reachable
+from deskrl.actor.agent.inference_client import InferenceError
 from deskrl.core.config import AgentConfig, InferenceConfig, RunConfig
 from deskrl.core.errors import UserError
-from deskrl.core.evaluation.external import refuse_absent
-from deskrl.core.running.preflight import refuse_unlearnable
+from deskrl.launch.preflight import check_learner
 from deskrl.proto.v1 import rollout_pb2
 
-Answer = tuple[int, dict[str, Any]]
-SAID = "Thought: I wait.\nAction: wait()"
+HttpResponse = tuple[int, dict[str, Any]]
+RESPONSE = "Thought: I wait.\nAction: wait()"
 
 
-def said(text: str | None) -> Answer:
+def completion(text: str | None) -> HttpResponse:
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
 
 
 class Server:
-    """Answers one request after the other with what it was told to; keeps what it was asked."""
+    """HTTP server that returns prepared responses in order and records the requests."""
 
     def __init__(self) -> None:
-        self.answers: list[Answer] = []
-        self.asked: list[dict[str, Any]] = []
+        self.responses: list[HttpResponse] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                outer.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                outer.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 outer.keys.append(self.headers["Authorization"])
-                self._answer(*outer.answers.pop(0))
+                self._respond(*outer.responses.pop(0))
 
             def do_GET(self) -> None:
-                self._answer(200, {"data": [{"id": "tars"}]} if self.path == "/v1/models" else {})
+                self._respond(200, {"data": [{"id": "tars"}]} if self.path == "/v1/models" else {})
 
-            def _answer(self, status: int, content: dict[str, Any]) -> None:
+            def _respond(self, status: int, content: dict[str, Any]) -> None:
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(json.dumps(content).encode())
@@ -67,9 +67,9 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
+    running = Server()
+    yield running
+    running.close()
 
 
 def config_of(server: Server) -> InferenceConfig:
@@ -78,84 +78,102 @@ def config_of(server: Server) -> InferenceConfig:
 
 @pytest.fixture
 def decide(server: Server) -> Callable[..., Any]:
-    """One decision of an episode that has had one before."""
+    """Return a function that runs an episode of two steps and returns the second decision."""
 
-    def decided(*answers: Answer, timeout_s: float = 20.0) -> Any:
-        server.answers = [said(SAID), *answers]
-        player = ExternalPolicy(config_of(server), timeout_s).player(rollout_pb2.Rollout(temperature=0.5, seed=7))
-        conversation = make_agent(AgentConfig(prompt="brief")).begin("Press it.")
+    def run_two_steps(*responses: HttpResponse, timeout_s: float = 20.0) -> Any:
+        server.responses = [completion(RESPONSE), *responses]
+        client = ExternalClient(config_of(server), timeout_s)
+        policy = client.open_policy(rollout_pb2.Rollout(temperature=0.5, seed=7))
+        conversation = Agent(AgentConfig(prompt="brief")).start_conversation("Press it.")
 
         async def scenario() -> Any:
             for index in range(2):
                 seen = conversation.observe(Image.new("RGB", (56, 56), (index, 0, 0)))
-                decision = await player.decide(conversation, seen, index)
+                decision = await policy.decide(conversation, seen, index)
             return decision
 
         return asyncio.run(scenario())
 
-    return decided
+    return run_two_steps
 
 
 def test_the_whole_conversation_is_sent_with_its_screenshots(
     server: Server, decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    decide(said("Action: finished()"))
-    sent = server.asked[1]
+    decide(completion("Action: finished()"))
+    sent = server.requests[1]
     assert (sent["model"], sent["max_tokens"], sent["temperature"]) == ("tars", 99, 0.5)
-    assert sent["seed"] != server.asked[0]["seed"]
+    assert sent["seed"] != server.requests[0]["seed"]
     roles = [message["role"] for message in sent["messages"]]
     assert roles == ["system", "user", "user", "assistant", "user"]
     parts = [message["content"][0] for message in sent["messages"]]
-    assert (parts[1]["text"], parts[3]["text"]) == ("Press it.", SAID)
+    assert (parts[1]["text"], parts[3]["text"]) == ("Press it.", RESPONSE)
     kind, _, data = parts[4]["image_url"]["url"].partition(",")
     assert kind == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
     assert parts[4] != parts[2]
     assert server.keys == ["Bearer secret"] * 2
 
 
-def test_a_step_holds_what_was_said_and_nothing_that_could_be_learnt_from(decide: Callable[..., Any]) -> None:
-    step = decide(said("Action: finished()")).step
+def test_parameters_of_the_configuration_are_sent_and_replace_the_temperature(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "mine")
+    server.responses = [completion(RESPONSE)]
+    parameters = {"external_parameters": {"temperature": 0.25, "top_p": 0.9}, "external_api_key_variable": "MY_KEY"}
+    policy = ExternalClient(config_of(server).model_copy(update=parameters), 20.0).open_policy(
+        rollout_pb2.Rollout(temperature=0.5, seed=7)
+    )
+    conversation = Agent(AgentConfig(prompt="brief")).start_conversation("Press it.")
+    seen = conversation.observe(Image.new("RGB", (56, 56)))
+    step = asyncio.run(policy.decide(conversation, seen, 0)).step
+    (sent,) = server.requests
+    assert (sent["temperature"], sent["top_p"], step.temperature) == (0.25, 0.9, 0.25)
+    assert server.keys == ["Bearer mine"]
+
+
+def test_a_step_contains_the_text_and_no_tokens_or_logprobs(decide: Callable[..., Any]) -> None:
+    step = decide(completion("Action: finished()")).step
     assert (step.index, step.text, len(step.images), step.temperature) == (1, "Action: finished()", 2, 0.5)
     assert (step.prompt_ids, step.action_ids, step.logprobs, step.spans, step.processor_hash) == ((), (), (), (), "")
 
 
-def test_a_server_that_is_busy_is_asked_again(server: Server, decide: Callable[..., Any]) -> None:
-    assert decide((503, {}), (429, {}), said("Action: wait()")).step.text == "Action: wait()"
-    assert server.asked[1] == server.asked[2] == server.asked[3]
+def test_a_request_to_a_busy_server_is_repeated(server: Server, decide: Callable[..., Any]) -> None:
+    assert decide((503, {}), (429, {}), completion("Action: wait()")).step.text == "Action: wait()"
+    assert server.requests[1] == server.requests[2] == server.requests[3]
 
 
 @pytest.mark.parametrize(
-    ("answers", "told"),
+    ("responses", "problem"),
     [
         ([(400, {"error": "no image, please"})], "400.*no image, please"),
-        ([(200, {"detail": "?"})], "no answer of OpenAI's protocol"),
-        ([(503, {})] * 50, "no answer within 0.5 s; the last was .*503"),
+        ([(200, {"detail": "?"})], "no valid response of OpenAI's protocol"),
+        ([(503, {})] * 50, "no response within 0.5 s; last error: .*503"),
     ],
 )
-def test_what_is_no_answer_ends_the_episode_as_a_fault(
-    decide: Callable[..., Any], answers: list[Answer], told: str
+def test_an_error_of_the_server_ends_the_episode_with_a_fault(
+    decide: Callable[..., Any], responses: list[HttpResponse], problem: str
 ) -> None:
-    with pytest.raises(InferenceFailed, match=told):
-        decide(*answers, timeout_s=0.5)
+    with pytest.raises(InferenceError, match=problem):
+        decide(*responses, timeout_s=0.5)
 
 
-def test_an_empty_answer_is_the_policys_own(decide: Callable[..., Any]) -> None:
-    assert decide(said(None)).step.text == ""
+def test_an_empty_response_is_a_response_of_the_policy(decide: Callable[..., Any]) -> None:
+    assert decide(completion(None)).step.text == ""
 
 
-def test_a_server_is_looked_at_before_anything_plays(server: Server) -> None:
-    refuse_absent(config_of(server))
-    with pytest.raises(UserError, match=r"serves no mars; set .* to one of tars"):
-        refuse_absent(config_of(server).model_copy(update={"external_model": "mars"}))
+def test_the_check_names_the_reason_why_a_server_cannot_be_used(server: Server) -> None:
+    check_reachable(config_of(server))
+    with pytest.raises(UserError, match=r"does not serve the model mars \(hint: set .* to one of tars"):
+        check_reachable(config_of(server).model_copy(update={"external_model": "mars"}))
     elsewhere = {"external_url": server.url.removesuffix("/v1")}
-    with pytest.raises(UserError, match="/models is not answered as OpenAI's protocol has it"):
-        refuse_absent(config_of(server).model_copy(update=elsewhere))
+    with pytest.raises(UserError, match="/models: no valid response of OpenAI's protocol"):
+        check_reachable(config_of(server).model_copy(update=elsewhere))
     server.close()
-    with pytest.raises(UserError, match=r"Connection refused.*; start the server"):
-        refuse_absent(config_of(server))
+    with pytest.raises(UserError, match=r"Connection refused.*hint: start the server"):
+        check_reachable(config_of(server))
 
 
-def test_nothing_is_learnt_from_it(server: Server) -> None:
-    with pytest.raises(UserError, match=r"nothing can be learnt from it; unset it; `deskrl eval` takes it"):
-        refuse_unlearnable(RunConfig(inference=config_of(server)))
+def test_an_external_policy_cannot_be_trained(server: Server) -> None:
+    with pytest.raises(UserError, match="an external server cannot be trained"):
+        check_learner(RunConfig(inference=config_of(server)))

@@ -1,4 +1,4 @@
-"""When a window manager is up: the guest waits for one that does what it is asked for, not for one that has a name."""
+"""A window manager counts as ready once it processes requests, not once it has announced its name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from Xlib import Xatom
 from Xlib.display import Display
 
 from deskrl.actor.guest.windows import Windows
+from deskrl.actor.guest.x_connection import XConnection
 
 DEADLINE_S = 30.0
 
@@ -28,25 +29,28 @@ def display_name() -> Iterator[str]:
         ["Xvfb", "-displayfd", str(ready), "-ac", "-nolisten", "tcp"], pass_fds=(ready,), stderr=subprocess.DEVNULL
     )
     os.close(ready)
-    with os.fdopen(number) as told:
-        yield f":{told.readline().strip()}"
+    with os.fdopen(number) as output:
+        yield f":{output.readline().strip()}"
     server.terminate()
     server.wait()
 
 
-def test_a_manager_is_up_once_it_answers_and_not_once_it_names_itself(display_name: str) -> None:
+def test_a_window_manager_is_ready_only_once_it_processes_requests(
+    display_name: str,
+) -> None:
     display = Display(display_name)
-    windows, root = Windows(display), display.screen().root
-    assert not windows.manager_answers()
+    windows, root = Windows(XConnection(display_name)), display.screen().root
+    assert not windows.is_manager_ready()
     name = display.intern_atom("_NET_SUPPORTING_WM_CHECK")
     root.change_property(name, Xatom.WINDOW, 32, [root.id])
-    assert not windows.manager_answers(), "it has a name and does nothing yet"
+    display.sync()
+    assert not windows.is_manager_ready(), "it has only announced its name"
     root.delete_property(name)
     display.sync()
     manager = subprocess.Popen(["openbox", "--config-file", os.devnull], env={**os.environ, "DISPLAY": display_name})
     try:
         deadline = time.monotonic() + DEADLINE_S
-        while not windows.manager_answers():
+        while not windows.is_manager_ready():
             assert time.monotonic() < deadline and manager.poll() is None
             time.sleep(0.01)
     finally:

@@ -1,4 +1,4 @@
-"""A checkpoint that is written while learning goes on holds one moment, whole or not at all."""
+"""Checkpoints written in the background contain the state at which they began, and appear atomically."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_kit import in_ranks, learn, load, rows_of
-from learner_kit import ToyPolicy, build_model, play
+from deepspeed_kit import load, make_rows, run_in_ranks, take_step
+from learner_kit import ToyPolicy, build_model, run_episode
 
 from deskrl.core.config import LearnerConfig
-from deskrl.learner.batches.feed import Feed
-from deskrl.learner.policy import checkpoint_writer
-from deskrl.learner.policy.checkpoint import CheckpointStore
-from deskrl.learner.policy.checkpoint_writer import CheckpointWriter
-from deskrl.learner.policy.engine import Engine
+from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
+from deskrl.learner.checkpoint import checkpoint_writer
+from deskrl.learner.checkpoint.checkpoint_files import CheckpointStore
+from deskrl.learner.checkpoint.checkpoint_writer import CheckpointWriter
+from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine
 
 
 @pytest.fixture
@@ -22,59 +22,65 @@ def folder(tmp_path: Path) -> Path:
     return build_model(tmp_path / "model")
 
 
-class Learning:
-    """An engine that learns to imitate, and where its checkpoints go."""
+class Training:
+    """Engine trained on the imitation loss, with a checkpoint writer."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], checkpoints: str = "checkpoints") -> None:
         policy, collator = load(folder)
         config = LearnerConfig.model_validate({"dtype": "float32", "grpo": {"learning_rate": 1e-2}} | settings)
-        self.engine = Engine(policy, config)
-        self.feed = Feed(collator, self.engine.rank, self.engine.world_size, 64, lambda: None)
-        self.share = self.feed.share(rows_of([play(ToyPolicy(folder), "red", 0), play(ToyPolicy(folder), "blue", 1)]))
+        self.engine = DeepSpeedEngine(policy, config)
+        self.loader = MicroBatchLoader(collator, self.engine.rank, self.engine.world_size, 64, lambda: None)
+        self.shard = self.loader.shard(
+            make_rows([run_episode(ToyPolicy(folder), "red", 0), run_episode(ToyPolicy(folder), "blue", 1)])
+        )
         self.store = CheckpointStore(folder.parent / checkpoints, folder, {})
         self.store.folder.mkdir(exist_ok=True)
         self.writer = CheckpointWriter(self.store, self.engine, keep=2)
 
     def step(self) -> float:
-        """One optimizer step; what it found is told by its gradient."""
-        return learn(self.engine, self.feed, self.share).gradient_norm
+        """Take one optimizer step; return the gradient norm, which depends on the state before the step."""
+        return take_step(self.engine, self.loader, self.shard).gradient_norm
 
 
-def learn_beside_writing(folder: Path, cases: list[dict[str, Any]]) -> None:
-    """In each rank: a checkpoint between two steps, then the steps after it again from what is on disk."""
+def checkpoint_while_training(folder: Path, cases: list[dict[str, Any]]) -> None:
+    """In each rank: checkpoint between two steps, then compare the following steps with those after restoring it."""
     for number, settings in enumerate(cases):
-        learning = Learning(folder, settings, f"checkpoints-{number}")
-        learning.step()
-        learning.writer.begin("epoch_1", 1, {"at": "one"})
-        after_one = [learning.step() for _ in range(3)]
-        assert learning.writer.finish()
-        learning.engine.barrier()  # rank 0 has published it
-        checkpoint = learning.store.newest()
+        training = Training(folder, settings, f"checkpoints-{number}")
+        training.step()
+        training.writer.begin("epoch_1", 1, {"at": "one"})
+        after_one = [training.step() for _ in range(3)]
+        assert training.writer.finish()
+        training.engine.barrier()  # rank 0 has renamed the folder
+        checkpoint = training.store.newest()
         assert checkpoint is not None and checkpoint.state == {"at": "one"}
-        learning.store.load(checkpoint, learning.engine)
-        assert [learning.step() for _ in range(3)] == after_one, settings
-        learning.writer.close()
-    learning.engine.close()
+        training.store.load(checkpoint, training.engine)
+        assert [training.step() for _ in range(3)] == after_one, settings
+        training.writer.close()
+    training.engine.close()
 
 
-def test_it_holds_the_moment_it_was_begun_at_though_learning_goes_on(folder: Path) -> None:
-    in_ranks(learn_beside_writing, 1, folder, [{"zero_stage": 0}, {}, {"dtype": "bfloat16"}])
+def test_a_checkpoint_contains_the_state_at_which_it_began_although_training_continues(folder: Path) -> None:
+    run_in_ranks(checkpoint_while_training, 1, folder, [{"zero_stage": 0}, {}, {"dtype": "bfloat16"}])
 
 
-def test_ranks_write_their_parts_of_the_same_moment(folder: Path) -> None:
-    in_ranks(learn_beside_writing, 2, folder, [{"zero_stage": 2, "offload_optimizer": True}, {"zero_stage": 3}])
+def test_ranks_write_their_parts_of_the_same_state(folder: Path) -> None:
+    run_in_ranks(
+        checkpoint_while_training, 2, folder, [{"zero_stage": 2, "offload_optimizer": True}, {"zero_stage": 3}]
+    )
 
 
-def write_without_room(folder: Path) -> None:
-    """On a machine without memory for a copy."""
+def checkpoint_without_memory(folder: Path) -> None:
+    """Write a checkpoint on a machine without memory for a copy."""
     checkpoint_writer.available_bytes = lambda: 1000
-    learning = Learning(folder, {})
-    learning.writer.begin("epoch_1", 1, {})
-    assert (learning.store.folder / "latest" / "learner.json").exists(), "it was written before begin returned"
-    assert learning.writer.finish(wait=False)
-    learning.engine.close()
+    training = Training(folder, {})
+    training.writer.begin("epoch_1", 1, {})
+    assert (training.store.folder / "latest" / "learner.json").exists(), (
+        "the checkpoint must be written before begin returns"
+    )
+    assert training.writer.finish(wait=False)
+    training.engine.close()
 
 
-def test_where_a_copy_has_no_room_learning_waits_and_says_so(folder: Path) -> None:
-    log = in_ranks(write_without_room, 1, folder)
-    assert "nothing is learnt while checkpoint epoch_1 is written: its copy takes" in log
+def test_training_waits_for_a_checkpoint_whose_copy_does_not_fit_into_memory(folder: Path) -> None:
+    log = run_in_ranks(checkpoint_without_memory, 1, folder)
+    assert "training waits until checkpoint epoch_1 is written: its copy needs" in log

@@ -1,4 +1,4 @@
-"""The learner's side of the replay contract, against a real service."""
+"""The learner's client of the replay service, tested against a real service."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import grpc
 import pytest
-from chaos_kit.disk import Disk, why_no_disk
-from relay import Relay
+from chaos_kit.disk import Disk, disk_unavailable_reason
+from relay_kit import Relay
 from replay_kit import ReplayProcess, StartReplay, begin, replay_config, result, screenshot, steps
 
 from deskrl.core import rpc
 from deskrl.core.ids import image_hash
-from deskrl.core.lifetime import StopEvent
-from deskrl.core.security.certificates import make_certificates
-from deskrl.learner import replay_client
+from deskrl.core.process_lifecycle import StopEvent
+from deskrl.launch.certificates import make_certificates
+from deskrl.learner import replay_client, retrying_calls
 from deskrl.learner.replay_client import ReplayClient
 from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
 
-def test_a_screenshot_is_asked_for_once_while_there_is_room(
+def test_a_screenshot_in_the_cache_is_not_requested_again(
     start_replay: StartReplay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replay = start_replay()
@@ -31,13 +31,13 @@ def test_a_screenshot_is_asked_for_once_while_there_is_room(
     actor.stream([begin(lease), *steps(lease, range(3)), result(1.0, 3)])
     shots = {image_hash(data): data for data in (screenshot(lease, index) for index in range(3))}
     first, second, third = shots
-    monkeypatch.setattr(replay_client, "KEPT_IMAGE_BYTES", 2 * len(shots[first]))
+    monkeypatch.setattr(replay_client, "IMAGE_CACHE_BYTES", 2 * len(shots[first]))
     learner = ReplayClient(replay.config.replay.address, "test", StopEvent())
     try:
         assert learner.fetch_images([first, second, first]) == {name: shots[name] for name in (first, second)}
         assert learner.fetch_images([first, third]) == {name: shots[name] for name in (first, third)}
         replay.kill()
-        monkeypatch.setattr(replay_client, "RESTART_S", 0.5)
+        monkeypatch.setattr(retrying_calls, "RESTART_TIMEOUT_S", 0.5)
         assert learner.fetch_images([third, first]) == {name: shots[name] for name in (first, third)}
         with pytest.raises(grpc.RpcError):
             learner.fetch_images([second])
@@ -45,26 +45,27 @@ def test_a_screenshot_is_asked_for_once_while_there_is_room(
         learner.close()
 
 
-def test_groups_come_in_the_order_of_their_places_and_what_is_dropped_is_told_with_the_next(
+def test_groups_arrive_in_order_and_requests_report_the_groups_dropped_so_far(
     start_replay: StartReplay,
 ) -> None:
     replay = start_replay(staleness=0, groups_per_batch=2)
     actor = replay.client()
     for number in range(8):
         actor.plan(f"train/{number}")
-    for _ in range(4):  # two groups of two: as many as may be played before something is learnt or dropped
-        actor.play(actor.acquire(), reward=0.0)
+    # Two groups of two are all that the rate limiter admits until a batch is committed or a group is dropped.
+    for _ in range(4):
+        actor.run_episode(actor.acquire(), reward=0.0)
     assert not actor.acquire().lease_id
     learner = ReplayClient(replay.config.replay.address, "test", StopEvent())
     taken: list[str] = []
 
-    def play_on() -> None:
-        """What is told as dropped makes room for other work."""
+    def run_admitted_rollouts() -> None:
+        """Run the rollouts that the rate limiter admits in place of dropped groups."""
         while (lease := actor.acquire()).lease_id:
-            actor.play(lease, reward=1.0)
+            actor.run_episode(lease, reward=1.0)
 
     try:
-        for group in learner.take_groups("train", "train/1", range(6), lambda: taken, play_on):
+        for group in learner.take_groups("train", "train/1", range(6), lambda: taken, run_admitted_rollouts):
             assert group.group_id not in taken
             taken.append(group.group_id)
         assert [actor.take("train", "train/1", place).group_id for place in range(6)] == taken  # type: ignore[union-attr]
@@ -74,21 +75,21 @@ def test_groups_come_in_the_order_of_their_places_and_what_is_dropped_is_told_wi
 
 
 class BreaksOnce(Relay):
-    """Loses its first connection once so many bytes have passed."""
+    """Resets its first connection after a number of bytes."""
 
     def __init__(self, target: str, after_bytes: int) -> None:
         self._after_bytes = after_bytes
         self.has_broken = False
         super().__init__(target)
 
-    async def _treat(self, data: bytes) -> bytes:
+    async def _transform(self, data: bytes) -> bytes:
         if self.num_bytes > self._after_bytes and not self.has_broken:
             self.has_broken = True
             raise ConnectionResetError
         return data
 
 
-def test_screenshots_that_were_on_their_way_when_the_connection_broke_are_asked_for_again(
+def test_screenshots_missing_after_a_broken_connection_are_requested_again(
     start_replay: StartReplay,
 ) -> None:
     replay = start_replay()
@@ -108,13 +109,13 @@ def test_screenshots_that_were_on_their_way_when_the_connection_broke_are_asked_
 
 
 class CorruptsOnce(Relay):
-    """Changes a bit of the first chunk that is as large as an answer with a group in it."""
+    """Flips a bit of the first chunk that is large enough to contain a group."""
 
     def __init__(self, target: str) -> None:
         self.has_corrupted = False
         super().__init__(target)
 
-    async def _treat(self, data: bytes) -> bytes:
+    async def _transform(self, data: bytes) -> bytes:
         if self.has_corrupted or len(data) < 4000:
             return data
         self.has_corrupted = True
@@ -123,22 +124,22 @@ class CorruptsOnce(Relay):
 
 @pytest.fixture
 def certificates(tmp_path: Path) -> Iterator[Path]:
-    """A folder of them; this process is nobody again afterwards."""
+    """A folder with certificates; afterwards this process has no identity again."""
     make_certificates(tmp_path / "certificates", [], 1)
     yield tmp_path / "certificates"
-    rpc.identify(None)
+    rpc.set_identity(None)
 
 
-def test_an_answer_that_is_corrupted_on_its_way_is_asked_for_again(
+def test_a_call_whose_response_is_corrupted_in_transit_is_repeated(
     start_replay: StartReplay, certificates: Path
 ) -> None:
-    rpc.identify_as("actor", certificates)
+    rpc.load_own_identity("actor", certificates)
     replay = start_replay(security=certificates)
     actor = replay.client()
-    rpc.identify_as("learner", certificates)
+    rpc.load_own_identity("learner", certificates)
     replay.client().plan("train/0")
     for _ in range(2):
-        actor.play(actor.acquire(), reward=1.0, num_steps=40)
+        actor.run_episode(actor.acquire(), reward=1.0, num_steps=40)
     relay = CorruptsOnce(replay.config.replay.address)
     learner = ReplayClient(relay.address, "test", StopEvent())
     try:
@@ -150,10 +151,10 @@ def test_an_answer_that_is_corrupted_on_its_way_is_asked_for_again(
         relay.close()
 
 
-@pytest.mark.skipif(bool(why_no_disk()), reason=f"there is no disk to fill: {why_no_disk()}")
-def test_a_full_disk_of_replay_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.skipif(bool(disk_unavailable_reason()), reason=f"no disk to fill: {disk_unavailable_reason()}")
+def test_a_call_waits_while_the_disk_of_replay_is_full(tmp_path: Path) -> None:
     config = replay_config(tmp_path)
-    disk = Disk(config.folder / "replay")
+    disk = Disk(config.run_dir / "replay")
     replay = ReplayProcess(config, prefix=disk.prefix)
     learner = ReplayClient(config.replay.address, "test", StopEvent())
     group = replay_pb2.GroupPlan(

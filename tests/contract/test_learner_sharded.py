@@ -1,23 +1,23 @@
-"""Parameters that are sharded over ranks (ZeRO 3), between the forward passes that gather them for themselves."""
+"""ZeRO 3: sharded parameters can be gathered at any time between forward passes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from engine_kit import in_ranks, learn, load, rows_of
-from learner_kit import ToyPolicy, build_model, play
+from deepspeed_kit import load, make_rows, run_in_ranks, take_step
+from learner_kit import ToyPolicy, build_model, run_episode
 
 from deskrl.core.config import LearnerConfig
-from deskrl.learner.batches.feed import Feed
-from deskrl.learner.policy import engine as engine_module
-from deskrl.learner.policy.checkpoint_names import whole_shape
-from deskrl.learner.policy.engine import Engine
+from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
+from deskrl.learner.policy import deepspeed_engine as engine_module
+from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine
+from deskrl.learner.policy.state_dict_names import unsharded_shape
 
 
 def gather_after_scoring(folder: Path) -> None:
-    """In each rank: as a learner does that learns, scores its canary and publishes."""
+    """In each rank: train, score a canary and gather all parameters, in the order of the learner."""
     policy, collator = load(folder)
-    # As with a large model: nothing stays, and what comes next is fetched ahead in small portions.
+    # As with a large model: no parameter stays gathered, and the next ones are prefetched in small portions.
     zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0} | {
         "stage3_max_live_parameters": 200_000,
         "stage3_prefetch_bucket_size": 100_000,
@@ -27,22 +27,22 @@ def gather_after_scoring(folder: Path) -> None:
         **whole(config),
         "zero_optimization": whole(config)["zero_optimization"] | zero,
     }
-    engine = Engine(policy, LearnerConfig.model_validate({"dtype": "float32", "zero_stage": 3}))
-    feed = Feed(collator, engine.rank, engine.world_size, 64, lambda: None)
-    episode = play(ToyPolicy(folder), "red", 0)
-    share = feed.share(rows_of([episode, play(ToyPolicy(folder), "blue", 1)]))
+    engine = DeepSpeedEngine(policy, LearnerConfig.model_validate({"dtype": "float32", "zero_stage": 3}))
+    loader = MicroBatchLoader(collator, engine.rank, engine.world_size, 64, lambda: None)
+    episode = run_episode(ToyPolicy(folder), "red", 0)
+    shard = loader.shard(make_rows([episode, run_episode(ToyPolicy(folder), "blue", 1)]))
 
-    canary = collator.collate(rows_of([episode])[:1])
+    canary = collator.collate(make_rows([episode])[:1])
     for _ in range(2):
-        learn(engine, feed, share)
-        for batch in feed.batches(share):
+        take_step(engine, loader, shard)
+        for batch in loader.load(shard):
             engine.score(batch, 1.0)
         engine.score(canary, 1.0)
         for name, tensor in engine.checkpoint_parameters().items():
             with engine.gathered([tensor]):
-                assert tensor.shape == whole_shape(tensor), name
+                assert tensor.shape == unsharded_shape(tensor), name
     engine.close()
 
 
-def test_they_are_gathered_whole_whatever_the_last_forward_pass_fetched_ahead(tmp_path: Path) -> None:
-    in_ranks(gather_after_scoring, 2, build_model(tmp_path / "model"))
+def test_parameters_are_gathered_although_the_last_forward_pass_has_prefetched_some(tmp_path: Path) -> None:
+    run_in_ranks(gather_after_scoring, 2, build_model(tmp_path / "model"))

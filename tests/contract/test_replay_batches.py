@@ -1,11 +1,13 @@
-"""Groups on the wire: paced, taken in order of completion, delivered again until committed, dropped, kept, removed."""
+"""Groups over gRPC: rate limited, taken in order of completion, delivered again until committed, dropped, removed."""
 
 from __future__ import annotations
 
 import grpc
 import pytest
-from replay_kit import ME, ReplayClient, StartReplay, begin, fault, result, steps
+from replay_kit import TEST_PEER, ReplayClient, StartReplay, begin, fault, result, steps
 
+from deskrl.learner.episode_types import decode_group
+from deskrl.learner.metrics.metric_records import count_successes
 from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
 
@@ -18,8 +20,8 @@ def members(group: replay_pb2.Group | None) -> list[str]:
     return [episode.episode_id for episode in group.episodes]
 
 
-def code_of(refusal: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
-    code: grpc.StatusCode = refusal.value.code()
+def status_code(rejected: pytest.ExceptionInfo[grpc.RpcError]) -> grpc.StatusCode:
+    code: grpc.StatusCode = rejected.value.code()
     return code
 
 
@@ -31,16 +33,18 @@ def test_planning_twice_plans_once(start_replay: StartReplay) -> None:
     assert client.acquire().rollout.task_id == "task"
 
 
-def test_a_plan_that_says_too_little_or_too_much_is_refused(start_replay: StartReplay) -> None:
+def test_an_incomplete_or_too_large_plan_is_rejected(start_replay: StartReplay) -> None:
     client = start_replay(rollouts=4).client()
-    for group_id, num, words in [("train/0", 5, "tasks.rollouts"), ("eval/0", 0, "seeds")]:
-        with pytest.raises(grpc.RpcError) as refusal:
+    for group_id, num, words in [("train/0", 5, "tasks.num_rollouts"), ("eval/0", 0, "seeds")]:
+        with pytest.raises(grpc.RpcError) as rejected:
             client.plan(group_id, num=num)
-        assert code_of(refusal) == grpc.StatusCode.INVALID_ARGUMENT
-        assert words in str(refusal.value.details())
+        assert status_code(rejected) == grpc.StatusCode.INVALID_ARGUMENT
+        assert words in str(rejected.value.details())
 
 
-def test_other_queues_go_first_then_groups_already_begun_then_plan_order(start_replay: StartReplay) -> None:
+def test_unlimited_queues_come_first_then_started_groups_then_plan_order(
+    start_replay: StartReplay,
+) -> None:
     client = start_replay().client()
     for group in ("train/0", "train/1", "demo/0"):
         client.plan(group)
@@ -51,73 +55,73 @@ def test_other_queues_go_first_then_groups_already_begun_then_plan_order(start_r
     assert last.rollout.episode_id == "train/1.0"
     client.plan("demo/1")
     client.release(first.lease_id)
-    assert client.acquire().rollout.episode_id == "demo/0.0", "its group has begun, demo/1 has not"
+    assert client.acquire().rollout.episode_id == "demo/0.0", "its group has started, demo/1 has not"
 
 
-def test_groups_are_taken_in_the_order_in_which_they_completed(start_replay: StartReplay) -> None:
+def test_groups_are_taken_in_order_of_completion(start_replay: StartReplay) -> None:
     client = start_replay().client()
     client.plan("train/0")
     client.plan("train/1")
     leases = [client.acquire() for _ in range(4)]
     for lease in (leases[0], leases[2], leases[3]):
-        client.play(lease, reward=1)
+        client.run_episode(lease, reward=1)
     assert members(client.take("train", "batch", 0)) == ["train/1.0", "train/1.1"]
     assert client.take("train", "batch", 1) is None
-    client.play(leases[1], reward=0)
+    client.run_episode(leases[1], reward=0)
     assert members(client.take("train", "batch", 1)) == ["train/0.0", "train/0.1"]
 
 
-def test_a_place_is_filled_after_those_before_it_in_whichever_order_they_are_asked_for(
+def test_the_slots_of_a_batch_are_filled_in_order_even_if_a_later_one_is_requested_first(
     start_replay: StartReplay,
 ) -> None:
     client = start_replay().client()
     for group in ("train/0", "train/1"):
-        client.play_group(group, [0, 1])
+        client.run_group(group, [0, 1])
     assert client.take("train", "batch", 1) is None
-    request = replay_pb2.TakeGroupRequest(peer=ME, queue="train", batch_id="batch", ordinal=1, wait_s=10)
-    asked_ahead = client.replay.TakeGroup.future(request, timeout=20)
+    request = replay_pb2.TakeGroupRequest(peer=TEST_PEER, queue="train", batch_id="batch", ordinal=1, wait_s=10)
+    requested_early = client.replay.TakeGroup.future(request, timeout=20)
     assert members(client.take("train", "batch", 0)) == ["train/0.0", "train/0.1"]
-    assert members(asked_ahead.result().group) == ["train/1.0", "train/1.1"]
+    assert members(requested_early.result().group) == ["train/1.0", "train/1.1"]
 
 
 def test_taking_waits_for_a_group_to_complete(start_replay: StartReplay) -> None:
     client = start_replay().client()
-    request = replay_pb2.TakeGroupRequest(peer=ME, queue="train", batch_id="b", wait_s=20)
+    request = replay_pb2.TakeGroupRequest(peer=TEST_PEER, queue="train", batch_id="b", wait_s=20)
     waiting = client.replay.TakeGroup.future(request, timeout=30)
-    client.play_group("train/0", [0, 1])
+    client.run_group("train/0", [0, 1])
     assert members(waiting.result().group) == ["train/0.0", "train/0.1"]
 
 
-def test_acting_stays_within_the_staleness_limit(start_replay: StartReplay) -> None:
+def test_rollouts_stay_within_the_rate_limit(start_replay: StartReplay) -> None:
     """S = 1, batches of 2 groups of 2: (1 + 1 + version) * 4 - consumed episodes may be running or unused."""
     client = start_replay(staleness=1, rollouts=2, groups_per_batch=2).client()
     for ordinal in range(10):
         client.plan(f"train/{ordinal}")
 
-    def play_what_is_granted() -> int:
+    def run_all_granted() -> int:
         num = 0
         while (lease := client.acquire()).lease_id:
-            client.play(lease, reward=num % 2)
+            client.run_episode(lease, reward=num % 2)
             num += 1
         return num
 
-    assert play_what_is_granted() == 8
+    assert run_all_granted() == 8
     for ordinal in range(2):
         client.take("train", "batch-0", ordinal)
-    assert play_what_is_granted() == 0, "what a batch took is consumed, and counts until the version moves"
+    assert run_all_granted() == 0, "a group bound to a batch is consumed, and counts until the version increases"
     client.set_updates(1)
-    assert play_what_is_granted() == 4
+    assert run_all_granted() == 4
     client.commit("train", "batch-0", verdict("train/0"), verdict("train/1"))
-    assert play_what_is_granted() == 0, "the commit changes nothing that the binding has not"
+    assert run_all_granted() == 0, "the commit does not change the limit"
 
 
-def test_a_group_of_fewer_rollouts_takes_the_room_of_a_whole_one(start_replay: StartReplay) -> None:
-    """Or acting would run ahead by as many groups as their members leave room for."""
+def test_a_group_with_fewer_rollouts_counts_as_a_whole_one(start_replay: StartReplay) -> None:
+    """Otherwise more groups would run ahead than the staleness limit allows."""
     client = start_replay(staleness=0, rollouts=4, groups_per_batch=1).client()
     for ordinal in range(3):
         client.plan(f"train/{ordinal}", num=2)
     for _ in range(2):
-        client.play(client.acquire(), reward=1)
+        client.run_episode(client.acquire(), reward=1)
     assert not client.acquire().lease_id
     assert members(client.take("train", "batch", 0)) == ["train/0.0", "train/0.1"]
     assert not client.acquire().lease_id
@@ -127,19 +131,19 @@ def test_a_group_of_fewer_rollouts_takes_the_room_of_a_whole_one(start_replay: S
 
 
 def test_a_dropped_group_makes_room_for_another_before_its_batch_is_committed(start_replay: StartReplay) -> None:
-    """With S = 0 and one group a batch, a learner whose only group has no spread would otherwise wait for ever."""
+    """Otherwise, with S = 0 and one group per batch, a learner would wait for ever after a zero-variance group."""
     client = start_replay(staleness=0, rollouts=2, groups_per_batch=1).client()
     for ordinal in range(4):
         client.plan(f"train/{ordinal}")
     for _ in range(2):
-        client.play(client.acquire(), reward=0)
+        client.run_episode(client.acquire(), reward=0)
     assert not client.acquire().lease_id
     assert client.take("train", "batch", 0) is not None
-    assert not client.acquire().lease_id, "it may yet be learnt from"
-    for _ in range(2):  # telling twice changes nothing
+    assert not client.acquire().lease_id, "it may still be trained on"
+    for _ in range(2):  # a repeated report has no effect
         assert client.take("train", "batch", 1, dropped=["train/0"]) is None
     for reward in (0, 1):
-        client.play(client.acquire(), reward=reward)
+        client.run_episode(client.acquire(), reward=reward)
     assert not client.acquire().lease_id
     assert members(client.take("train", "batch", 1, dropped=["train/0"])) == ["train/1.0", "train/1.1"]
     client.commit("train", "batch", verdict("train/0", "all_failed"), verdict("train/1"))
@@ -147,35 +151,37 @@ def test_a_dropped_group_makes_room_for_another_before_its_batch_is_committed(st
     assert client.acquire().rollout.group_id == "train/2"
     assert client.acquire().rollout.group_id == "train/2"
     assert not client.acquire().lease_id, (
-        "one batch learnt from, one batch of room: the drop has not been counted twice"
+        "one batch was trained on, so one batch may run: the dropped group is not counted twice"
     )
     assert dict(client.status().dropped) == {"all_failed": 1}
 
 
-def test_a_group_dropped_only_in_its_verdict_counts_for_nothing_either(start_replay: StartReplay) -> None:
+def test_a_group_dropped_only_in_its_verdict_makes_room_too(start_replay: StartReplay) -> None:
     client = start_replay(staleness=0).client()
     client.plan("train/0")
     client.plan("train/1")
     for _ in range(2):
-        client.play(client.acquire(), reward=0)
+        client.run_episode(client.acquire(), reward=0)
     client.take("train", "batch", 0)
     client.commit("train", "batch", verdict("train/0", "stale"))
     assert client.acquire().rollout.group_id == "train/1"
 
 
-def test_a_group_with_a_faulted_member_goes_on_with_the_others(start_replay: StartReplay) -> None:
+def test_a_group_with_a_faulted_member_is_delivered_with_the_others(start_replay: StartReplay) -> None:
     client = start_replay(rollouts=3, max_faults=0).client()
     client.plan("train/0", num=3)
-    client.play(client.acquire(), reward=1)
+    client.run_episode(client.acquire(), reward=1)
     lease = client.acquire()
     client.stream([begin(lease), fault()])
-    client.play(client.acquire(), reward=0)
+    client.run_episode(client.acquire(), reward=0)
     group = client.take("train", "batch", 0)
     assert members(group) == ["train/0.0", "train/0.2"]
     assert group is not None and group.num_faulted == 1
 
 
-def test_a_group_with_too_few_members_is_closed_on_train_and_told_on_other_queues(start_replay: StartReplay) -> None:
+def test_a_group_with_too_few_members_is_closed_on_train_and_delivered_on_other_queues(
+    start_replay: StartReplay,
+) -> None:
     client = start_replay(max_faults=0, staleness=0).client()
     for group in ("eval/0", "train/0", "train/1"):
         client.plan(group)
@@ -183,7 +189,7 @@ def test_a_group_with_too_few_members_is_closed_on_train_and_told_on_other_queue
         client.stream([begin(lease), fault()])
         lease = client.acquire()
         if group == "train/0":
-            client.play(lease, reward=1)
+            client.run_episode(lease, reward=1)
         else:
             client.stream([begin(lease), fault()])
     assert client.take("train", "batch", 0) is None
@@ -191,18 +197,18 @@ def test_a_group_with_too_few_members_is_closed_on_train_and_told_on_other_queue
     nothing = client.take("eval", "batch", 0)
     assert nothing is not None and (len(nothing.episodes), nothing.num_faulted) == (0, 2)
     client.plan("train/2")
-    assert client.acquire().lease_id, "closed groups take no room"
+    assert client.acquire().lease_id, "closed groups do not count"
 
 
-def test_a_group_whose_members_all_failed_is_offered_a_success_of_an_earlier_group(start_replay: StartReplay) -> None:
+def test_a_failed_group_is_offered_a_success_of_an_earlier_group_of_its_task(start_replay: StartReplay) -> None:
     client = start_replay().client()
-    client.play_group("train/0", [0, 1])
-    client.play_group("train/1", [0, 0.1])
-    client.play_group("train/2", [0, 0], task_id="another")
+    client.run_group("train/0", [0, 1])
+    client.run_group("train/1", [0, 0.1])
+    client.run_group("train/2", [0, 0], task_id="another")
     mixed, failed, other = (client.take("train", "batch", ordinal) for ordinal in range(3))
-    assert mixed is not None and not mixed.HasField("candidate"), "a success does not serve its own group"
+    assert mixed is not None and not mixed.HasField("candidate"), "a success is not offered to its own group"
     assert failed is not None and failed.candidate == mixed.episodes[1], "0.1 is not above 0.1"
-    assert other is not None and not other.HasField("candidate"), "successes serve their own task"
+    assert other is not None and not other.HasField("candidate"), "a success is offered to its own task only"
 
     verdicts = [verdict("train/0"), verdict("train/1", used=True), verdict("train/2", "all_failed")]
     for _ in range(2):
@@ -212,88 +218,105 @@ def test_a_group_whose_members_all_failed_is_offered_a_success_of_an_earlier_gro
     assert (success.newest_version.lineage, success.newest_version.step) == ("test", 7)
 
 
-def test_only_what_the_policy_did_on_train_is_a_stored_success(start_replay: StartReplay) -> None:
+@pytest.mark.parametrize("replay", [{}, {"success_threshold": 0.3}], ids=["default threshold", "threshold 0.3"])
+def test_replay_and_learner_agree_that_a_reward_of_exactly_the_threshold_is_a_failure(
+    start_replay: StartReplay, replay: dict[str, float]
+) -> None:
+    """Both read the reward as a 32-bit float, in which 0.1 and 0.3 exceed the 64-bit numbers of the configuration."""
+    process = start_replay(rollouts=3, **replay)
+    threshold = process.config.replay.success_threshold
+    client = process.client()
+    client.run_group("train/0", [threshold, threshold + 1e-12, threshold + 0.01])
+    group = client.take("train", "batch", 0)
+    assert group is not None
+    counts = count_successes(decode_group(group).members, threshold)
+    assert counts["task"]["success"] == client.queue_status("train").num_succeeded == 1
+    (stored,) = client.status().successes
+    assert stored.num_stored == 1
+
+
+def test_only_successes_of_the_policy_on_queue_train_are_stored(start_replay: StartReplay) -> None:
     client = start_replay().client()
-    client.play_group("demo/0", [1, 1], scripted=True)
-    client.play_group("eval/0", [1, 1])
-    client.play_group("train/0", [1, 1], scripted=True)
+    client.run_group("demo/0", [1, 1], scripted=True)
+    client.run_group("eval/0", [1, 1])
+    client.run_group("train/0", [1, 1], scripted=True)
     for name in ("demo", "eval", "train"):
         client.take(name, "batch", 0)
     assert not client.status().successes
 
 
-def test_the_oldest_success_of_a_task_makes_way(start_replay: StartReplay) -> None:
+def test_the_oldest_success_of_a_task_is_evicted(start_replay: StartReplay) -> None:
     client = start_replay(successes_per_task=2, staleness=9).client()
-    client.play_group("train/0", [0, 1])
-    client.play_group("train/1", [1, 1])
+    client.run_group("train/0", [0, 1])
+    client.run_group("train/1", [1, 1])
     for ordinal in range(2, 6):
-        client.play_group(f"train/{ordinal}", [0, 0])
+        client.run_group(f"train/{ordinal}", [0, 0])
     groups = [client.take("train", "batch", ordinal) for ordinal in range(6)]
     offered = {group.candidate.episode_id for group in groups if group is not None and group.HasField("candidate")}
     assert offered <= {"train/1.0", "train/1.1"} and offered
     assert client.status().successes[0].num_stored == 2
 
 
-def test_with_replay_off_no_success_is_stored_and_none_is_offered(start_replay: StartReplay) -> None:
-    client = start_replay(staleness=9, grpo={"replay_successes": False}).client()
-    client.play_group("train/0", [1, 1])
-    client.play_group("train/1", [0, 0])
+def test_without_the_success_buffer_no_success_is_stored_or_offered(start_replay: StartReplay) -> None:
+    client = start_replay(staleness=9, grpo={"use_success_buffer": False}).client()
+    client.run_group("train/0", [1, 1])
+    client.run_group("train/1", [0, 0])
     groups = [client.take("train", "batch", ordinal) for ordinal in range(2)]
     assert not any(group is not None and group.HasField("candidate") for group in groups)
     assert not client.status().successes
 
 
-def test_arpos_rule_offers_a_success_to_a_group_with_a_little_reward_too(start_replay: StartReplay) -> None:
-    """Rewards of 0.12 and 0.15 are successes worth storing, and still a group that failed."""
-    for when, offered in (("all_failed", False), ("low_and_alike", True)):
-        client = start_replay(staleness=9, success_choice="newest", grpo={"replay_when": when}).client()
-        client.play_group("train/0", [0, 1])
-        client.play_group("train/1", [0.12, 0.15])
+def test_the_rule_of_arpo_also_offers_a_success_to_a_group_with_small_rewards(start_replay: StartReplay) -> None:
+    """Rewards of 0.12 and 0.15 are stored as successes, although their group failed."""
+    for when, offered in (("all_failed", False), ("low_mean_low_std", True)):
+        client = start_replay(staleness=9, success_sampling="newest", grpo={"replace_when": when}).client()
+        client.run_group("train/0", [0, 1])
+        client.run_group("train/1", [0.12, 0.15])
         groups = [client.take("train", "batch", ordinal) for ordinal in range(2)]
         assert groups[1] is not None and groups[1].HasField("candidate") is offered
-        assert not offered or groups[1].candidate.episode_id == "train/0.1", "none serves its own group"
+        assert not offered or groups[1].candidate.episode_id == "train/0.1", "a success is not offered to its own group"
 
 
-def test_a_batch_is_delivered_again_exactly_and_a_commit_ends_it_once(start_replay: StartReplay) -> None:
+def test_a_batch_is_delivered_again_unchanged_until_it_is_committed(start_replay: StartReplay) -> None:
     process = start_replay()
     client = process.client()
-    client.play_group("train/0", [1, 1])
-    client.play_group("train/1", [0, 0])
+    client.run_group("train/0", [1, 1])
+    client.run_group("train/1", [0, 0])
     first = [client.take("train", "batch", ordinal) for ordinal in range(2)]
     assert [client.take("train", "batch", ordinal) for ordinal in range(2)] == first
     process.kill()
     process.start()
-    client.play_group("train/2", [1, 1])
-    assert [client.take("train", "batch", ordinal) for ordinal in range(2)] == first, "candidate included"
+    client.run_group("train/2", [1, 1])
+    assert [client.take("train", "batch", ordinal) for ordinal in range(2)] == first, "the candidate is the same too"
     assert members(client.take("train", "another", 0)) == ["train/2.0", "train/2.1"]
 
     for _ in range(2):
         client.commit("train", "batch", verdict("train/0", "all_succeeded"), verdict("train/1", "all_failed"))
     assert client.queue_status("train").num_consumed == 4
     assert dict(client.status().dropped) == {"all_succeeded": 1, "all_failed": 1}
-    with pytest.raises(grpc.RpcError) as refusal:
+    with pytest.raises(grpc.RpcError) as rejected:
         client.take("train", "batch", 2)
-    assert code_of(refusal) == grpc.StatusCode.FAILED_PRECONDITION
+    assert status_code(rejected) == grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_verdicts_on_what_is_not_in_the_batch_are_refused_whole(start_replay: StartReplay) -> None:
+def test_a_commit_with_an_invalid_verdict_is_rejected_as_a_whole(start_replay: StartReplay) -> None:
     client = start_replay().client()
-    client.play_group("train/0", [0, 0])
+    client.run_group("train/0", [0, 0])
     client.take("train", "batch", 0)
     for bad in (verdict("train/9"), verdict("train/0", used=True)):
-        with pytest.raises(grpc.RpcError) as refusal:
+        with pytest.raises(grpc.RpcError) as rejected:
             client.commit("train", "batch", bad)
-        assert code_of(refusal) == grpc.StatusCode.INVALID_ARGUMENT
-    with pytest.raises(grpc.RpcError) as refusal:
+        assert status_code(rejected) == grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError) as rejected:
         client.commit("train", "unheard-of")
-    assert code_of(refusal) == grpc.StatusCode.NOT_FOUND
+    assert status_code(rejected) == grpc.StatusCode.NOT_FOUND
     assert client.queue_status("train").num_consumed == 0
 
 
 def test_episodes_are_found_newest_first_by_queue_task_and_reward(start_replay: StartReplay) -> None:
     client = start_replay().client()
-    client.play_group("train/0", [0, 1])
-    client.play_group("eval/0", [0.5, 1], task_id="another")
+    client.run_group("train/0", [0, 1])
+    client.run_group("eval/0", [0.5, 1], task_id="another")
 
     def found(**query: object) -> list[str]:
         return [episode.episode_id for episode in client.episodes(**query)]
@@ -307,52 +330,52 @@ def test_episodes_are_found_newest_first_by_queue_task_and_reward(start_replay: 
     assert not envelope.steps and envelope.result.reward == 1
 
 
-def test_a_screenshot_that_is_not_held_is_named(start_replay: StartReplay) -> None:
+def test_the_error_for_a_screenshot_that_is_not_stored_names_it(start_replay: StartReplay) -> None:
     client = start_replay().client()
-    with pytest.raises(grpc.RpcError) as refusal:
+    with pytest.raises(grpc.RpcError) as rejected:
         client.fetch(["ab" * 32])
-    assert code_of(refusal) == grpc.StatusCode.NOT_FOUND
-    assert "ab" * 32 in str(refusal.value.details())
+    assert status_code(rejected) == grpc.StatusCode.NOT_FOUND
+    assert "ab" * 32 in str(rejected.value.details())
 
 
 SHOT_BYTES = 400_000
 
 
-def play_big(client: ReplayClient, group: str, rewards: tuple[float, float]) -> None:
+def run_big_group(client: ReplayClient, group: str, rewards: tuple[float, float]) -> None:
     client.plan(group)
     for reward in rewards:
         lease = client.acquire()
         client.stream([begin(lease), *steps(lease, range(2), SHOT_BYTES), result(reward, 2)])
 
 
-def test_over_its_size_the_store_removes_the_oldest_consumed_episodes_only(start_replay: StartReplay) -> None:
-    """Each group has 1.6 MB of screenshots; the store may have about 6 MB."""
+def test_a_store_over_its_size_removes_the_oldest_consumed_episodes_only(start_replay: StartReplay) -> None:
+    """Each group has 1.6 MB of screenshots."""
     client = start_replay(max_bytes=8_000_000, staleness=20, successes_per_task=1).client()
-    play_big(client, "train/0", (0, 1))  # its success stays in the cache
-    play_big(client, "train/1", (0, 0))  # takes that success as its candidate
-    play_big(client, "train/2", (0, 0))  # bound, never committed
+    run_big_group(client, "train/0", (0, 1))  # its success stays in the success buffer
+    run_big_group(client, "train/1", (0, 0))  # is offered that success
+    run_big_group(client, "train/2", (0, 0))  # bound, not committed
     for batch, ordinal in (("old", 0), ("old", 1), ("pending", 0)):
         assert client.take("train", batch, ordinal) is not None
     pending = client.take("train", "pending", 0)
     client.commit("train", "old")
     for ordinal in range(3, 9):
-        play_big(client, f"train/{ordinal}", (0, 0))
+        run_big_group(client, f"train/{ordinal}", (0, 0))
 
     kept = {episode.episode_id for episode in client.episodes()}
-    assert not {"train/0.0", "train/1.0", "train/1.1"} & kept, "consumed, and old"
-    assert {"train/0.1", "train/2.0", "train/2.1"} <= kept, "in the success cache, bound"
+    assert not {"train/0.0", "train/1.0", "train/1.1"} & kept, "consumed and oldest"
+    assert {"train/0.1", "train/2.0", "train/2.1"} <= kept, "in the success buffer, or bound"
     assert {f"train/{ordinal}.{member}" for ordinal in range(3, 9) for member in (0, 1)} <= kept, "not consumed"
     assert client.take("train", "pending", 0) == pending
-    assert len(client.episodes(envelope_only=True)) == 18, "envelopes stay"
+    assert len(client.episodes(envelope_only=True)) == 18, "envelopes are kept"
     assert client.queue_status("train").num_finished == 18
     status = client.status()
     assert status.num_images == len(kept) * 2
-    with pytest.raises(grpc.RpcError) as refusal:
+    with pytest.raises(grpc.RpcError) as rejected:
         client.take("train", "old", 0)
-    assert code_of(refusal) == grpc.StatusCode.FAILED_PRECONDITION
+    assert status_code(rejected) == grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_a_removed_episodes_screenshots_stay_while_another_episode_uses_them(start_replay: StartReplay) -> None:
+def test_screenshots_of_a_removed_episode_stay_while_another_episode_uses_them(start_replay: StartReplay) -> None:
     client = start_replay(max_bytes=1).client()
     client.plan("eval/0", num=1)
     client.plan("eval/1", num=1)
@@ -366,8 +389,8 @@ def test_a_removed_episodes_screenshots_stay_while_another_episode_uses_them(sta
     assert client.status().num_images == 1
 
 
-def test_an_unset_rollout_request_id_is_refused(start_replay: StartReplay) -> None:
+def test_a_lease_request_without_a_request_id_is_rejected(start_replay: StartReplay) -> None:
     client = start_replay().client()
-    with pytest.raises(grpc.RpcError) as refusal:
-        client.rollout.AcquireLease(rollout_pb2.AcquireLeaseRequest(peer=ME), timeout=20)
-    assert code_of(refusal) == grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError) as rejected:
+        client.rollout.AcquireLease(rollout_pb2.AcquireLeaseRequest(peer=TEST_PEER), timeout=20)
+    assert status_code(rejected) == grpc.StatusCode.INVALID_ARGUMENT

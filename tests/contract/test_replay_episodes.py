@@ -1,4 +1,4 @@
-"""The life of an episode on the wire: leased, streamed, broken off, resumed, faulted, expired, refused."""
+"""Life cycle of an episode over gRPC: leased, streamed, interrupted, resumed, faulted, expired, rejected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from replay_kit import (
-    ME,
+    TEST_PEER,
     OpenStream,
     ReplayClient,
     ReplayProcess,
@@ -22,11 +22,11 @@ from replay_kit import (
 )
 
 from deskrl.core import ids
-from deskrl.core.trajectory import decode_step
+from deskrl.core.step_codec import decode_step
 from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
 
 
-def test_an_episode_comes_back_as_it_was_sent(start_replay: StartReplay) -> None:
+def test_an_episode_is_returned_as_it_was_sent(start_replay: StartReplay) -> None:
     client = start_replay().client()
     client.plan("eval/0", num=1)
     lease = client.acquire()
@@ -42,7 +42,7 @@ def test_an_episode_comes_back_as_it_was_sent(start_replay: StartReplay) -> None
         temperature=1.0,
         acting_policy=rollout_pb2.ACTING_POLICY_SAMPLED,
     )
-    client.play(lease, reward=0.5, num_steps=3)
+    client.run_episode(lease, reward=0.5, num_steps=3)
 
     group = client.take("eval", "batch", 0)
     assert group is not None
@@ -54,7 +54,7 @@ def test_an_episode_comes_back_as_it_was_sent(start_replay: StartReplay) -> None
     assert client.episodes(episode_ids=["eval/0.0"]) == [episode]
 
 
-def test_a_screenshot_is_stored_once_however_often_it_is_sent(start_replay: StartReplay) -> None:
+def test_a_screenshot_that_is_sent_repeatedly_is_stored_once(start_replay: StartReplay) -> None:
     client = start_replay().client()
     client.plan("eval/0", num=2)
     for _ in range(2):
@@ -72,7 +72,7 @@ def test_a_step_may_name_a_screenshot_that_another_episode_sent(start_replay: St
     assert client.stream([begin(client.acquire()), step(0, shot), result(1, 1)])[-1] == (1, True)
 
 
-def test_a_broken_stream_goes_on_from_the_first_step_not_acknowledged(start_replay: StartReplay) -> None:
+def test_an_interrupted_stream_resumes_at_the_first_step_that_was_not_acknowledged(start_replay: StartReplay) -> None:
     client = start_replay().client()
     client.plan("eval/0", num=1)
     lease = client.acquire()
@@ -82,12 +82,12 @@ def test_a_broken_stream_goes_on_from_the_first_step_not_acknowledged(start_repl
     first.break_off()
 
     acks = client.stream([begin(lease), *steps(lease, range(2, 4)), result(1, 4)])
-    assert acks[0] == (2, False), "the new stream starts with what is on disk"
+    assert acks[0] == (2, False), "the new stream starts with the number of steps on disk"
     assert acks[-1] == (4, True)
     assert client.queue_status("eval").num_steps == 4
 
 
-def test_what_is_sent_twice_is_stored_once(start_replay: StartReplay) -> None:
+def test_messages_that_are_sent_twice_are_stored_once(start_replay: StartReplay) -> None:
     client = start_replay().client()
     client.plan("eval/0", num=1)
     lease = client.acquire()
@@ -103,7 +103,7 @@ def test_what_is_sent_twice_is_stored_once(start_replay: StartReplay) -> None:
     assert client.queue_status("eval").num_finished == 1
 
 
-def test_a_screenshot_that_came_with_a_step_sent_twice_is_kept_for_a_later_one(start_replay: StartReplay) -> None:
+def test_a_screenshot_sent_with_a_repeated_step_is_kept_for_a_later_step(start_replay: StartReplay) -> None:
     client = start_replay().client()
     client.plan("eval/0", num=1)
     lease = client.acquire()
@@ -111,13 +111,13 @@ def test_a_screenshot_that_came_with_a_step_sent_twice_is_kept_for_a_later_one(s
     stream.send(begin(lease), *steps(lease, [0]))
     stream.read_until(1)
     stream.break_off()
-    early = b"sent before a step that is there already"
+    early = b"sent with a step that is stored already"
     again = step(0, screenshot(lease, 0), sent=[early])
     requests = [begin(lease), again, step(1, early), result(1, 2)]
     assert client.stream(requests)[-1] == (2, True)
 
 
-def test_asking_twice_with_one_request_id_gives_one_lease(start_replay: StartReplay) -> None:
+def test_two_requests_with_one_request_id_receive_one_lease(start_replay: StartReplay) -> None:
     client = start_replay().client()
     client.plan("eval/0", num=2)
     lease = client.acquire(request_id="r")
@@ -125,17 +125,17 @@ def test_asking_twice_with_one_request_id_gives_one_lease(start_replay: StartRep
     assert client.acquire(request_id="s").lease_id != lease.lease_id
 
 
-def test_without_work_the_answer_is_empty_and_comes_when_work_does(start_replay: StartReplay) -> None:
+def test_without_work_a_lease_request_waits_until_work_is_planned(start_replay: StartReplay) -> None:
     client = start_replay().client()
     assert not client.acquire().lease_id
     waiting = client.rollout.AcquireLease.future(
-        rollout_pb2.AcquireLeaseRequest(peer=ME, request_id="r", wait_s=20), timeout=30
+        rollout_pb2.AcquireLeaseRequest(peer=TEST_PEER, request_id="r", wait_s=20), timeout=30
     )
     client.plan("eval/0", num=1)
     assert waiting.result().rollout.episode_id == "eval/0.0"
 
 
-def test_work_given_back_is_granted_again_and_counts_as_no_fault(start_replay: StartReplay) -> None:
+def test_a_released_rollout_is_granted_again_and_does_not_count_as_a_fault(start_replay: StartReplay) -> None:
     client = start_replay(max_faults=0).client()
     client.plan("eval/0", num=1)
     lease = client.acquire()
@@ -145,12 +145,12 @@ def test_work_given_back_is_granted_again_and_counts_as_no_fault(start_replay: S
     assert client.extend(lease.lease_id) == []
     again = client.acquire()
     assert again.rollout == lease.rollout and again.lease_id != lease.lease_id
-    client.play(again, reward=1, num_steps=1)
+    client.run_episode(again, reward=1, num_steps=1)
     (episode,) = client.episodes()
     assert (len(episode.steps), episode.num_faults) == (1, 0)
 
 
-def test_a_fault_is_no_reward_and_is_granted_again_until_it_has_happened_too_often(start_replay: StartReplay) -> None:
+def test_a_faulted_rollout_is_granted_again_until_it_has_faulted_too_often(start_replay: StartReplay) -> None:
     client = start_replay(max_faults=1).client()
     client.plan("eval/0", num=1)
     for _ in range(2):
@@ -160,13 +160,37 @@ def test_a_fault_is_no_reward_and_is_granted_again_until_it_has_happened_too_oft
     status = client.queue_status("eval")
     assert (status.num_faulted, status.num_finished, status.num_steps) == (1, 0, 0)
     assert dict(client.status().faults) == {"FAULT_KIND_DESKTOP_LOST": 2}
-    assert client.status().num_images == 0, "what led nowhere leaves no trace"
+    assert client.status().num_images == 0, "screenshots of faulted attempts are deleted"
     (episode,) = client.episodes()
     assert not episode.HasField("result")
     assert (episode.num_faults, episode.last_fault.message) == (2, "the desktop died")
 
 
-def test_an_expired_lease_is_granted_again_and_its_old_holder_refused(start_replay: StartReplay) -> None:
+def test_connections_that_were_lost_after_an_action_are_counted_by_task(start_replay: StartReplay) -> None:
+    replay = start_replay(max_faults=1)
+    client = replay.client()
+    client.plan("eval/0", num=1)
+    lease = client.acquire()
+    lost = fault("closed", rollout_pb2.FAULT_KIND_CONNECTION_LOST)
+    assert client.stream([begin(lease), *steps(lease, range(2)), lost])[-1][1]
+    lease = client.acquire()
+    assert client.stream([begin(lease), result(1.0, 0)])[-1][1]
+    (task,) = client.status().lost_connections
+    assert (task.task_id, task.num_lost, task.num_finished) == (lease.rollout.task_id, 1, 1)
+    assert dict(client.status().faults) == {"FAULT_KIND_CONNECTION_LOST": 1}
+
+
+def test_desktops_that_do_not_start_are_reported_until_they_do(start_replay: StartReplay) -> None:
+    client = start_replay().client()
+    for num, reason in ((2, "no display"), (0, "")):
+        client.report_desktops(num, reason)
+        (peer,) = client.status().peers
+        assert (peer.num_desktops_set_aside, peer.start_error) == (num, reason)
+
+
+def test_a_lease_that_is_not_extended_is_granted_again_and_its_holder_is_rejected(
+    start_replay: StartReplay,
+) -> None:
     client = start_replay(lease_ttl_s=0.3).client()
     client.plan("eval/0", num=1)
     lease = client.acquire()
@@ -177,16 +201,16 @@ def test_an_expired_lease_is_granted_again_and_its_old_holder_refused(start_repl
     assert again.rollout == lease.rollout
     old.send(*steps(lease, [1]))
     assert old.read_code() == grpc.StatusCode.NOT_FOUND
-    with pytest.raises(grpc.RpcError) as refusal:
+    with pytest.raises(grpc.RpcError) as rejected:
         client.stream([begin(lease), *steps(lease, [0]), result(1, 1)])
-    assert refusal.value.code() == grpc.StatusCode.NOT_FOUND
+    assert rejected.value.code() == grpc.StatusCode.NOT_FOUND
     client.release(again.lease_id)
     status = client.status()
     assert status.num_leases_expired >= 1 and not status.faults
     assert (status.num_images, status.queues[0].num_finished) == (0, 0)
 
 
-def test_heartbeats_keep_a_lease_and_name_the_lost_ones(start_replay: StartReplay) -> None:
+def test_a_heartbeat_extends_leases_and_returns_only_those_that_are_alive(start_replay: StartReplay) -> None:
     client = start_replay(lease_ttl_s=1).client()
     client.plan("eval/0", num=2)
     kept, lost = client.acquire(), client.acquire()
@@ -195,19 +219,19 @@ def test_heartbeats_keep_a_lease_and_name_the_lost_ones(start_replay: StartRepla
     assert client.extend(kept.lease_id, lost.lease_id) == [kept.lease_id]
 
 
-def test_an_episode_that_just_ended_is_not_reported_as_lost(start_replay: StartReplay) -> None:
+def test_a_lease_that_ended_with_its_result_is_not_reported_as_lost(start_replay: StartReplay) -> None:
     client = start_replay().client()
     client.plan("eval/0", num=1)
     lease = client.acquire()
-    client.play(lease, reward=1)
-    assert client.extend(lease.lease_id, "lease-of-nobody") == [lease.lease_id]
+    client.run_episode(lease, reward=1)
+    assert client.extend(lease.lease_id, "unknown-lease") == [lease.lease_id]
 
 
 SHOT = b"sent but never stored"
 
 
 def with_image(image: common_pb2.Image) -> rollout_pb2.StreamEpisodeRequest:
-    """A sound step with a screenshot that is none."""
+    """Return a valid step with an additional, invalid screenshot."""
     request = step(0, SHOT, sent=[SHOT])
     request.images.append(image)
     return request
@@ -215,7 +239,7 @@ def with_image(image: common_pb2.Image) -> rollout_pb2.StreamEpisodeRequest:
 
 @pytest.fixture(scope="module")
 def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplayClient]:
-    """One service for the tests that need nothing special of it."""
+    """Return a client of one service that several tests share."""
     process = ReplayProcess(replay_config(tmp_path_factory.mktemp("shared")))
     yield process.client()
     process.close()
@@ -224,16 +248,16 @@ def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplayCl
 @pytest.mark.parametrize(
     ("requests", "words"),
     [
-        ([step(1, SHOT, sent=[SHOT])], "step 0 was expected"),
-        ([step(0, SHOT)], "neither sent nor held"),
-        ([step(0, SHOT, sent=[SHOT]), result(1, 2)], "2 steps, of which 1"),
-        ([result(float("nan"), 0)], "a reward of nan"),
+        ([step(1, SHOT, sent=[SHOT])], "expected step 0"),
+        ([step(0, SHOT)], "neither sent nor stored"),
+        ([step(0, SHOT, sent=[SHOT]), result(1, 2)], "2 steps, but 1"),
+        ([result(float("nan"), 0)], "must be finite, not nan"),
         ([rollout_pb2.StreamEpisodeRequest(result=rollout_pb2.EpisodeResult(reward=1))], "termination"),
-        ([rollout_pb2.StreamEpisodeRequest(fault=rollout_pb2.EpisodeFault(message="?"))], "fault of kind 0"),
+        ([rollout_pb2.StreamEpisodeRequest(fault=rollout_pb2.EpisodeFault(message="?"))], "unknown fault kind 0"),
         ([rollout_pb2.StreamEpisodeRequest()], "empty message"),
         (
             [with_image(common_pb2.Image(hash=ids.image_hash(b"other"), data=SHOT))],
-            "do not have the hash",
+            "have another hash",
         ),
         (
             [with_image(common_pb2.Image(hash=ids.image_hash(b"large"), data=bytes(16 * 1024**2 + 1)))],
@@ -251,20 +275,20 @@ def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplayCl
         ),
     ],
 )
-def test_what_the_contract_does_not_allow_is_refused_by_name(
+def test_a_message_that_violates_the_protocol_is_rejected_with_its_cause(
     shared_client: ReplayClient, requests: list[rollout_pb2.StreamEpisodeRequest], words: str
 ) -> None:
     client = shared_client
     client.plan(f"eval/{words}", num=1)
     lease = client.acquire()
-    with pytest.raises(grpc.RpcError) as refusal:
+    with pytest.raises(grpc.RpcError) as rejected:
         client.stream([begin(lease), *requests])
-    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert words in str(refusal.value.details())
-    client.play(lease, reward=1)  # and the episode can go on, as far as it got
+    assert rejected.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert words in str(rejected.value.details())
+    client.run_episode(lease, reward=1)  # the episode can be continued
 
 
-def test_an_actor_of_another_protocol_is_refused_with_the_mend(start_replay: StartReplay) -> None:
+def test_a_caller_with_another_protocol_version_is_rejected_with_a_hint(start_replay: StartReplay) -> None:
     client = start_replay().client()
     old = common_pb2.Peer(role="actor", name="old", protocol=0)
     for call, request in [
@@ -273,11 +297,11 @@ def test_an_actor_of_another_protocol_is_refused_with_the_mend(start_replay: Sta
         (client.replay.PlanGroups, replay_pb2.PlanGroupsRequest(peer=old)),
         (client.replay.TakeGroup, replay_pb2.TakeGroupRequest(peer=old, queue="train", batch_id="b")),
     ]:
-        with pytest.raises(grpc.RpcError) as refusal:
+        with pytest.raises(grpc.RpcError) as rejected:
             call(request, timeout=20)
-        assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-        assert "install the same version" in str(refusal.value.details())
+        assert rejected.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "install the same version" in str(rejected.value.details())
     begin_old = rollout_pb2.StreamEpisodeRequest(begin=rollout_pb2.EpisodeBegin(peer=old, lease_id="l"))
-    with pytest.raises(grpc.RpcError) as refusal:
+    with pytest.raises(grpc.RpcError) as rejected:
         client.stream([begin_old])
-    assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert rejected.value.code() == grpc.StatusCode.FAILED_PRECONDITION

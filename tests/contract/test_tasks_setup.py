@@ -1,4 +1,4 @@
-"""Setup steps on a real desktop: what each brings about, and how it refuses."""
+"""Specification of setup steps on a real desktop: the effect of each type, and errors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from files_kit import Site, serving
+from file_server_kit import Site, serving
 
 from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
+from deskrl.actor.task import Task
 from deskrl.actor.tasks.asset_fetch import fetch_assets
-from deskrl.actor.tasks.files import Task, parse_task
 from deskrl.actor.tasks.setup_steps import SetupError, setup_task
+from deskrl.actor.tasks.task_schema import parse_task
 from deskrl.core.config import DesktopConfig
 
 Step = tuple[str, dict[str, Any]]
 
 
 class Stage:
-    """A desktop with the event loop that it lives on."""
+    """Desktop with the event loop on which it runs."""
 
     def __init__(self, runner: asyncio.Runner, desktop: Desktop) -> None:
         self._runner = runner
@@ -61,10 +62,10 @@ import json, urllib.request
 tabs = json.load(urllib.request.urlopen("http://localhost:1337/json/list"))
 json.dump([tab["url"] for tab in tabs if tab["type"] == "page"], open("/home/user/tabs.json", "w"))
 """
-"""A program of the desktop that writes the addresses of the browser's tabs to a file."""
+"""Program that runs on the desktop and writes the URLs of the browser's tabs to a file."""
 
 
-def test_files_are_uploaded_inline_as_text_or_base64_or_from_a_local_path(stage: Stage, tmp_path: Path) -> None:
+def test_files_are_uploaded_from_inline_text_base64_or_a_local_path(stage: Stage, tmp_path: Path) -> None:
     (tmp_path / "local.txt").write_bytes(b"local")
     files = [
         {"path": "~/folder/text.txt", "content": "ä\n"},
@@ -79,7 +80,7 @@ def test_files_are_uploaded_inline_as_text_or_base64_or_from_a_local_path(stage:
     assert stage.read("/home/user/local.txt") == b"local"
 
 
-def test_commands_run_to_their_end_whatever_their_exit_status(stage: Stage) -> None:
+def test_commands_run_to_completion_whatever_their_exit_status(stage: Stage) -> None:
     stage.set_up(
         ("execute", {"command": ["touch", "one"]}),
         ("command", {"command": "touch two; false", "shell": True}),
@@ -88,19 +89,19 @@ def test_commands_run_to_their_end_whatever_their_exit_status(stage: Stage) -> N
     assert [stage.read(f"~/{name}") for name in ("one", "two", "three")] == [b"", b"", b"three\n"]
 
 
-def test_placeholders_of_commands_are_filled(stage: Stage) -> None:
+def test_placeholders_in_commands_are_replaced(stage: Stage) -> None:
     words = "{SCREEN_WIDTH} {SCREEN_HEIGHT} {SCREEN_WIDTH_HALF} {SCREEN_HEIGHT_HALF} {CLIENT_PASSWORD} {SEED}"
     stage.set_up(("execute", {"command": f"echo {words} > words", "shell": True}), seed=7)
     assert stage.read("~/words") == b"1280 720 640 360 password 7\n"
 
 
-def test_a_command_is_repeated_until_its_condition_holds(stage: Stage) -> None:
+def test_a_command_is_repeated_until_its_condition_is_met(stage: Stage) -> None:
     command = "echo x >> tries; wc -l < tries"
     stage.set_up(("execute", {"command": command, "shell": True, "until": {"stdout": "3"}}))
     assert stage.read("~/tries") == b"x\nx\nx\n"
 
 
-def test_an_application_is_launched_and_its_window_waited_for_and_closed(stage: Stage) -> None:
+def test_applications_are_launched_and_their_windows_awaited_activated_and_closed(stage: Stage) -> None:
     stage.set_up(
         ("launch", {"command": ["xterm", "-T", "First"]}),
         ("launch", {"command": "xterm -T Second", "shell": True}),
@@ -124,7 +125,7 @@ def test_a_file_is_opened_with_its_application(stage: Stage) -> None:
     assert "letter.txt" in stage.titles()
 
 
-def test_tabs_of_the_browser_are_opened_in_place_of_its_first_and_closed(stage: Stage) -> None:
+def test_browser_tabs_replace_the_first_tab_and_are_closed(stage: Stage) -> None:
     pages = [f"file:///home/user/{name}.html" for name in ("one", "two", "three")]
     files = [{"path": page.removeprefix("file://"), "content": "<p>"} for page in pages]
     stage.set_up(
@@ -138,9 +139,7 @@ def test_tabs_of_the_browser_are_opened_in_place_of_its_first_and_closed(stage: 
     assert sorted(json.loads(stage.read("~/tabs.json"))) == sorted([pages[0], pages[2]])
 
 
-def test_a_download_comes_from_what_was_fetched_before(
-    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_reads_the_asset_cache(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving(Site(files={"/a.txt": b"copy"})) as site:
@@ -164,11 +163,11 @@ def test_a_download_comes_from_what_was_fetched_before(
                 "execute_with_verification",
                 {"command": ["true"], "verification": {"command_success": "false"}, "max_wait_time": 0.1},
             ),
-            "'false' did not succeed in 0.1 s",
+            "'false' did not succeed within 0.1 s",
         ),
     ],
 )
-def test_a_step_that_cannot_be_done_is_an_error_that_names_it(stage: Stage, step: Step, reason: str) -> None:
-    with pytest.raises(SetupError) as refused:
+def test_a_step_that_fails_is_an_error_with_its_index_and_type(stage: Stage, step: Step, reason: str) -> None:
+    with pytest.raises(SetupError) as caught:
         stage.set_up(step)
-    assert reason in str(refused.value)
+    assert reason in str(caught.value)

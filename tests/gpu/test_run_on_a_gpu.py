@@ -1,4 +1,4 @@
-"""A whole run whose learner and replica share one GPU, in a type for chips without bfloat16."""
+"""A whole run whose learner and replica share one GPU, in the numeric types for GPUs without bfloat16."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ports_kit import free_port
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU available"),
 ]
 
 SIMULATED = Path(__file__).parents[2] / "deploy" / "runs" / "simulated.toml"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_run_goes_to_its_end(tmp_path: Path, dtype: str) -> None:
+def test_a_run_with_a_shared_gpu_finishes(tmp_path: Path, dtype: str) -> None:
     settings = {
         "runs": str(tmp_path),
         "name": "shared",
@@ -33,9 +33,9 @@ def test_a_run_goes_to_its_end(tmp_path: Path, dtype: str) -> None:
         "learner.grpo.num_updates": "2",
     }
     arguments = [part for key, value in settings.items() for part in (f"--{key}", value)]
-    command = [sys.executable, "-m", "deskrl.core.cli", "up", str(SIMULATED), *arguments]
+    command = [sys.executable, "-m", "deskrl.cli.main", "up", str(SIMULATED), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-2000:]
     lines = (tmp_path / "shared" / "metrics.jsonl").read_text().splitlines()
     weights = [line for line in map(json.loads, lines) if line["kind"] == "weights"]
-    assert len(weights) == 3, "the warm start's and those of two updates"
+    assert len(weights) == 3, "one update of the weights after the warm start and two after optimizer updates"

@@ -1,8 +1,8 @@
-"""Exits with 0 if one of vLLM's encoder attentions runs on this GPU and agrees with PyTorch's own.
+"""Checks whether one of vLLM's encoder attentions runs on this GPU and agrees with PyTorch's; exits with 0 if so.
 
     python tests/kit/attention_probe.py FLASH_ATTN|TRITON_ATTN
 
-The shapes are those of a Qwen2.5-VL of 7B and a screenshot of 1280 x 720: head size 80, windows of at most 64 patches.
+The shapes are those of Qwen2.5-VL-7B and a screenshot of 1280 x 720: head size 80, windows of at most 64 patches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOLERANCE = 2e-2
 
 
 def main(name: str) -> None:
-    """Run it and compare."""
+    """Run the attention and compare its result with PyTorch's."""
     torch.manual_seed(0)
     length = sum(WINDOWS)
     q, k, v = torch.randn(3, 1, length, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
@@ -35,7 +35,7 @@ def main(name: str) -> None:
         if name == "FLASH_ATTN":
             version = get_flash_attn_version(head_size=HEAD_SIZE)
             if version is None:
-                raise SystemExit("vLLM finds no FlashAttention that fits this GPU")
+                raise SystemExit("vLLM has no FlashAttention for this GPU")
             result = vit_flash_attn_wrapper(q, k, v, 1, False, version, scale, cu_seqlens, max_seqlen)
         else:
             result = vit_triton_attn_wrapper(q, k, v, 1, scale, cu_seqlens, max_seqlen)

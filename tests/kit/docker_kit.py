@@ -1,4 +1,4 @@
-"""A docker daemon of the tests' own, and images made of this machine's files: one that sleeps, one with a desktop."""
+"""Docker daemon for tests, and images made of this machine's files: one that sleeps, and one with a desktop."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from pathlib import Path
 import docker
 import pytest
 
-from deskrl.actor.desktops.mounts import LIBRARY, guest_sources
+from deskrl.actor.desktops.mounts import GUEST_LIBRARY, guest_sources
 
 DESKTOP = "deskrl-desktop"
-"""The image that `desktop.docker.image` names unless told otherwise."""
+"""Default image of `desktop.docker.image`."""
 SLEEPER = "deskrl-test-sleeper"
-"""An image whose container does nothing until it is ended, and asks for a volume."""
+"""Image whose containers sleep until they are stopped. It declares a volume."""
 
-_START_S = 30.0
+_START_TIMEOUT_S = 30.0
 _DESKTOP_PACKAGES = (
     *("bash", "coreutils", "dash", "findutils", "grep", "libc-bin", "login", "procps", "util-linux"),
     *("libpython3.11-minimal", "libpython3.11-stdlib", "python3.11-minimal", "python3-minimal"),
     *("dbus-daemon", "dbus-session-bus-common", "fontconfig-config", "fonts-dejavu-core", "libx11-data", "openbox"),
     *("x11-xkb-utils", "xkb-data", "xterm", "xvfb"),
 )
-_NEEDLESS = re.compile(r"/usr/share/(bug|doc|lintian|locale|man)/|/__pycache__/|-gnu/gconv/")
+_UNNEEDED_FILES = re.compile(r"/usr/share/(bug|doc|lintian|locale|man)/|/__pycache__/|-gnu/gconv/")
 
 
-def why_no_daemon() -> str:
-    """Why no daemon can be started here; empty if one can, as far as a glance tells."""
+def daemon_unavailable_reason() -> str:
+    """Return why no daemon can be started here; empty if no obstacle is known."""
     if shutil.which("dockerd") is None:
         return "dockerd is not installed"
-    return "dockerd needs root" if os.geteuid() else ""
+    return "dockerd requires root" if os.geteuid() else ""
 
 
 @contextmanager
 def docker_daemon() -> Iterator[str]:
-    """The address of a daemon that keeps all that is its own in a temporary folder.
+    """Start a daemon that keeps its data in a temporary folder, and yield its address.
 
     Raises:
-        RuntimeError: it does not start here; the last that it wrote.
+        RuntimeError: the daemon did not start; the message is the last line of its log.
     """
     with tempfile.TemporaryDirectory(prefix="deskrl-dockerd-", ignore_cleanup_errors=True) as folder:
         root = Path(folder)
         address = f"unix://{root / 'docker.sock'}"
-        places = [f"--data-root={root / 'data'}", f"--exec-root={root / 'exec'}", f"--pidfile={root / 'pid'}"]
+        folders = [f"--data-root={root / 'data'}", f"--exec-root={root / 'exec'}", f"--pidfile={root / 'pid'}"]
         with open(root / "log", "wb") as log:
-            process = subprocess.Popen(["dockerd", f"--host={address}", *places], stdout=log, stderr=log)
+            process = subprocess.Popen(["dockerd", f"--host={address}", *folders], stdout=log, stderr=log)
         try:
             _wait_for(address, process, root / "log")
             yield address
@@ -63,7 +63,7 @@ def docker_daemon() -> Iterator[str]:
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_S
+    deadline = time.monotonic() + _START_TIMEOUT_S
     while True:
         try:
             docker.DockerClient(address).close()
@@ -76,9 +76,10 @@ def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None
 
 @pytest.fixture(scope="session")
 def docker_address() -> Iterator[str]:
-    """A daemon that holds both images, one for all tests: DESKRL_DOCKER_DESKTOP's if that names one, else one's own.
+    """Address of a daemon that has both images, shared by all tests of the session.
 
-    `DESKRL_DOCKER_DESKTOP=unix:///…` is for trying the image that deploy/docker/build.sh has made.
+    `DESKRL_DOCKER_DESKTOP=unix:///...` selects a running daemon with the image that deploy/docker/build.sh builds.
+    Otherwise a daemon is started.
     """
     if given := os.environ.get("DESKRL_DOCKER_DESKTOP"):
         client = docker.DockerClient(given)
@@ -86,7 +87,7 @@ def docker_address() -> Iterator[str]:
         client.close()
         yield given
         return
-    if reason := why_no_daemon():
+    if reason := daemon_unavailable_reason():
         pytest.skip(reason)
     with docker_daemon() as address:
         client = docker.DockerClient(address)
@@ -97,7 +98,7 @@ def docker_address() -> Iterator[str]:
 
 
 def import_sleeper(client: docker.DockerClient) -> None:
-    """Put the image SLEEPER into a daemon."""
+    """Import the image SLEEPER into a daemon."""
     files = {"/bin/sh", "/bin/sleep"}
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w", dereference=True) as tar:
@@ -108,19 +109,19 @@ def import_sleeper(client: docker.DockerClient) -> None:
 
 
 def import_desktop(client: docker.DockerClient) -> None:
-    """Put the image DESKTOP into a daemon: what deploy/docker/Dockerfile installs of packages, as this machine has it.
+    """Import the image DESKTOP into a daemon, made of this machine's copies of the packages in the Dockerfile.
 
-    Of applications it has xterm alone. For what the Dockerfile itself does, build it (deploy/docker/build.sh).
+    xterm is its only application. To test the Dockerfile itself, build the image (deploy/docker/build.sh).
     """
     listed = subprocess.run(["dpkg", "--listfiles", *_DESKTOP_PACKAGES], capture_output=True, text=True).stdout
-    files = {name for name in listed.splitlines() if os.path.isfile(name) and not _NEEDLESS.search(name)}
+    files = {name for name in listed.splitlines() if os.path.isfile(name) and not _UNNEEDED_FILES.search(name)}
     files |= _libraries({name for name in files if os.access(name, os.X_OK) or name.endswith(".so")})
     placed = {re.sub("^/(bin|lib|lib64|sbin)/", r"/usr/\1/", name): Path(name).resolve() for name in files}
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w", dereference=True) as tar:
         _add_tree(tar, "dev etc home/user opt/deskrl/lib proc root run sbin sys tmp usr var/tmp")
         for source, inside in guest_sources().items():
-            if inside.is_relative_to(LIBRARY):
+            if inside.is_relative_to(GUEST_LIBRARY):
                 tar.add(source, inside)
         for inside, source in placed.items():
             tar.add(source, inside)
@@ -128,13 +129,13 @@ def import_desktop(client: docker.DockerClient) -> None:
             entry = tarfile.TarInfo(f"etc/{name}")
             entry.size, data = len(text), io.BytesIO(text.encode())
             tar.addfile(entry, data)
-    entry_point = '["/usr/bin/python3", "-s", "-B", "-m", "deskrl.actor.guest.server"]'
-    changes = [f"ENV PYTHONPATH={LIBRARY}", "USER 1000:1000", "WORKDIR /home/user", f"ENTRYPOINT {entry_point}"]
+    entry_point = '["/usr/bin/python3", "-s", "-B", "-m", "deskrl.actor.guest"]'
+    changes = [f"ENV PYTHONPATH={GUEST_LIBRARY}", "USER 0:0", "WORKDIR /", f"ENTRYPOINT {entry_point}"]
     client.api.import_image_from_data(archive.getvalue(), repository=DESKTOP, tag="latest", changes=changes)
 
 
 def import_tree(client: docker.DockerClient, name: str) -> None:
-    """An image with the empty folders of a machine: what is in them is mounted from this one."""
+    """Import an image of empty system folders, into which this machine's folders can be mounted."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         _add_tree(tar, "etc tmp proc sys dev run runs sbin security usr var/tmp")
@@ -142,7 +143,7 @@ def import_tree(client: docker.DockerClient, name: str) -> None:
 
 
 def _add_tree(tar: tarfile.TarFile, folders: str) -> None:
-    """The folders, and the links into /usr of a machine of today; docker puts an init of its own into /sbin."""
+    """Add folders and the links of a merged /usr, except /sbin, in which docker places its own init."""
     for folder in folders.split():
         entry = tarfile.TarInfo(folder)
         entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if folder.endswith("tmp") else 0o755
@@ -154,6 +155,6 @@ def _add_tree(tar: tarfile.TarFile, folders: str) -> None:
 
 
 def _libraries(programs: set[str]) -> set[str]:
-    """What they are linked with, and what that is."""
+    """Return the shared libraries of programs, including indirect dependencies."""
     linked = subprocess.run(["ldd", *programs], capture_output=True, text=True).stdout
     return set(re.findall(r"(/\S+) \(0x", linked))

@@ -1,7 +1,4 @@
-"""A job whose actors come and go: a real replay service, real actor processes on simulated desktops, scripted episodes.
-
-Knows how processes are started, ended and killed, and what has to be true in the end whatever was done to them.
-"""
+"""Job whose actors join, leave and are killed: real replay service and actors with simulated desktops."""
 
 from __future__ import annotations
 
@@ -14,36 +11,41 @@ from pathlib import Path
 
 from replay_kit import ReplayProcess, replay_config
 
-from deskrl.actor.tasks.files import SIMULATED_SUITE, load_tasks
+from deskrl.actor.tasks.task_schema import SIMULATED_SUITE, load_tasks
 from deskrl.core import rpc
 from deskrl.core.config import DesktopConfig, SimulatedConfig
 from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
 QUEUE = "demo"
 ROLLOUTS = 4
-_PATIENCE_S = 240.0
+_TIMEOUT_S = 240.0
 _DRAIN_S = 30.0
 
 
 class ElasticJob:
-    """Replay, and as many actors as are asked for."""
+    """Replay service with a variable number of actors.
+
+    Args:
+        runs: directory of runs.
+        desktops_per_actor: desktops of each actor.
+    """
 
     def __init__(self, runs: Path, desktops_per_actor: int = 2) -> None:
-        # Most of an episode is play, so whoever is killed holds leases.
-        simulated = SimulatedConfig(time_scale=0.01, hang_share=0.0, reset_median_s=5.0, action_median_s=30.0)
+        # Resets and actions take most of an episode, so an actor that is killed usually holds leases.
+        simulated = SimulatedConfig(time_scale=0.01, hang_rate=0.0, reset_median_s=5.0, action_median_s=30.0)
         desktop = DesktopConfig(provider="simulated", width=168, height=112, simulated=simulated)
         config = replay_config(runs, rollouts=ROLLOUTS, lease_ttl_s=3.0)
         actor = config.actor.model_copy(update={"desktops_per_actor": desktops_per_actor})
         self.replay = ReplayProcess(config.model_copy(update={"desktop": desktop, "actor": actor}))
         self.client = self.replay.client()
         self.actors: list[subprocess.Popen[bytes]] = []
-        self._folder = config.folder
+        self._run_dir = config.run_dir
         self._num_groups = 0
         self._was_killed = False
         self._num_started = 0
 
     def plan(self, num_groups: int) -> None:
-        """Work for everybody."""
+        """Plan further groups of rollouts."""
         (task,) = load_tasks(SIMULATED_SUITE, ("type-amber",))
         groups = [
             replay_pb2.GroupPlan(
@@ -62,10 +64,10 @@ class ElasticJob:
         self._num_groups += num_groups
 
     def scale(self, num_actors: int) -> None:
-        """Start the missing, or end the surplus by SIGTERM; an actor that does not end well is told of."""
+        """Start or terminate actors until `num_actors` run; assert that terminated actors exit with status 0."""
         while len(self.actors) < num_actors:
-            command = [sys.executable, "-m", "deskrl.core.cli", "actor", str(self._folder / "config.json")]
-            with open(self._folder / f"actor-{self._num_started}.log", "wb") as log:
+            command = [sys.executable, "-m", "deskrl.cli.main", "actor", str(self._run_dir / "config.json")]
+            with open(self._run_dir / f"actor-{self._num_started}.log", "wb") as log:
                 self.actors.append(subprocess.Popen([*command, "--unnumbered"], stdout=log, stderr=log))
             self._num_started += 1
         surplus, self.actors = self.actors[num_actors:], self.actors[:num_actors]
@@ -74,7 +76,7 @@ class ElasticJob:
         assert [actor.wait(_DRAIN_S) for actor in surplus] == [0] * len(surplus)
 
     def kill(self, num_actors: int) -> None:
-        """kill -9, of the longest-serving."""
+        """Kill the actors that were started first (SIGKILL)."""
         self._was_killed = True
         killed, self.actors = self.actors[:num_actors], self.actors[num_actors:]
         for actor in killed:
@@ -82,29 +84,29 @@ class ElasticJob:
             actor.wait()
 
     def status(self) -> replay_pb2.QueueStatus:
-        """What has become of the work."""
+        """Return the status of the queue."""
         return self.client.queue_status(QUEUE)
 
-    def wait_until_all_work(self) -> None:
-        """Plan work until three in four desktops have an episode in hand, which takes that all actors are there."""
-        wanted = 3 * self.replay.config.actor.desktops_per_actor * len(self.actors) // 4
-        self.plan(wanted)
+    def wait_until_all_are_busy(self) -> None:
+        """Plan groups until three quarters of all desktops have a lease, which requires all actors to be connected."""
+        num_busy = 3 * self.replay.config.actor.desktops_per_actor * len(self.actors) // 4
+        self.plan(num_busy)
 
-        def all_work() -> bool:
+        def all_are_busy() -> bool:
             status = self.status()
-            if status.num_planned - status.num_finished < 2 * wanted:
-                self.plan(wanted)
-            return status.num_leased >= wanted
+            if status.num_planned - status.num_finished < 2 * num_busy:
+                self.plan(num_busy)
+            return status.num_leased >= num_busy
 
-        self._wait(all_work)
+        self._wait(all_are_busy)
 
     def wait_for_finished(self, num: int) -> None:
-        """Until so many episodes more have ended; there has to be work for them."""
+        """Wait until `num` more episodes have finished; enough rollouts must be planned."""
         goal = self.status().num_finished + num
         self._wait(lambda: self.status().num_finished >= goal)
 
     def check(self) -> None:
-        """Everything planned was played, once: no episode lost, none doubled, no fault, replay the same process."""
+        """Assert that every planned rollout finished exactly once, without faults, and that replay never exited."""
         episodes = []
         for ordinal in range(self._num_groups):
             group = self.client.take(QUEUE, QUEUE, ordinal, wait_s=15.0)
@@ -119,15 +121,18 @@ class ElasticJob:
         assert status.num_faulted == status.num_leased == 0
         assert (self.client.status().num_leases_expired > 0) == self._was_killed
         assert self.replay.process.poll() is None
-        assert [actor.poll() for actor in self.actors] == [None] * len(self.actors), "who was left alone still runs"
+        assert [actor.poll() for actor in self.actors] == [None] * len(self.actors), (
+            "actors that were neither terminated nor killed must still run"
+        )
 
     def close(self) -> None:
-        """End everything."""
+        """Kill the actors and stop replay."""
         self.kill(len(self.actors))
         self.replay.close()
 
     def _wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _TIMEOUT_S
         while not condition():
+            assert all(actor.poll() is None for actor in self.actors), f"an actor exited; logs in {self._run_dir}"
             assert time.monotonic() < deadline, self.status()
             time.sleep(0.02)

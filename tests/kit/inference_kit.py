@@ -1,7 +1,8 @@
-"""A real inference replica for tests, the tiny model that it serves, and transformers' own forward pass beside it."""
+"""Inference replica for tests, the tiny model that it serves, and the forward pass of transformers as reference."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -19,29 +20,32 @@ from typing import Any
 
 import grpc
 import psutil
+import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from ports_kit import free_port
+from published_model_kit import to_published_format
 from safetensors.torch import load_file
 
-from deskrl.core import rendering, rpc
+from deskrl.core import prompt_rendering, rpc
 from deskrl.core.config import InferenceConfig, ModelConfig, RunConfig, dump_config
-from deskrl.core.families import Architecture
 from deskrl.core.ids import image_hash
 from deskrl.learner.policy.tiny_model import build_tiny_model
-from deskrl.proto.v1 import common_pb2, weights_pb2, weights_pb2_grpc
+from deskrl.proto.v1 import common_pb2, inference_pb2_grpc, weights_pb2, weights_pb2_grpc
 from deskrl.proto.v1 import inference_pb2 as pb
 
 IMAGE_SIZE = (280, 168)
 CORPUS = ["Action: click(start_box='(100,80)')", "Thought: I type the word hello. Action: type(content='hello')"]
 START_TIMEOUT_S = 600.0
+TOLERANCE = 5e-3 if torch.cuda.is_available() else 1e-4
+"""Engine and reference both compute in float32, but in different order, and on a GPU with different kernels."""
 PEER = rpc.peer("actor", "test")
 LEARNER = rpc.peer("learner", "test")
 
 
 def screenshot(seed: int) -> common_pb2.Image:
-    """Coloured noise, another one for each seed."""
+    """Return an image of coloured noise that depends on the seed."""
     pixels = torch.randint(0, 256, (IMAGE_SIZE[1], IMAGE_SIZE[0], 3), generator=torch.Generator().manual_seed(seed))
     buffer = io.BytesIO()
     Image.fromarray(pixels.to(torch.uint8).numpy()).save(buffer, "PNG")
@@ -49,18 +53,18 @@ def screenshot(seed: int) -> common_pb2.Image:
 
 
 def system(text: str) -> pb.ChatMessage:
-    """A system message."""
+    """Return a system message."""
     return pb.ChatMessage(role=pb.MESSAGE_ROLE_SYSTEM, contents=[pb.Content(text=text)])
 
 
 def user(*parts: str | common_pb2.Image) -> pb.ChatMessage:
-    """A user message of texts and screenshots."""
+    """Return a user message of texts and screenshots."""
     contents = [pb.Content(text=p) if isinstance(p, str) else pb.Content(image_hash=p.hash) for p in parts]
     return pb.ChatMessage(role=pb.MESSAGE_ROLE_USER, contents=contents)
 
 
 def sampled(ids: Sequence[int]) -> pb.ChatMessage:
-    """An earlier turn of the policy."""
+    """Return an earlier action of the policy as a message."""
     contents = [pb.Content(token_ids=pb.TokenIds(ids=ids))]
     return pb.ChatMessage(role=pb.MESSAGE_ROLE_ASSISTANT, contents=contents)
 
@@ -74,7 +78,7 @@ def act_request(
     seed: int = 1,
     **fields: Any,
 ) -> pb.ActRequest:
-    """A request as an actor makes it."""
+    """Return a request like those of an actor."""
     return pb.ActRequest(
         peer=PEER,
         request_id=f"test-{seed}",
@@ -88,24 +92,23 @@ def act_request(
 
 
 class Reference:
-    """The same model under transformers: what the engine is compared with."""
+    """The same model in transformers, as reference for the engine."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForImageTextToText, AutoTokenizer
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-        self._processor = Qwen2VLImageProcessor.from_pretrained(folder)
-        self.suppressed_ids = rendering.suppressed_ids(self.tokenizer, rendering.vocab_size_of(folder))
-        self.sizing = rendering.image_sizing_of(folder)
+        self._processor: Any = AutoImageProcessor.from_pretrained(folder)
+        self.suppressed_ids = prompt_rendering.suppressed_ids(self.tokenizer, prompt_rendering.read_vocab_size(folder))
+        self.sizing = prompt_rendering.read_image_sizing(folder)
         self.original = load_file(folder / "model.safetensors")
 
     def prompt_ids(self, messages: Sequence[pb.ChatMessage]) -> list[int]:
-        """The expanded prompt, as the learner computes it."""
-        rendered = rendering.render(messages, self.tokenizer)
+        """Return the expanded prompt as the learner computes it."""
+        rendered = prompt_rendering.render_prompt(messages, self.tokenizer)
         counts = [self.sizing.num_tokens(*IMAGE_SIZE)] * len(rendered.image_hashes)
-        return rendering.expand_images(rendered.ids, rendering.image_token_id(self.tokenizer), counts)
+        return prompt_rendering.expand_images(rendered.ids, prompt_rendering.image_token_id(self.tokenizer), counts)
 
     def logprobs(
         self,
@@ -116,11 +119,19 @@ class Reference:
         *,
         temperature: float | None = 1.0,
     ) -> list[float]:
-        """Logprobs of an action after a prompt; temperature None: of the bare logits, nothing suppressed."""
+        """Return the logprobs of an action after a prompt.
+
+        Args:
+            prompt_ids: expanded prompt.
+            action_ids: action.
+            images: screenshots of the prompt.
+            weights: weights of the model, with the names of a checkpoint.
+            temperature: sampling temperature; None for the unchanged logits without suppression of tokens.
+        """
         ids_1T = torch.tensor([[*prompt_ids, *action_ids]])
         pixels = self._processor([Image.open(io.BytesIO(image.data)) for image in images], return_tensors="pt")
-        image_token = rendering.image_token_id(self.tokenizer)
-        unexpected = self.model.load_state_dict({in_memory(n): t for n, t in weights.items()}, strict=False)[1]
+        image_token = prompt_rendering.image_token_id(self.tokenizer)
+        unexpected = self.model.load_state_dict({transformers_name(n): t for n, t in weights.items()}, strict=False)[1]
         assert not unexpected
         with torch.no_grad():
             logits_TV = self.model(
@@ -134,7 +145,7 @@ class Reference:
         return [float(logprobs_TV[first + i, token]) for i, token in enumerate(action_ids)]
 
     def perturbed(self, seed: int, prefix: str = "") -> dict[str, torch.Tensor]:
-        """The original weights, those below `prefix` moved enough to change every logprob."""
+        """Return the original weights, with noise in those whose name contains `prefix` that changes every logprob."""
         generator = torch.Generator().manual_seed(seed)
         return {
             name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator) if prefix in name else tensor
@@ -142,13 +153,15 @@ class Reference:
         }
 
 
-def in_memory(name: str) -> str:
-    """What transformers calls a tensor in memory whose name in checkpoints is `name`."""
+def transformers_name(name: str) -> str:
+    """Return the name in transformers' model of a tensor whose name in checkpoints is `name`."""
+    if name.startswith(("model.language_model.", "model.visual.")):
+        return name
     return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
 
 
-def announce(weights: Mapping[str, torch.Tensor]) -> list[weights_pb2.TensorSpec]:
-    """The tensors of an update, as `UpdateBegin` announces them."""
+def announced_tensors(weights: Mapping[str, torch.Tensor]) -> list[weights_pb2.TensorSpec]:
+    """Return the announcement of tensors in `UpdateBegin`."""
     specs = []
     for name, tensor in weights.items():
         data = tensor.numpy().tobytes()
@@ -163,11 +176,11 @@ def announce(weights: Mapping[str, torch.Tensor]) -> list[weights_pb2.TensorSpec
 def update_events(
     weights: Mapping[str, torch.Tensor], step: int, canary: weights_pb2.Canary | None = None, **begin: Any
 ) -> list[weights_pb2.UpdateWeightsRequest]:
-    """Everything that a learner sends for one update."""
+    """Return all events that a learner sends for one update."""
     opening: dict[str, Any] = {
         "peer": LEARNER,
         "version": common_pb2.PolicyVersion(lineage="test", step=step),
-        "tensors": announce(weights),
+        "tensors": announced_tensors(weights),
         "canary": canary,
     }
     data = b"".join(tensor.numpy().tobytes() for tensor in weights.values())
@@ -182,7 +195,7 @@ def update_events(
 async def send(
     stub: weights_pb2_grpc.WeightServiceStub, events: Sequence[weights_pb2.UpdateWeightsRequest]
 ) -> weights_pb2.UpdateCommitted:
-    """Carry one update through as a learner does, and return its end."""
+    """Send one update as a learner does, and return the final response."""
     begin, *chunks, commit = events
     call = stub.UpdateWeights(timeout=120)
     await call.write(begin)
@@ -197,7 +210,7 @@ async def send(
 
 
 async def _reply(call: Any) -> weights_pb2.UpdateWeightsResponse:
-    """The next reply of an update; a stream that has ended raises its status."""
+    """Return the next reply of an update; raises AioRpcError if the stream has ended."""
     reply = await call.read()
     if reply is grpc.aio.EOF:
         raise grpc.aio.AioRpcError(await call.code(), grpc.aio.Metadata(), grpc.aio.Metadata())
@@ -207,7 +220,7 @@ async def _reply(call: Any) -> weights_pb2.UpdateWeightsResponse:
 
 @dataclass(frozen=True)
 class Replica:
-    """A replica that serves."""
+    """Running replica."""
 
     config: RunConfig
     process: subprocess.Popen[bytes]
@@ -215,22 +228,29 @@ class Replica:
 
     @property
     def address(self) -> str:
-        """Of its gRPC services."""
+        """Address of the gRPC services."""
         return self.config.inference.address
 
     def descendants(self) -> list[psutil.Process]:
-        """The engine's processes."""
+        """Return the processes of the engine."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
-def build_model(folder: Path, architecture: Architecture = "qwen2_5_vl") -> Path:
-    """A tiny model that sees screenshots of IMAGE_SIZE."""
+def build_model(folder: Path, architecture: str = "qwen2_5_vl") -> Path:
+    """Build a tiny model for screenshots of IMAGE_SIZE; return its folder."""
     build_tiny_model(folder, seed=0, image_size=IMAGE_SIZE, corpus=CORPUS * 20, architecture=architecture)
     return folder
 
 
 def replica_config(folder: Path, port: int, model: Path | None = None, **inference: Any) -> RunConfig:
-    """A run whose replica serves a model; without one the tiny model, which is built if it is not there."""
+    """Return the configuration of a run with one replica.
+
+    Args:
+        folder: folder for runs and the tiny model.
+        port: port of the replica.
+        model: model folder; None for the tiny model, which is built if it does not exist.
+        inference: further settings of the inference section.
+    """
     if model is None and not (model := folder / "model").exists():
         build_model(model)
     settings: dict[str, Any] = {
@@ -238,11 +258,11 @@ def replica_config(folder: Path, port: int, model: Path | None = None, **inferen
         "dtype": "float32",
         "max_model_len": 2048,
         "max_images": 4,
-        "max_concurrent": 8,
+        "max_concurrent_requests": 8,
         "kv_cache_bytes": 128 * 1024**2,
         "image_cache_bytes": 64 * 1024**2,
         "max_action_tokens": 400,
-        # What vLLM needs to be told on a machine of its own kind.
+        # Settings that vLLM needs on an unusual machine.
         "engine_args": json.loads(os.environ.get("DESKRL_TEST_ENGINE_ARGS", "{}")),
     }
     section = InferenceConfig(**(settings | inference))
@@ -250,12 +270,12 @@ def replica_config(folder: Path, port: int, model: Path | None = None, **inferen
 
 
 def launch(config: RunConfig, log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a replica as deskrl starts it, without waiting for it; `environment` is what it alone sees."""
+    """Start a replica as deskrl does, without waiting; `environment` is added to its environment variables."""
     path = log.with_suffix(".json")
     dump_config(config, path)
     with open(log, "wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "deskrl.core.cli", "inference", str(path)],
+            [sys.executable, "-m", "deskrl.cli.main", "inference", str(path)],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
@@ -264,7 +284,7 @@ def launch(config: RunConfig, log: Path, environment: Mapping[str, str] | None =
 
 @contextmanager
 def running_replica(config: RunConfig, log: Path, environment: Mapping[str, str] | None = None) -> Iterator[Replica]:
-    """A replica that serves; ended by SIGTERM, unless the block ended it."""
+    """Run a replica while the context is open; it is terminated with SIGTERM unless it has ended."""
     process = launch(config, log, environment)
     try:
         _wait_until_serving(config.inference.address, process, log)
@@ -276,7 +296,7 @@ def running_replica(config: RunConfig, log: Path, environment: Mapping[str, str]
 
 
 def _wait_until_serving(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return once the replica answers SERVING; fail with its log if it ends instead, or takes too long."""
+    """Wait until the replica reports SERVING; fail with its log if it ends or does not start in time."""
     request = health_pb2.HealthCheckRequest()
     deadline_s = time.monotonic() + START_TIMEOUT_S
     with rpc.connect_sync(address) as channel:
@@ -285,13 +305,58 @@ def _wait_until_serving(address: str, process: subprocess.Popen[bytes], log: Pat
             with suppress(grpc.RpcError):
                 stub.Check(request, timeout=1.0, wait_for_ready=True)
                 return
-    raise AssertionError(f"no replica (status {process.poll()}): {log.read_text()[-3000:]}")
+    raise AssertionError(f"the replica did not start (status {process.poll()}): {log.read_text()[-3000:]}")
 
 
 @contextmanager
-def temporary_replica(model: Path | None, max_concurrent: int) -> Iterator[RunConfig]:
-    """A replica in a folder of its own, of the given model or the tiny one; the configuration that it serves by."""
+def temporary_replica(model: Path | None, max_concurrent_requests: int) -> Iterator[RunConfig]:
+    """Run a replica in a temporary folder, with the given or the tiny model; yield its configuration."""
     with tempfile.TemporaryDirectory() as folder:
-        config = replica_config(Path(folder), free_port(), model, max_concurrent=max_concurrent)
+        config = replica_config(Path(folder), free_port(), model, max_concurrent_requests=max_concurrent_requests)
         with running_replica(config, Path(folder) / "replica.log"):
             yield config
+
+
+class Client:
+    """Client of both services of the replica."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.weights = weights_pb2_grpc.WeightServiceStub(channel)
+
+    async def act(self, request: pb.ActRequest) -> pb.SampledAction:
+        """Return the action of a request, which must succeed."""
+        reply = await self.inference.Act(request, timeout=120)
+        assert reply.WhichOneof("outcome") == "action"
+        action: pb.SampledAction = reply.action
+        return action
+
+    async def step(self) -> int:
+        """Return the step of the weights that the replica has."""
+        status = await self.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=20)
+        return int(status.version.step)
+
+
+def check_published_architecture(architecture: str, folder: Path) -> None:
+    """Serve a tiny model in the format of published ones, and compare it with transformers after each weight update."""
+    model = to_published_format(build_model(folder / "model", architecture))
+    config = replica_config(folder, free_port(), model)
+    reference = Reference(config.model_folder)
+    images = [screenshot(1), screenshot(2)]
+    messages = [user("Open it.", images[0], "Then this:", images[1])]
+    versions = {1: reference.original, 2: reference.perturbed(seed=1), 3: reference.perturbed(seed=2, prefix="visual")}
+
+    async def scenario(address: str) -> dict[int, pb.SampledAction]:
+        async with rpc.connect(address) as channel:
+            client, actions = Client(channel), {}
+            for step, weights in versions.items():
+                await send(client.weights, update_events(weights, step))
+                actions[step] = await client.act(act_request(messages, images))
+            return actions
+
+    with running_replica(config, folder / "replica.log") as running:
+        actions = asyncio.run(scenario(running.address))
+    for step, action in actions.items():
+        assert list(action.prompt_ids) == reference.prompt_ids(messages)
+        expected = reference.logprobs(action.prompt_ids, action.action_ids, images, versions[step])
+        assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)

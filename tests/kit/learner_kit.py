@@ -1,8 +1,6 @@
-"""What learner tests are made of: a tiny model, a toy task that it learns in seconds, and one who plays it.
+"""Helpers for learner tests: a tiny model, and a toy task that it can be trained on within seconds.
 
-The player is both actor and inference server in one thread: it leases from a real replay service, samples with
-transformers' own forward pass, and takes weights over the real contract. Real desktops and vLLM are for the system
-tests of the whole run; here the learner alone is examined.
+Actions are sampled with transformers' own forward pass; no desktop and no vLLM is involved.
 """
 
 from __future__ import annotations
@@ -17,26 +15,25 @@ from PIL import Image
 from torch import Tensor
 
 from deskrl.core import ids
-from deskrl.core.families import Architecture
-from deskrl.core.rendering import (
+from deskrl.core.prompt_rendering import (
     end_of_turn_id,
     expand_images,
-    image_sizing_of,
     image_token_id,
     processor_hash,
-    render,
+    read_image_sizing,
+    read_vocab_size,
+    render_prompt,
     suppressed_ids,
-    vocab_size_of,
 )
-from deskrl.core.trajectory import Span, Step
-from deskrl.learner.policy.shaped_model import UI_TARS_7B, Shape
+from deskrl.core.step_codec import Step, VersionSpan
+from deskrl.learner.policy.random_weight_model import UI_TARS_7B, ModelShape
 from deskrl.learner.policy.tiny_model import build_tiny_model
 from deskrl.proto.v1 import inference_pb2
 
 SIZE = (112, 112)
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 40, 220), "grey": (128, 128, 128)}
 TASKS = {name: {"id": name, "instruction": f"press the {name} button"} for name in COLOURS}
-SMALL_SHAPE = Shape(
+SMALL_SHAPE = ModelShape(
     text={
         **UI_TARS_7B.text,
         "vocab_size": 4096,
@@ -53,22 +50,22 @@ SMALL_SHAPE = Shape(
     max_pixels=UI_TARS_7B.max_pixels,
     shard_bytes=300_000,
 )
-"""All that the architecture of the 7B depends on, small: grouped heads, M-RoPE sections, windows, merging."""
+"""Small model with all features of the 7B's architecture: grouped heads, M-RoPE sections, windows, merging."""
 _ROLES = {
     "user": inference_pb2.MESSAGE_ROLE_USER,
     "assistant": inference_pb2.MESSAGE_ROLE_ASSISTANT,
 }
 
 
-def build_model(folder: Path, seed: int = 0, architecture: Architecture = "qwen2_5_vl") -> Path:
-    """A tiny model whose words are those of the toy task."""
+def build_model(folder: Path, seed: int = 0, architecture: str = "qwen2_5_vl") -> Path:
+    """Build a tiny model whose vocabulary covers the toy task; return its folder."""
     corpus = [f"{task['instruction']} screen press {name} finished" for name, task in TASKS.items()] * 4
     build_tiny_model(folder, seed, SIZE, corpus, architecture)
     return folder
 
 
 def screenshot(task_id: str, index: int) -> bytes:
-    """The toy screen: the task's colour, and a stripe that tells the step."""
+    """Return a screenshot of the toy task: the task's colour, with a stripe whose height depends on the step."""
     picture = Image.new("RGB", SIZE, COLOURS[task_id])
     picture.paste((255, 255, 255), (0, 0, 112, 56 * (index % 3)))
     buffer = io.BytesIO()
@@ -76,17 +73,18 @@ def screenshot(task_id: str, index: int) -> bytes:
     return buffer.getvalue()
 
 
-def right_action(task_id: str, index: int) -> str:
-    """What solves the toy task: press the colour, then finish."""
+def correct_action(task_id: str, index: int) -> str:
+    """Return the correct action of a step of the toy task: press the colour, then finish."""
     return f"press {task_id}" if index == 0 else "finished"
 
 
 def message(role: str, *contents: inference_pb2.Content) -> inference_pb2.ChatMessage:
+    """Return a chat message."""
     return inference_pb2.ChatMessage(role=_ROLES[role], contents=contents)
 
 
 def observation(task_id: str, index: int) -> inference_pb2.ChatMessage:
-    """What the policy is shown before a step."""
+    """Return the user message before a step."""
     shot = inference_pb2.Content(image_hash=ids.image_hash(screenshot(task_id, index)))
     if index:
         return message("user", shot)
@@ -94,7 +92,7 @@ def observation(task_id: str, index: int) -> inference_pb2.ChatMessage:
 
 
 class ToyPolicy:
-    """Samples as the served policy would, with transformers' own forward pass."""
+    """Policy that samples like the served one, with transformers' own forward pass."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -104,16 +102,17 @@ class ToyPolicy:
         self.tokenizer = self.processor.tokenizer
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor_hash = processor_hash(folder, self.tokenizer)
-        self._suppressed = list(suppressed_ids(self.tokenizer, vocab_size_of(folder)))
-        self._tokens_per_image = image_sizing_of(folder).num_tokens(*SIZE)
+        self._suppressed = list(suppressed_ids(self.tokenizer, read_vocab_size(folder)))
+        self._tokens_per_image = read_image_sizing(folder).num_tokens(*SIZE)
 
     def prompt_ids(self, messages: Sequence[inference_pb2.ChatMessage]) -> list[int]:
-        prompt = render(messages, self.tokenizer)
+        """Return the token ids of a prompt."""
+        prompt = render_prompt(messages, self.tokenizer)
         per_image = [self._tokens_per_image] * len(prompt.image_hashes)
         return expand_images(prompt.ids, image_token_id(self.tokenizer), per_image)
 
     def logprobs(self, token_ids: Sequence[int], images: Sequence[bytes], suppress: bool = True) -> Tensor:
-        """(length, vocabulary): of the token after each position."""
+        """Return logprobs of the token after each position, with shape (length, vocabulary)."""
         batch = self._vision_inputs(images)
         input_ids = torch.tensor([list(token_ids)])
         with torch.no_grad():
@@ -134,7 +133,7 @@ class ToyPolicy:
         generator: torch.Generator,
         max_tokens: int = 6,
     ) -> tuple[list[int], list[int], list[float]]:
-        """Prompt ids, sampled ids, their logprobs."""
+        """Sample an action; return prompt ids, action ids and their logprobs."""
         prompt = self.prompt_ids(messages)
         action: list[int] = []
         logprobs: list[float] = []
@@ -153,20 +152,21 @@ class ToyPolicy:
         }
 
 
-_CACHE: dict[bytes, tuple[Tensor, Tensor]] = {}
+_CACHE: dict[tuple[str, bytes], tuple[Tensor, Tensor]] = {}
 
 
 def _processed(image_processor: Any, data: bytes) -> tuple[Tensor, Tensor]:
-    if data not in _CACHE:
+    key = (type(image_processor).__name__, data)
+    if key not in _CACHE:
         output = image_processor(images=[Image.open(io.BytesIO(data)).convert("RGB")], return_tensors="pt")
-        _CACHE[data] = (output["pixel_values"], output["image_grid_thw"])
-    return _CACHE[data]
+        _CACHE[key] = (output["pixel_values"], output["image_grid_thw"])
+    return _CACHE[key]
 
 
-def play(
+def run_episode(
     policy: ToyPolicy, task_id: str, seed: int, version: tuple[str, int] = ("test", 0), max_steps: int = 3
 ) -> tuple[list[Step], list[bytes], float]:
-    """One sampled episode: steps, screenshots, reward."""
+    """Sample one episode; return steps, screenshots and reward."""
     generator = torch.Generator().manual_seed(seed % 2**31)
     messages: list[inference_pb2.ChatMessage] = []
     steps: list[Step] = []
@@ -187,24 +187,24 @@ def play(
                 prompt_ids=tuple(prompt),
                 action_ids=tuple(action),
                 logprobs=tuple(logprobs),
-                spans=(Span(*version, 0, len(action)),),
+                spans=(VersionSpan(*version, 0, len(action)),),
                 processor_hash=policy.processor_hash,
             )
         )
         messages.append(message("assistant", inference_pb2.Content(token_ids=inference_pb2.TokenIds(ids=action))))
-        solved = solved and text == right_action(task_id, min(index, 1))
+        solved = solved and text == correct_action(task_id, min(index, 1))
         if "finished" in text:
             break
     return steps, shots, float(solved and len(steps) == 2)
 
 
 def demonstrate(task_id: str) -> tuple[list[Step], list[bytes], float]:
-    """One scripted episode, as an actor records it: conversations instead of ids."""
+    """Return steps, screenshots and reward of a scripted episode, which has conversations instead of token ids."""
     messages: list[inference_pb2.ChatMessage] = []
     steps: list[Step] = []
     shots: list[bytes] = []
     for index in range(2):
-        text = right_action(task_id, index)
+        text = correct_action(task_id, index)
         messages.append(observation(task_id, index))
         messages.append(message("assistant", inference_pb2.Content(text=text)))
         shots.append(screenshot(task_id, index))

@@ -1,7 +1,6 @@
-"""Suppressed tokens for a bare vLLM, as deskrl suppresses them: of the same engine, only the mask is added.
+"""Worker extension that adds deskrl's suppression of tokens, and nothing else, to a bare vLLM.
 
-Imported by vLLM's engine process, which is told of it by `worker_extension_cls="masking_extension.MaskingExtension"`. A
-logits processor would do it too, but makes vLLM 0.26 fall back to its older model runner.
+A logits processor is no alternative, because vLLM 0.26 falls back to its older model runner with it.
 """
 
 from __future__ import annotations
@@ -9,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from deskrl.inference.masking import MaskedSampler
+from deskrl.inference.logit_mask import MaskedSampler
 
 
 class MaskingExtension:
-    """Mixed into vLLM's workers."""
+    """Mixin of vLLM's workers."""
 
     model_runner: Any
 
     def mask_tokens(self, suppressed_ids: Sequence[int]) -> None:
-        """Never sample these."""
+        """Suppress these token ids from now on."""
         runner = self.model_runner
         runner.sampler = MaskedSampler(runner.sampler, suppressed_ids, runner.model_config.get_vocab_size())

@@ -1,4 +1,4 @@
-"""Ports of the loopback interface that nobody listens on at this moment."""
+"""Free TCP ports on the loopback interface."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import socket
 
 
 def free_port() -> int:
-    """One."""
+    """Return a port on which no process listens at the moment of the call."""
     (port,) = free_ports(1)
     return port
 
 
 def free_ports(num: int) -> list[int]:
-    """So many, one after another: roles of a run count their ports up."""
+    """Return `num` consecutive free ports; the actors of a run use consecutive ports."""
     while True:
         with contextlib.ExitStack() as probes:
             first = probes.enter_context(socket.socket())
@@ -27,5 +27,5 @@ def free_ports(num: int) -> list[int]:
 
 
 def free_address() -> str:
-    """One, as `host:port`."""
+    """Return a free address as `host:port`."""
     return f"127.0.0.1:{free_port()}"

@@ -1,7 +1,4 @@
-"""A real replay service for tests: a process of its own on a free loopback port, and clients that speak to it.
-
-Knows the contracts' shape; what is right or wrong is for the tests to say.
-"""
+"""Replay service for tests: a real process on a free loopback port, with clients."""
 
 from __future__ import annotations
 
@@ -19,17 +16,17 @@ from ports_kit import free_address
 
 from deskrl.core import ids, rpc
 from deskrl.core.config import RunConfig, dump_config
-from deskrl.core.trajectory import Span, Step, encode_step
+from deskrl.core.step_codec import Step, VersionSpan, encode_step
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc, rollout_pb2, rollout_pb2_grpc
 
 _DEADLINE_S = 20.0
-ME = rpc.peer("actor", "test-actor")
+TEST_PEER = rpc.peer("actor", "test-actor")
 
 Requests = Iterable[rollout_pb2.StreamEpisodeRequest]
 
 
 class ReplayClient:
-    """Both services of one replay process, as plain calls."""
+    """Client of both services of one replay process."""
 
     def __init__(self, address: str) -> None:
         self._channel = rpc.connect_sync(address)
@@ -40,7 +37,7 @@ class ReplayClient:
         self._channel.close()
 
     def plan(self, group_id: str, *, task_id: str = "task", num: int = 2, scripted: bool = False) -> int:
-        """Plan one group; its queue is what stands before the last slash."""
+        """Plan one group; the part of its id before the last slash is the queue."""
         group = replay_pb2.GroupPlan(
             group_id=group_id,
             queue=group_id.rpartition("/")[0],
@@ -51,51 +48,66 @@ class ReplayClient:
             temperature=1.0,
             acting_policy=rollout_pb2.ACTING_POLICY_SCRIPTED if scripted else rollout_pb2.ACTING_POLICY_SAMPLED,
         )
-        response = self.replay.PlanGroups(replay_pb2.PlanGroupsRequest(peer=ME, groups=[group]), timeout=_DEADLINE_S)
+        response = self.replay.PlanGroups(
+            replay_pb2.PlanGroupsRequest(peer=TEST_PEER, groups=[group]), timeout=_DEADLINE_S
+        )
         return int(response.num_added)
 
     def acquire(self, *, wait_s: float = 0.0, request_id: str = "") -> rollout_pb2.AcquireLeaseResponse:
         request = rollout_pb2.AcquireLeaseRequest(
-            peer=ME, request_id=request_id or ids.new_id("request"), wait_s=wait_s
+            peer=TEST_PEER, request_id=request_id or ids.new_id("request"), wait_s=wait_s
         )
         lease: rollout_pb2.AcquireLeaseResponse = self.rollout.AcquireLease(request, timeout=wait_s + _DEADLINE_S)
         return lease
 
     def extend(self, *lease_ids: str) -> list[str]:
-        request = rollout_pb2.ExtendLeasesRequest(peer=ME, lease_ids=lease_ids)
+        request = rollout_pb2.ExtendLeasesRequest(peer=TEST_PEER, lease_ids=lease_ids)
         return list(self.rollout.ExtendLeases(request, timeout=_DEADLINE_S).alive)
 
+    def report_desktops(self, num_set_aside: int, start_error: str) -> None:
+        request = rollout_pb2.ExtendLeasesRequest(
+            peer=TEST_PEER, num_desktops_set_aside=num_set_aside, start_error=start_error
+        )
+        self.rollout.ExtendLeases(request, timeout=_DEADLINE_S)
+
     def release(self, *lease_ids: str) -> None:
-        self.rollout.ReleaseLeases(rollout_pb2.ReleaseLeasesRequest(peer=ME, lease_ids=lease_ids), timeout=_DEADLINE_S)
+        self.rollout.ReleaseLeases(
+            rollout_pb2.ReleaseLeasesRequest(peer=TEST_PEER, lease_ids=lease_ids), timeout=_DEADLINE_S
+        )
 
     def stream(self, requests: Requests) -> list[tuple[int, bool]]:
-        """Send a whole stream; returns the acknowledgements."""
+        """Send a whole stream and return the acknowledgements."""
         responses = self.rollout.StreamEpisode(iter(requests), timeout=_DEADLINE_S)
         return [(response.acked_steps, response.closed) for response in responses]
 
-    def play(self, lease: rollout_pb2.AcquireLeaseResponse, *, reward: float, num_steps: int = 2) -> None:
-        """Play a lease's episode to its result."""
-        assert lease.lease_id, "there was no work"
+    def run_episode(self, lease: rollout_pb2.AcquireLeaseResponse, *, reward: float, num_steps: int = 2) -> None:
+        """Stream the episode of a lease with its result."""
+        assert lease.lease_id, "no lease was granted"
         acks = self.stream([begin(lease), *steps(lease, range(num_steps)), result(reward, num_steps)])
         assert acks[-1] == (num_steps, True)
 
-    def play_group(self, group_id: str, rewards: Sequence[float], **plan: Any) -> None:
-        """Plan a group and play all of it; nothing else may be waiting to be played."""
+    def run_group(self, group_id: str, rewards: Sequence[float], **plan: Any) -> None:
+        """Plan a group and run all of its episodes; no other rollout may be pending."""
         self.plan(group_id, num=len(rewards), **plan)
         for reward in rewards:
-            self.play(self.acquire(), reward=reward)
+            self.run_episode(self.acquire(), reward=reward)
 
     def take(
         self, queue_name: str, batch_id: str, ordinal: int, *, wait_s: float = 0.0, dropped: Sequence[str] = ()
     ) -> replay_pb2.Group | None:
         request = replay_pb2.TakeGroupRequest(
-            peer=ME, queue=queue_name, batch_id=batch_id, ordinal=ordinal, wait_s=wait_s, dropped_group_ids=dropped
+            peer=TEST_PEER,
+            queue=queue_name,
+            batch_id=batch_id,
+            ordinal=ordinal,
+            wait_s=wait_s,
+            dropped_group_ids=dropped,
         )
         response = self.replay.TakeGroup(request, timeout=wait_s + _DEADLINE_S)
         return response.group if response.HasField("group") else None
 
     def commit(self, queue_name: str, batch_id: str, *verdicts: replay_pb2.GroupVerdict) -> None:
-        request = replay_pb2.CommitBatchRequest(peer=ME, queue=queue_name, batch_id=batch_id, verdicts=verdicts)
+        request = replay_pb2.CommitBatchRequest(peer=TEST_PEER, queue=queue_name, batch_id=batch_id, verdicts=verdicts)
         self.replay.CommitBatch(request, timeout=_DEADLINE_S)
 
     def set_updates(self, num_updates: int) -> None:
@@ -121,23 +133,28 @@ class ReplayClient:
 
 
 class ReplayProcess:
-    """One run's replay service, which can be killed and started again over the same folder."""
+    """Replay service of one run, which can be killed and restarted on the same run directory."""
 
     def __init__(self, config: RunConfig, prefix: Sequence[str] = ()) -> None:
-        """Start it; `prefix` is a command that runs the rest of its line."""
+        """Start the service.
+
+        Args:
+            config: configuration of the run.
+            prefix: command that runs the rest of its command line.
+        """
         self._prefix = prefix
         self.config = config
-        self.folder = config.folder / "replay"
-        self._config_path = config.folder / "config.json"
-        self._log = config.folder / "replay.log"
+        self.folder = config.run_dir / "replay"
+        self._config_path = config.run_dir / "config.json"
+        self._log = config.run_dir / "replay.log"
         self._clients: list[ReplayClient] = []
-        config.folder.mkdir(parents=True, exist_ok=True)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
         dump_config(config, self._config_path)
         self.start()
 
     def start(self) -> None:
-        command = [*self._prefix, sys.executable, "-m", "deskrl.core.cli", "replay", str(self._config_path)]
-        with open(self._log, "w") as log:  # a pipe that nobody reads would stop a service that has much to say
+        command = [*self._prefix, sys.executable, "-m", "deskrl.cli.main", "replay", str(self._config_path)]
+        with open(self._log, "w") as log:  # a pipe that is not read would block the service
             self.process = subprocess.Popen(command, stderr=log)
         with rpc.connect_sync(self.config.replay.address) as channel:
             grpc.channel_ready_future(channel).result(timeout=_DEADLINE_S)
@@ -148,20 +165,20 @@ class ReplayProcess:
         return client
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the service with SIGKILL."""
         self.process.kill()
         self.process.wait()
 
     def stop(self) -> tuple[int, str]:
-        """SIGTERM; returns exit status and what it logged."""
+        """Stop the service with SIGTERM and return its exit status and its log."""
         self.process.terminate()
         return self.process.wait(_DEADLINE_S), self._log.read_text()
 
     def wait_for_log(self, text: str) -> None:
-        """Until it has said so."""
+        """Wait until the log contains `text`."""
         deadline_s = time.monotonic() + _DEADLINE_S
         while text not in self._log.read_text():
-            assert time.monotonic() < deadline_s, f"{text!r} was not said"
+            assert time.monotonic() < deadline_s, f"{text!r} is not in the log"
             time.sleep(0.02)
 
     def close(self) -> None:
@@ -172,7 +189,7 @@ class ReplayProcess:
 
 
 class OpenStream:
-    """An episode's stream that a test drives message by message."""
+    """Stream of an episode that a test sends message by message."""
 
     def __init__(self, client: ReplayClient) -> None:
         self._requests: queue.SimpleQueue[rollout_pb2.StreamEpisodeRequest | None] = queue.SimpleQueue()
@@ -183,14 +200,14 @@ class OpenStream:
             self._requests.put(request)
 
     def read_until(self, acked_steps: int) -> None:
-        """Read acknowledgements until so many steps are on disk."""
+        """Read acknowledgements until `acked_steps` steps are on disk."""
         for response in self._call:
             if response.acked_steps >= acked_steps:
                 return
         raise AssertionError(f"the stream ended before step {acked_steps} was acknowledged")
 
     def read_code(self) -> grpc.StatusCode:
-        """Read to the end; how it ended."""
+        """Read the stream to its end and return its status."""
         try:
             for _ in self._call:
                 pass
@@ -201,19 +218,19 @@ class OpenStream:
         return code
 
     def break_off(self) -> None:
-        """The connection is lost."""
+        """Cancel the call, as if the connection were lost."""
         self._call.cancel()
         self._requests.put(None)
 
 
 def screenshot(lease: rollout_pb2.AcquireLeaseResponse, index: int, num_bytes: int = 300) -> bytes:
-    """Stand-in for a screenshot: replay never looks inside one."""
+    """Return arbitrary bytes as a screenshot; replay does not decode screenshots."""
     return (f"{lease.rollout.episode_id}:{index};".encode() * num_bytes)[:num_bytes]
 
 
 def begin(lease: rollout_pb2.AcquireLeaseResponse) -> rollout_pb2.StreamEpisodeRequest:
     return rollout_pb2.StreamEpisodeRequest(
-        begin=rollout_pb2.EpisodeBegin(peer=ME, lease_id=lease.lease_id, episode_id=lease.rollout.episode_id)
+        begin=rollout_pb2.EpisodeBegin(peer=TEST_PEER, lease_id=lease.lease_id, episode_id=lease.rollout.episode_id)
     )
 
 
@@ -222,7 +239,7 @@ def image(data: bytes) -> common_pb2.Image:
 
 
 def step(index: int, shot: bytes, sent: Iterable[bytes] = ()) -> rollout_pb2.StreamEpisodeRequest:
-    """A step that shows one screenshot, with those that are sent along."""
+    """Return a step with one screenshot, and the screenshots that are sent with it."""
     name = ids.image_hash(shot)
     content = Step(
         index=index,
@@ -232,7 +249,7 @@ def step(index: int, shot: bytes, sent: Iterable[bytes] = ()) -> rollout_pb2.Str
         prompt_ids=(1, 2, 3),
         action_ids=(4, 5),
         logprobs=(-0.5, -0.25),
-        spans=(Span("test", 7, 0, 2),),
+        spans=(VersionSpan("test", 7, 0, 2),),
     )
     return rollout_pb2.StreamEpisodeRequest(
         step=rollout_pb2.EpisodeStep(index=index, image_hashes=[name], payload=encode_step(content)),
@@ -243,7 +260,7 @@ def step(index: int, shot: bytes, sent: Iterable[bytes] = ()) -> rollout_pb2.Str
 def steps(
     lease: rollout_pb2.AcquireLeaseResponse, indices: Iterable[int], num_bytes: int = 300
 ) -> Iterator[rollout_pb2.StreamEpisodeRequest]:
-    """Each step with its screenshot."""
+    """Return each step with its screenshot."""
     for index in indices:
         shot = screenshot(lease, index, num_bytes)
         yield step(index, shot, sent=[shot])
@@ -257,10 +274,10 @@ def result(reward: float, num_steps: int) -> rollout_pb2.StreamEpisodeRequest:
     )
 
 
-def fault(message: str = "the desktop died") -> rollout_pb2.StreamEpisodeRequest:
-    return rollout_pb2.StreamEpisodeRequest(
-        fault=rollout_pb2.EpisodeFault(kind=rollout_pb2.FAULT_KIND_DESKTOP_LOST, message=message)
-    )
+def fault(
+    message: str = "the desktop died", kind: rollout_pb2.FaultKind = rollout_pb2.FAULT_KIND_DESKTOP_LOST
+) -> rollout_pb2.StreamEpisodeRequest:
+    return rollout_pb2.StreamEpisodeRequest(fault=rollout_pb2.EpisodeFault(kind=kind, message=message))
 
 
 StartReplay = Callable[..., ReplayProcess]
@@ -268,7 +285,7 @@ StartReplay = Callable[..., ReplayProcess]
 
 @pytest.fixture
 def start_replay(tmp_path: Path) -> Iterator[StartReplay]:
-    """Start replay services, each over a run of its own; takes what `replay_config` takes."""
+    """Return a function that starts a replay service on a new run; it takes the keywords of `replay_config`."""
     processes: list[ReplayProcess] = []
 
     def start(**settings: Any) -> ReplayProcess:
@@ -290,14 +307,24 @@ def replay_config(
     grpo: Mapping[str, Any] | None = None,
     **replay: Any,
 ) -> RunConfig:
-    """A run's configuration; `security` is its folder, `grpo` adds to that table, further keywords are `replay`'s."""
+    """Return the configuration of a run.
+
+    Args:
+        runs: directory of runs.
+        staleness: maximum staleness in policy versions.
+        rollouts: rollouts per group.
+        groups_per_batch: groups per batch.
+        security: directory of certificates; None disables authentication.
+        grpo: further values of table `learner.grpo`.
+        replay: values of table `replay`.
+    """
     return RunConfig.model_validate(
         {
             "runs": runs,
-            "tasks": {"rollouts": rollouts},
+            "tasks": {"num_rollouts": rollouts},
             "replay": {"address": free_address(), **replay},
-            "inference": {"address": free_address()},  # where nobody is, whoever has the usual port
-            "security": {"folder": security},
+            "inference": {"address": free_address()},  # no server listens there, even if the default port is in use
+            "security": {"certificates_dir": security},
             "learner": {"grpo": {"groups_per_batch": groups_per_batch, "max_staleness": staleness, **(grpo or {})}},
         }
     )

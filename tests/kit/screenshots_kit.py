@@ -1,4 +1,4 @@
-"""Pictures of desktops for benchmarks: plain areas, text, and a photograph's worth of noise."""
+"""Synthetic desktop screenshots for benchmarks: windows with text, and an area of noise like a photograph."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 _NUM_DESKTOPS = 8
 
 
-def desktop_picture(seed: int, size: tuple[int, int]) -> bytes:
-    """A PNG that no other seed makes, about as large and as slow to decode as a screenshot of a desktop in use."""
+def desktop_screenshot(seed: int, size: tuple[int, int]) -> bytes:
+    """Return a PNG that is unique to the seed, with the size and decoding time of a typical desktop screenshot."""
     numbers = random.Random(seed)
     width, height = size
     picture = _desktop(seed % _NUM_DESKTOPS, size).copy()
@@ -26,7 +26,7 @@ def desktop_picture(seed: int, size: tuple[int, int]) -> bytes:
 
 @functools.cache
 def _desktop(number: int, size: tuple[int, int]) -> Image.Image:
-    """Windows full of text."""
+    """Draw windows with text."""
     numbers = random.Random(number)
     width, height = size
     picture = Image.new("RGB", size, (40, 60, 90))

@@ -1,4 +1,4 @@
-"""Slurm on this machine alone, for tests: Debian's munged, slurmctld and slurmd, all that they keep in one folder."""
+"""Slurm cluster of one node for tests: Debian's munged, slurmctld and slurmd, with all state in one folder."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
 _START_S = 60.0
 
 
-def why_no_slurm() -> str:
-    """Why Slurm cannot be started here; empty if it can, as far as a glance tells."""
+def slurm_unavailable_reason() -> str:
+    """Return why Slurm cannot be started on this machine; empty if no obstacle is known."""
     missing = [name for name in _PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    return "slurmd needs root" if os.geteuid() else ""
+    return "slurmd requires root" if os.geteuid() else ""
 
 
 @contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """A cluster of one node that pretends to have 64 processors; the environment in which its commands work."""
+    """Start a cluster whose node is configured with 64 processors; yield the environment for Slurm's commands."""
     folder.mkdir(mode=0o755)
     configuration = folder / "slurm.conf"
     configuration.write_text(_configuration(folder))
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))
-    places = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munge.pid"}
-    places |= {"log-file": folder / "munge.log", "seed-file": folder / "munge.seed"}
+    paths = {"key-file": key, "socket": folder / "munge.socket", "pid-file": folder / "munge.pid"}
+    paths |= {"log-file": folder / "munge.log", "seed-file": folder / "munge.seed"}
     environment = {**os.environ, "SLURM_CONF": str(configuration)}
     environment["PATH"] += ":/usr/sbin"
     commands = [
-        ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in places.items())],
+        ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in paths.items())],
         ["slurmctld", "-D"],
         ["slurmd", "-D", "-N", socket.gethostname()],
     ]
@@ -49,7 +49,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             stack.callback(process.wait)
             stack.callback(process.terminate)
             if command[0] == "munged":
-                _wait_for(places["socket"].exists, process)
+                _wait_for(paths["socket"].exists, process)
         _wait_for(lambda: "idle" in _states(environment), process)
         yield environment
 
@@ -85,12 +85,12 @@ def _configuration(folder: Path) -> str:
 
 
 def _states(environment: dict[str, str]) -> str:
-    listed = subprocess.run(["sinfo", "--noheader", "--format=%t"], capture_output=True, text=True, env=environment)
-    return listed.stdout
+    result = subprocess.run(["sinfo", "--noheader", "--format=%t"], capture_output=True, text=True, env=environment)
+    return result.stdout
 
 
 def _wait_for(condition, process: subprocess.Popen[bytes]) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + _START_S
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, f"{process.args} did not come up"
+        assert process.poll() is None and time.monotonic() < deadline, f"{process.args} did not start"
         time.sleep(0.05)

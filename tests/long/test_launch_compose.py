@@ -1,7 +1,7 @@
-"""deploy/compose on a real docker daemon: start, scale, drain, stop, with certificates and the services' own names.
+"""deploy/compose starts, scales, drains and stops a run on a Docker daemon, with certificates for its service names.
 
-Its containers hold this machine's own Python, mounted. Learner and inference are told to end at once: what is tried
-here is the launcher; a whole run takes their engines.
+The containers use the Python installation of this machine, mounted. The containers of learner and inference exit at
+once, so that no engine is needed.
 """
 
 from __future__ import annotations
@@ -18,27 +18,32 @@ from pathlib import Path
 
 import docker
 import pytest
-from docker_kit import docker_daemon, import_tree, why_no_daemon
+from docker_kit import daemon_unavailable_reason, docker_daemon, import_tree
 from ports_kit import free_port
 from replay_kit import ReplayClient
 
 import deskrl.core
 from deskrl.core import rpc
-from deskrl.core.security.certificates import make_certificates
+from deskrl.launch.certificates import make_certificates
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "deploy" / "compose" / "launch.sh"
-SOURCES = ("proto", "core", "actor", "inference", "replay", "learner")
+SOURCES = ("proto", "core", "actor", "inference", "replay", "learner", "launch", "analysis", "cli", "testing")
 IMAGE = "deskrl-test-machine"
-_PATIENCE_S = 120.0
+_TIMEOUT_S = 120.0
 pytestmark = pytest.mark.skipif(
-    bool(why_no_daemon()) or shutil.which("docker-compose") is None,
-    reason=why_no_daemon() or "docker-compose is not installed",
+    bool(daemon_unavailable_reason()) or shutil.which("docker-compose") is None,
+    reason=daemon_unavailable_reason() or "docker-compose is not installed",
 )
 
 
 class Job:
-    """A run by compose."""
+    """Run under compose.
+
+    Args:
+        root: folder for the configuration, certificates and the run directory.
+        daemon: address of the Docker daemon.
+    """
 
     def __init__(self, root: Path, daemon: str) -> None:
         self.port = free_port()
@@ -60,7 +65,7 @@ class Job:
         mounted = sorted({"/usr", sys.prefix, sys.base_prefix, str(Path(deskrl.core.__path__[0]).parents[2])})
         common = {
             "image": IMAGE,
-            "entrypoint": [sys.executable, "-m", "deskrl.core.cli"],
+            "entrypoint": [sys.executable, "-m", "deskrl.cli.main"],
             "environment": {
                 "PATH": f"{Path(sys.executable).parent}:/usr/bin",
                 "PYTHONPATH": ":".join(str(ROOT / source) for source in SOURCES),
@@ -68,22 +73,22 @@ class Job:
             },
             "volumes": [f"{path}:{path}:ro" for path in mounted],
         }
-        ended = common | {"command": ["size", "/etc/deskrl/run.toml"]}
+        exits_at_once = common | {"command": ["size", "/etc/deskrl/run.toml"]}
         return {
             "prepare": common,
             "replay": common | {"ports": [f"127.0.0.1:{self.port}:7411"]},
-            "inference": ended,
-            "learner": ended,
+            "inference": exits_at_once,
+            "learner": exits_at_once,
             "actor": common,
         }
 
     def set_num_envs(self, num_envs: int) -> None:
-        """Turn the knob."""
+        """Set `desktop.num_envs` in the configuration file."""
         desktop = f"desktop.provider = 'simulated'\ndesktop.num_envs = {num_envs}\nactor.desktops_per_actor = 1\n"
         self.config.write_text(f"name = 'compose'\nmodel.path = '/runs'\n{desktop}")
 
     def launch(self, command: str) -> None:
-        """`launch.sh COMMAND run.toml`."""
+        """Run `launch.sh COMMAND run.toml`."""
         done = subprocess.run(
             ["bash", LAUNCH, command, self.config], capture_output=True, text=True, env=self._environment, timeout=240
         )
@@ -99,19 +104,19 @@ def job(tmp_path: Path) -> Iterator[Job]:
         job = Job(tmp_path, daemon)
         yield job
         job.launch("stop")
-    rpc.identify(None)
+    rpc.set_identity(None)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _TIMEOUT_S
     while not condition():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.2)
 
 
-def test_start_scale_and_drain(job: Job, tmp_path: Path) -> None:
+def test_a_run_is_started_scaled_and_drained(job: Job, tmp_path: Path) -> None:
     job.launch("start")
-    rpc.identify_as("operator", tmp_path / "certificates")
+    rpc.load_own_identity("operator", tmp_path / "certificates")
     address = f"127.0.0.1:{job.port}"
     wait_for(lambda: rpc.check_health(address))
     with closing(ReplayClient(address)) as client:
@@ -120,4 +125,4 @@ def test_start_scale_and_drain(job: Job, tmp_path: Path) -> None:
         job.launch("scale")
         wait_for(lambda: client.status().num_actors == 4)
         job.launch("drain")
-        assert rpc.is_healthy(address), "nothing else is touched"
+        assert rpc.is_healthy(address), "draining the actors must not stop replay"

@@ -1,6 +1,6 @@
-"""OSWorld's own tasks on the light desktop: 0.0 as they start and 1.0 once a script has solved them, by its evaluators.
+"""Specification of OSWorld's tasks on the light desktop: reward 0.0 initially, and 1.0 after a script has solved them.
 
-A script acts as a policy does, by keys and clicks, and mostly in a terminal. Skipped without OSWorld's task files, its
+Scripts act like a policy, by keys and clicks, and mostly in a terminal. Skipped without OSWorld's task files, its
 evaluators (`deskrl evaluators install`) or the applications.
 """
 
@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.desktops.debian_packages import missing_packages
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
-from deskrl.actor.desktops.packages import missing_packages
-from deskrl.actor.official.environment import provided
-from deskrl.actor.tasks.evaluators import evaluate_task, judge_officially
-from deskrl.actor.tasks.files import Task, read_task
+from deskrl.actor.osworld_evaluators.evaluator_environment import installed_evaluators
+from deskrl.actor.task import Task
+from deskrl.actor.tasks.evaluators import evaluate_task, evaluate_with_osworld
 from deskrl.actor.tasks.setup_steps import run_steps, setup_task
+from deskrl.actor.tasks.task_schema import read_task
 from deskrl.core.config import DesktopConfig
 
 EXAMPLES = Path(__file__).parents[3] / "shared" / "osworld" / "evaluation_examples" / "examples"
@@ -29,12 +30,12 @@ DEADLINE_S = 300.0
 
 pytestmark = [
     pytest.mark.skipif(bool(missing_packages()), reason=f"packages missing: {missing_packages()}"),
-    pytest.mark.skipif(not EXAMPLES.is_dir(), reason=f"OSWorld's task files are not at {EXAMPLES}"),
-    pytest.mark.skipif(not provided().metrics, reason="OSWorld's evaluators are not installed"),
+    pytest.mark.skipif(not EXAMPLES.is_dir(), reason=f"{EXAMPLES}: not found"),
+    pytest.mark.skipif(not installed_evaluators().metrics, reason="OSWorld's evaluators are not installed"),
 ]
 
 Script = Sequence[Action | str]
-"""Actions, and between them the titles of windows to wait for."""
+"""Actions, and titles of windows to wait for."""
 
 
 def keys(*names: str) -> Action:
@@ -62,9 +63,9 @@ def vlc(option: str) -> Script:
 
 
 def gimp(option: str) -> Script:
-    """Quit it first: what it holds in memory it would write over the file."""
-    quitting: Script = ["GNU Image", wait(3), Action(ActionKind.CLICK, x=1200, y=600), keys("ctrl", "q"), wait(2)]
-    return [*quitting, *in_terminal(f"echo '{option}' >> .config/GIMP/2.10/gimprc")]
+    """Change an option while GIMP is not running, because it overwrites the file when it exits."""
+    quit_steps: Script = ["GNU Image", wait(3), Action(ActionKind.CLICK, x=1200, y=600), keys("ctrl", "q"), wait(2)]
+    return [*quit_steps, *in_terminal(f"echo '{option}' >> .config/GIMP/2.10/gimprc")]
 
 
 def chrome(change: str) -> Script:
@@ -98,26 +99,26 @@ SOLUTIONS: dict[str, Script] = {
 PROGRAMS = {"chrome": ("chromium",), "gimp": ("gimp",), "os": ("gsettings", "bc"), "vlc": ("vlc",)}
 
 
-@pytest.mark.parametrize("place", SOLUTIONS)
-def test_a_task_of_osworlds_is_solved_by_a_script(place: str, tmp_path: Path) -> None:
-    absent = [name for name in PROGRAMS[place.partition("/")[0]] if shutil.which(name) is None]
-    if absent:
-        pytest.skip(f"not installed: {', '.join(absent)}")
-    task = read_task(EXAMPLES / f"{place}.json")
+@pytest.mark.parametrize("task_path", SOLUTIONS)
+def test_a_script_solves_a_task_of_osworld(task_path: str, tmp_path: Path) -> None:
+    missing = [name for name in PROGRAMS[task_path.partition("/")[0]] if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    task = read_task(EXAMPLES / f"{task_path}.json")
 
-    async def play() -> list[float]:
+    async def run() -> list[float]:
         desktop = EmbeddedDesktop(CONFIG, "d", tmp_path)
         try:
             async with asyncio.timeout(DEADLINE_S):
-                return [await _played(desktop, task, script) for script in ([], SOLUTIONS[place])]
+                return [await _run_script(desktop, task, script) for script in ([], SOLUTIONS[task_path])]
         finally:
             await desktop.close()
 
-    assert asyncio.run(play()) == [0.0, 1.0]
+    assert asyncio.run(run()) == [0.0, 1.0]
 
 
-async def _played(desktop: EmbeddedDesktop, task: Task, script: Script) -> float:
-    """What OSWorld's evaluators say after a script; the built-in ones, where they are asked, have to say the same."""
+async def _run_script(desktop: EmbeddedDesktop, task: Task, script: Script) -> float:
+    """Return the reward by OSWorld's evaluators after a script; the built-in evaluators must agree if they apply."""
     await desktop.reset()
     await setup_task(desktop, task, 0)
     await desktop.settle()
@@ -127,7 +128,7 @@ async def _played(desktop: EmbeddedDesktop, task: Task, script: Script) -> float
         else:
             await desktop.act(item)
             await desktop.settle()
-    own = await evaluate_task(desktop, task, Action(ActionKind.FINISHED))
-    official = await judge_officially(desktop, task, await run_steps(desktop, task.id, task.evaluator.postconfig))
-    assert own.reward == official.reward, json.dumps([own.evidence, official.evidence])
-    return official.reward
+    osworld = await evaluate_with_osworld(desktop, task, await run_steps(desktop, task.id, task.evaluator.postconfig))
+    default = await evaluate_task(desktop, task, Action(ActionKind.FINISHED))  # stops all programs
+    assert default.reward == osworld.reward, json.dumps([default.evidence, osworld.evidence])
+    return osworld.reward

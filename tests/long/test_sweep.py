@@ -1,4 +1,4 @@
-"""A sweep as a person has it: real runs on simulated desktops, interrupted in two ways, and finished all the same."""
+"""`deskrl sweep` with real runs on simulated desktops: a killed and a stopped sweep are resumed and finished."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from pathlib import Path
 import pytest
 from ports_kit import free_port
 
-from deskrl.core.runfolder import RunFolder
-from deskrl.core.running.supervisor import describe_leftovers
+from deskrl.core.run_dir import RunDir
+from deskrl.launch.supervisor import describe_leftovers
 
 RUN = Path(__file__).parents[2] / "deploy" / "runs" / "simulated.toml"
 ENV_STEPS = 60
 DEADLINE_S = 600.0
 FILE = f"""
 name = "swept"
-title = "Does the weight matter?"
+title = "Does importance weighting matter?"
 run = "{RUN}"
 seeds = [0]
 [start]
 [every]
-learner.prove_checkpoint = false
-learner.grpo = {{ num_updates = 50, env_steps = {ENV_STEPS}, groups_per_batch = 2 }}
+learner.verify_checkpoint = false
+learner.grpo = {{ num_updates = 50, max_env_steps = {ENV_STEPS}, groups_per_batch = 2 }}
 replay.address = "127.0.0.1:REPLAY_PORT"
 inference.address = "127.0.0.1:INFERENCE_PORT"
 [arms.corrected]
 [arms.uncorrected]
-learner.grpo.importance = "off"
+learner.grpo.importance_weighting = "off"
 """
 
 
 class Command:
-    """`deskrl sweep` of that file."""
+    """The `deskrl sweep` command with this file."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "sweep.toml"
@@ -48,11 +48,11 @@ class Command:
         self.root = self._runs / "swept"
         self.process: subprocess.Popen[str] | None = None
 
-    def cell(self, name: str) -> RunFolder:
-        return RunFolder(self.root / name)
+    def run_dir(self, name: str) -> RunDir:
+        return RunDir(self.root / name)
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "deskrl.core.cli", "sweep", str(self._file), "--runs", str(self._runs)]
+        command = [sys.executable, "-m", "deskrl.cli.main", "sweep", str(self._file), "--runs", str(self._runs)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def finish(self) -> tuple[int, str]:
@@ -63,7 +63,7 @@ class Command:
     def wait_for(self, condition: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         while not condition():
-            assert time.monotonic() < deadline_s, "it did not come to be"
+            assert time.monotonic() < deadline_s, "timed out"
             time.sleep(0.1)
 
 
@@ -76,8 +76,8 @@ def sweep(tmp_path: Path) -> Iterator[Command]:
         command.process.communicate(timeout=DEADLINE_S)
 
 
-def test_a_sweep_that_was_killed_and_stopped_is_finished_by_the_same_command(sweep: Command) -> None:
-    start, corrected = sweep.cell("start-s0"), sweep.cell("corrected-s0")
+def test_a_killed_and_stopped_sweep_is_resumed_by_the_same_command(sweep: Command) -> None:
+    start, corrected = sweep.run_dir("start-s0"), sweep.run_dir("corrected-s0")
     sweep.start()
     sweep.wait_for(lambda: any(True for _ in start.read_metrics("phase")))
     assert sweep.process is not None
@@ -89,32 +89,32 @@ def test_a_sweep_that_was_killed_and_stopped_is_finished_by_the_same_command(swe
     sweep.wait_for(lambda: any(True for _ in corrected.read_metrics("update")))
     sweep.process.send_signal(signal.SIGTERM)
     status, output = sweep.finish()
-    assert status == 130 and "stopped; the same command goes on with" in output, output
+    assert status == 130 and "stopped; repeat the command to resume" in output, output
     assert "[2/3] corrected-s0: stopped after" in output and describe_leftovers(corrected) == []
 
     sweep.start()
     status, output = sweep.finish()
     assert status == 0, output
     assert "[1/3] start-s0: complete\n" in output and "[2/3] corrected-s0: resuming" in output
-    check_told(sweep)
+    check_results(sweep)
 
     reported_s = (sweep.root / "corrected-s0" / "report.html").stat().st_mtime
     sweep.start()
     status, output = sweep.finish()
     assert status == 0 and output.count(": complete\n") == 3, output
-    assert (sweep.root / "corrected-s0" / "report.html").stat().st_mtime == reported_s, "what is complete is left alone"
+    assert (sweep.root / "corrected-s0" / "report.html").stat().st_mtime == reported_s, "complete runs are not touched"
 
 
-def check_told(sweep: Command) -> None:
-    told = json.loads((sweep.root / "sweep.json").read_text())
-    assert [(arm["arm"], arm["num_seeds"]) for arm in told["arms"]] == [("corrected", 1), ("uncorrected", 1)]
+def check_results(sweep: Command) -> None:
+    document = json.loads((sweep.root / "sweep.json").read_text())
+    assert [(arm["arm"], arm["num_seeds"]) for arm in document["arms"]] == [("corrected", 1), ("uncorrected", 1)]
     for name in ("corrected-s0", "uncorrected-s0"):
-        learning = told["runs"][name]["result"]["learning"]
-        assert learning["steps"][-2] < ENV_STEPS <= learning["steps"][-1], "the update that reaches them is the last"
+        learning = document["runs"][name]["result"]["learning"]
+        assert learning["steps"][-2] < ENV_STEPS <= learning["steps"][-1], "the last update reaches the limit"
         assert all(later > earlier for earlier, later in pairwise(learning["seconds"]))
-        assert told["curves"]["env_steps"][told["runs"][name]["arm"]][-1]["x"] == ENV_STEPS
-        # It began where the start had ended, and has no warm start of its own.
-        phases = [line["phase"] for line in sweep.cell(name).read_metrics("phase")]
+        assert document["curves"]["env_steps"][document["runs"][name]["arm"]][-1]["x"] == ENV_STEPS
+        # It started from the policy of the start run, without a warm start of its own.
+        phases = [line["phase"] for line in sweep.run_dir(name).read_metrics("phase")]
         assert "imitation" not in phases and phases[-1] == "finished"
-    assert "imitation" in [line["phase"] for line in sweep.cell("start-s0").read_metrics("phase")]
+    assert "imitation" in [line["phase"] for line in sweep.run_dir("start-s0").read_metrics("phase")]
     assert (sweep.root / "sweep.html").read_text().count("<svg") == 2

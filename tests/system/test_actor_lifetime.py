@@ -1,4 +1,4 @@
-"""A role drains on a signal, and does not outlive its supervisor."""
+"""Process lifecycle of a role: it drains on a signal and when its supervisor dies."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from deskrl.core.lifetime import SUPERVISOR_VARIABLE, StopEvent, supervised_environment
+from deskrl.core.process_lifecycle import SUPERVISOR_VARIABLE, StopEvent, supervised_environment
 
 _ROLE = """
 import sys
-from deskrl.core.lifetime import die_with_parent, stop_event
+from deskrl.core.process_lifecycle import die_with_parent, stop_event
 stop = stop_event()
 die_with_parent(grace_s=0.5)
 print("ready", flush=True)
 stop.wait(30)
-if "asks" in sys.argv:
+if "waits" in sys.argv:
     print("draining", flush=True)
     sys.stdin.readline()
 print("drained", flush=True)
@@ -48,8 +48,8 @@ def _supervisor() -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sets_the_event_and_a_second_one_changes_nothing(number: signal.Signals) -> None:
-    with _start_role("asks") as role:
+def test_a_role_drains_on_a_signal_and_ignores_further_signals(number: signal.Signals) -> None:
+    with _start_role("waits") as role:
         assert role.stdin is not None and role.stdout is not None and role.stdout.readline() == "ready\n"
         role.send_signal(number)
         assert role.stdout.readline() == "draining\n"
@@ -70,7 +70,7 @@ def test_a_role_drains_when_its_supervisor_is_killed() -> None:
     assert role.returncode == 0
 
 
-def test_a_role_that_hangs_is_killed_after_its_supervisor() -> None:
+def test_a_role_that_hangs_after_its_supervisor_died_is_killed() -> None:
     supervisor = _supervisor()
     with _start_role("hangs", **{SUPERVISOR_VARIABLE: str(supervisor.pid)}) as role:
         assert role.stdout is not None and role.stdout.readline() == "ready\n"
@@ -80,7 +80,7 @@ def test_a_role_that_hangs_is_killed_after_its_supervisor() -> None:
     assert role.returncode == -signal.SIGKILL
 
 
-def test_a_supervisor_that_is_gone_already_ends_the_role() -> None:
+def test_a_role_drains_if_its_supervisor_died_before_it_started() -> None:
     supervisor = _supervisor()
     supervisor.kill()
     supervisor.wait()
@@ -90,12 +90,12 @@ def test_a_supervisor_that_is_gone_already_ends_the_role() -> None:
     assert role.returncode == 0
 
 
-def test_a_supervisor_reaches_what_is_not_its_own_child(tmp_path: Path) -> None:
-    """As torchrun's ranks are: children of a launcher, watched all the same."""
+def test_a_role_that_is_not_a_child_of_its_supervisor_drains_too(tmp_path: Path) -> None:
+    """The ranks of torchrun are such processes: children of a launcher that itself is a child of the supervisor."""
     launcher = textwrap.dedent(
         """
         import os, subprocess, sys
-        from deskrl.core.lifetime import supervised_environment
+        from deskrl.core.process_lifecycle import supervised_environment
         shell = ["sh", "-c", '"$0" -c "$1" & wait', sys.executable, os.environ["ROLE"]]
         subprocess.run(shell, env={**os.environ, **supervised_environment()})
         """
@@ -108,11 +108,11 @@ def test_a_supervisor_reaches_what_is_not_its_own_child(tmp_path: Path) -> None:
         assert supervisor.stdout.read() == "drained\n"
 
 
-def test_the_environment_names_this_process() -> None:
+def test_the_environment_names_the_calling_process_as_supervisor() -> None:
     assert supervised_environment() == {SUPERVISOR_VARIABLE: str(os.getpid())}
 
 
-def test_a_coroutine_waits_for_the_event() -> None:
+def test_a_coroutine_can_wait_for_the_stop_event() -> None:
     async def scenario() -> None:
         event = StopEvent()
         waiting = asyncio.create_task(event.wait_async())

@@ -1,12 +1,13 @@
-"""The actor process with real desktops and a real replay service, each a process of its own.
+"""The actor process with real desktops and a real replay service, which is a process of its own.
 
-Inference is a double: a small gRPC server that says what a test tells it to, so that a test can say exactly what the
-policy does and when things break. `Act` against the real engine is tested where the engine is.
+Inference is a double: a gRPC server with scripted responses, so that a test controls what the policy does and when a
+failure happens. `Act` of the real engine is tested in test_inference_replica.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -25,49 +26,51 @@ from typing import Any
 import grpc
 import pytest
 from ports_kit import free_port, free_ports
+from remote_guest_kit import serving_guest
 
-from deskrl.actor.desktops.orphans import processes_of
-from deskrl.actor.tasks.files import load_tasks
+from deskrl.actor.desktops.orphan_cleanup import find_sandbox_processes
+from deskrl.actor.tasks.task_schema import load_tasks
 from deskrl.core import rpc
 from deskrl.core.ids import image_hash
-from deskrl.core.lifetime import supervised_environment
-from deskrl.core.timings import PARTS
-from deskrl.core.trajectory import Span, Step, decode_step
+from deskrl.core.latency_breakdown import PARTS
+from deskrl.core.process_lifecycle import supervised_environment
+from deskrl.core.step_codec import Step, VersionSpan, decode_step
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc, replay_pb2, replay_pb2_grpc, rollout_pb2
 
+BOARD = Path(__file__).parents[2] / "examples" / "desktop"
 TASK = "make-a-folder"
 MAKE_THE_FOLDER = (
     "Thought: Write the command.\nAction: type(content='mkdir amber')",
     "Thought: Run it.\nAction: hotkey(key='enter')",
     "Thought: The folder is made.\nAction: finished()",
 )
-END_EVERYTHING = "Thought: Enough of this.\nAction: type(content='kill -9 -1\\n')"
-NONSENSE = "Thought: Hm.\nAction: frobnicate()"
-PATIENCE_S = 60.0
+KILL_ALL_PROCESSES = "Thought: Enough of this.\nAction: type(content='kill -9 -1\\n')"
+INVALID_ACTION = "Thought: Hm.\nAction: frobnicate()"
+TIMEOUT_S = 60.0
 
 
 class PolicyDouble(inference_pb2_grpc.InferenceServiceServicer):
-    """Says `words`, one each turn of an episode; its token ids are the bytes of what it says.
+    """Replica with scripted responses, whose token ids are the bytes of the text.
 
     Args:
-        words: what is said, by the number of answers that the conversation holds already.
-        before: called with that number before each answer.
-        forgets: hold no screenshot from one request to the next.
+        responses: response at each step of an episode.
+        before: called with the index of the step before each response.
+        forgets: do not cache screenshots between requests.
     """
 
     def __init__(
-        self, words: Sequence[str], before: Callable[[int], Any] = lambda turn: None, forgets: bool = False
+        self, responses: Sequence[str], before: Callable[[int], Any] = lambda step: None, forgets: bool = False
     ) -> None:
-        self._words = words
+        self._responses = responses
         self._before = before
         self._forgets = forgets
         self._images: dict[str, bytes] = {}
-        self.asked: list[inference_pb2.ActRequest] = []
-        self.answered: list[inference_pb2.SampledAction] = []
+        self.requests: list[inference_pb2.ActRequest] = []
+        self.actions: list[inference_pb2.SampledAction] = []
 
     def Act(self, request: inference_pb2.ActRequest, context: Any) -> inference_pb2.ActResponse:
-        """Answer, or say which screenshots are missing."""
-        self.asked.append(request)
+        """Return the scripted action, or the hashes of missing screenshots."""
+        self.requests.append(request)
         if self._forgets:
             self._images.clear()
         self._images |= {image.hash: image.data for image in request.images}
@@ -75,14 +78,14 @@ class PolicyDouble(inference_pb2_grpc.InferenceServiceServicer):
         named = [content.image_hash for content in contents if content.WhichOneof("kind") == "image_hash"]
         if missing := [name for name in named if name not in self._images]:
             return inference_pb2.ActResponse(missing_images=inference_pb2.MissingImages(hashes=missing))
-        turn = sum(content.WhichOneof("kind") == "token_ids" for content in contents)
-        self._before(turn)
-        action = _say(self._words[turn])
-        self.answered.append(action)
+        step = sum(content.WhichOneof("kind") == "token_ids" for content in contents)
+        self._before(step)
+        action = _sampled_action(self._responses[step])
+        self.actions.append(action)
         return inference_pb2.ActResponse(action=action)
 
 
-def _say(text: str) -> inference_pb2.SampledAction:
+def _sampled_action(text: str) -> inference_pb2.SampledAction:
     ids = list(text.encode())
     half = len(ids) // 2
     versions = [
@@ -105,7 +108,7 @@ def _say(text: str) -> inference_pb2.SampledAction:
 
 @dataclass
 class Run:
-    """One run's processes, and the learner's view of its replay service."""
+    """Processes of one run, and the learner's calls to its replay service."""
 
     folder: Path
     temporary: Path
@@ -120,7 +123,7 @@ class Run:
         overrides = [f"--{key.replace('__', '.')}={value}" for key, value in options.items()]
         with open(self.folder / f"{role}.log", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "deskrl.core.cli", role, str(config), *overrides],
+                [sys.executable, "-m", "deskrl.cli.main", role, str(config), *overrides],
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **supervised_environment(), "TMPDIR": str(self.temporary)},
@@ -132,7 +135,7 @@ class Run:
         return process
 
     def serve(self, policy: PolicyDouble, replica: int = 0) -> PolicyDouble:
-        """Let a double be a replica of the policy."""
+        """Serve a double as a replica of the policy."""
         server = grpc.server(futures.ThreadPoolExecutor(8))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(policy, server)
         server.add_insecure_port(f"127.0.0.1:{self.inference_port + replica}")
@@ -141,15 +144,20 @@ class Run:
         return policy
 
     def plan(
-        self, queue: str, acting: rollout_pb2.ActingPolicy, num_rollouts: int = 1, tasks: Sequence[str] = (TASK,)
+        self,
+        queue: str,
+        acting: rollout_pb2.ActingPolicy,
+        num_rollouts: int = 1,
+        tasks: Sequence[str] = (TASK,),
+        task_json: bytes | None = None,
     ) -> None:
-        """Plan a group of each task."""
+        """Plan one group per task, with another definition of the task if `task_json` is given."""
         groups = [
             replay_pb2.GroupPlan(
                 group_id=f"{queue}/{task.id}",
                 queue=queue,
                 task_id=task.id,
-                task_json=task.data,
+                task_json=task_json or task.data,
                 seeds=range(num_rollouts),
                 max_steps=6,
                 temperature=0.75,
@@ -161,38 +169,38 @@ class Run:
             replay.PlanGroups(replay_pb2.PlanGroupsRequest(peer=rpc.peer("learner", "test"), groups=groups))
 
     def take(self, queue: str, ordinal: int = 0) -> replay_pb2.Group:
-        """Wait for a complete group."""
+        """Wait for a complete group and return it."""
         request = replay_pb2.TakeGroupRequest(
-            peer=rpc.peer("learner", "test"), queue=queue, batch_id="batch", ordinal=ordinal, wait_s=PATIENCE_S
+            peer=rpc.peer("learner", "test"), queue=queue, batch_id="batch", ordinal=ordinal, wait_s=TIMEOUT_S
         )
         with self._replay() as replay:
-            response: replay_pb2.TakeGroupResponse = replay.TakeGroup(request, timeout=2 * PATIENCE_S)
+            response: replay_pb2.TakeGroupResponse = replay.TakeGroup(request, timeout=2 * TIMEOUT_S)
         assert response.HasField("group"), self.log("actor")
         return response.group
 
     def episode(self, queue: str) -> tuple[replay_pb2.Episode, list[Step]]:
-        """Wait for the only episode of a queue."""
+        """Wait for the only episode of a queue and return it with its steps."""
         (episode,) = self.take(queue).episodes
         return episode, [decode_step(data) for data in episode.steps]
 
     def status(self) -> replay_pb2.GetReplayStatusResponse:
-        """The replay service's counters."""
+        """Return the counters of the replay service."""
         with self._replay() as replay:
             status: replay_pb2.GetReplayStatusResponse = replay.GetReplayStatus(replay_pb2.GetReplayStatusRequest())
             return status
 
     def fetch_images(self, hashes: Sequence[str]) -> dict[str, bytes]:
-        """Screenshots by hash."""
+        """Return screenshots by hash."""
         with self._replay() as replay:
-            answers = replay.FetchImages(replay_pb2.FetchImagesRequest(hashes=hashes))
-            return {answer.image.hash: answer.image.data for answer in answers}
+            responses = replay.FetchImages(replay_pb2.FetchImagesRequest(hashes=hashes))
+            return {response.image.hash: response.image.data for response in responses}
 
     def desktops(self) -> list[Path]:
-        """Folders of the run's desktops."""
+        """Return the directories of the run's desktops."""
         return list(self.temporary.glob("deskrl-desktops-*/*"))
 
     def log(self, role: str) -> str:
-        """What a role has logged."""
+        """Return the log of a role."""
         return (self.folder / f"{role}.log").read_text()
 
     @contextlib.contextmanager
@@ -203,13 +211,13 @@ class Run:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    """A run with its replay service; whatever the test leaves is ended, and nothing may be left of its desktops."""
+    """Run with a replay service. Afterwards all processes are terminated; nothing may remain of the desktops."""
     for program in ("Xvfb", "bwrap"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed: desktops cannot be started")
-    replay_port, inference_port, _ = free_ports(3)  # the last one is for a second replica
-    temporary = Path(tempfile.mkdtemp(prefix="deskrl-"))  # short: the names of sockets have a limit
-    this = Run(tmp_path, temporary, f"127.0.0.1:{replay_port}", inference_port)
+    replay_port, inference_port, _ = free_ports(3)  # the third one is for a second replica
+    temporary = Path(tempfile.mkdtemp(prefix="deskrl-"))  # short, because the paths of Unix sockets are limited
+    new_run = Run(tmp_path, temporary, f"127.0.0.1:{replay_port}", inference_port)
     (tmp_path / "run.toml").write_text(
         f"""
         name = "test"
@@ -222,20 +230,20 @@ def run(tmp_path: Path) -> Iterator[Run]:
         image_height = 280
         window_images = 2
         [replay]
-        address = "{this.replay_address}"
+        address = "{new_run.replay_address}"
         [inference]
         address = "127.0.0.1:{inference_port}"
         """
     )
     (tmp_path / "test").mkdir()
-    this.start("replay")
-    yield this
-    for process in reversed(this.processes):
+    new_run.start("replay")
+    yield new_run
+    for process in reversed(new_run.processes):
         if process.poll() is None:
             process.send_signal(signal.SIGCONT)
             process.terminate()
-        process.wait(PATIENCE_S)
-    for server in this.servers:
+        process.wait(TIMEOUT_S)
+    for server in new_run.servers:
         server.stop(None)
     left = list(temporary.iterdir())
     shutil.rmtree(temporary)
@@ -245,22 +253,22 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for something that is seen by looking only."""
-    deadline_s = time.monotonic() + PATIENCE_S
+    """Poll a condition until it is true."""
+    deadline_s = time.monotonic() + TIMEOUT_S
     while not condition():
-        assert time.monotonic() < deadline_s, "it did not come to pass"
+        assert time.monotonic() < deadline_s, "the condition did not become true in time"
         time.sleep(0.05)
 
 
 def once(do: Callable[[], object]) -> Callable[[], None]:
-    """The same, but only the first time."""
-    todo = [do]
+    """Return a function that calls `do` on its first call only."""
+    pending = [do]
 
-    def maybe() -> None:
-        if todo:
-            todo.pop()()
+    def call_once() -> None:
+        if pending:
+            pending.pop()()
 
-    return maybe
+    return call_once
 
 
 def test_scripted_rollouts_become_demonstrations(run: Run) -> None:
@@ -280,8 +288,16 @@ def test_scripted_rollouts_become_demonstrations(run: Run) -> None:
     assert 'deskrl_actor_desktops{state="idle"}' in metrics
 
 
+def test_rollouts_run_on_desktops_of_a_provider_outside_deskrl(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(BOARD))
+    run.plan("demo", rollout_pb2.ACTING_POLICY_SCRIPTED, task_json=next(BOARD.glob("tasks/*/*/*.json")).read_bytes())
+    run.start("actor", desktop__provider="drawing_board:BoardProvider")
+    episode, steps = run.episode("demo")
+    assert (episode.result.reward, len(steps)) == (1.0, 5)
+
+
 def assert_demonstration(run: Run, episode: replay_pb2.Episode) -> None:
-    """An episode is one from which the learner can imitate."""
+    """Assert that an episode is a demonstration which the learner can imitate."""
     assert episode.result.reward == 1.0
     assert episode.result.termination == rollout_pb2.TERMINATION_FINISHED
     steps = [decode_step(data) for data in episode.steps]
@@ -294,41 +310,45 @@ def assert_demonstration(run: Run, episode: replay_pb2.Episode) -> None:
     assert all(image_hash(data) == name for name, data in images.items()) and images.keys() == hashes
 
 
-def test_sampled_steps_carry_exactly_what_inference_said(run: Run) -> None:
+def test_sampled_steps_contain_exactly_what_inference_reported(run: Run) -> None:
     policy = run.serve(PolicyDouble(MAKE_THE_FOLDER))
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED)
     run.start("actor")
     episode, steps = run.episode("eval")
     assert (episode.result.reward, episode.result.num_steps) == (1.0, 3)
-    assert len(policy.asked) == len(policy.answered) == 3
-    for step, asked, said in zip(steps, policy.asked, policy.answered, strict=True):
-        assert step.prompt_ids == tuple(said.prompt_ids) and step.action_ids == tuple(said.action_ids)
-        assert step.logprobs == tuple(said.logprobs) and step.text == said.text
-        assert step.spans == tuple(Span(s.version.lineage, s.version.step, s.start, s.end) for s in said.versions)
+    assert len(policy.requests) == len(policy.actions) == 3
+    for step, request, action in zip(steps, policy.requests, policy.actions, strict=True):
+        assert step.prompt_ids == tuple(action.prompt_ids) and step.action_ids == tuple(action.action_ids)
+        assert step.logprobs == tuple(action.logprobs) and step.text == action.text
+        assert step.spans == tuple(
+            VersionSpan(s.version.lineage, s.version.step, s.start, s.end) for s in action.versions
+        )
         assert step.processor_hash == "processor" and step.temperature == 0.75 and step.messages == ()
-        assert [image.hash for image in asked.images] == [step.screenshot], "each screenshot crosses the wire once"
-        assert asked.temperature == 0.75
-    assert [len(step.images) for step in steps] == [1, 2, 2], "the context is a window of two"
+        assert [image.hash for image in request.images] == [step.screenshot], "each screenshot is sent once"
+        assert request.temperature == 0.75
+    assert [len(step.images) for step in steps] == [1, 2, 2], "the context window has two screenshots"
     assert [step.action["kind"] for step in steps] == ["type", "hotkey", "finished"]
     assert steps[0].timings_ms.keys() >= set(PARTS)
-    answers = [
-        m.contents[0].token_ids.ids for m in policy.asked[2].messages if m.role == inference_pb2.MESSAGE_ROLE_ASSISTANT
+    responses = [
+        m.contents[0].token_ids.ids
+        for m in policy.requests[2].messages
+        if m.role == inference_pb2.MESSAGE_ROLE_ASSISTANT
     ]
-    assert [bytes(ids).decode() for ids in answers] == list(MAKE_THE_FOLDER[:2]), (
-        "said again as the ids that were sampled"
+    assert [bytes(ids).decode() for ids in responses] == list(MAKE_THE_FOLDER[:2]), (
+        "earlier responses are sent as the token ids that were sampled"
     )
 
 
-def test_a_server_that_forgets_screenshots_is_sent_them_again(run: Run) -> None:
+def test_a_replica_that_lacks_screenshots_is_sent_them_again(run: Run) -> None:
     policy = run.serve(PolicyDouble(MAKE_THE_FOLDER, forgets=True))
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED)
     run.start("actor")
     episode, steps = run.episode("eval")
     assert episode.result.reward == 1.0
-    assert len(policy.asked) > len(policy.answered) == len(steps)
+    assert len(policy.requests) > len(policy.actions) == len(steps)
 
 
-def test_a_replica_that_is_away_is_stood_in_for_by_another(run: Run) -> None:
+def test_another_replica_is_used_if_one_is_unavailable(run: Run) -> None:
     run.serve(PolicyDouble(MAKE_THE_FOLDER), replica=1)
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED, num_rollouts=4)
     run.start("actor", inference__num_replicas=2, desktop__num_envs=2)
@@ -337,15 +357,15 @@ def test_a_replica_that_is_away_is_stood_in_for_by_another(run: Run) -> None:
     assert not run.status().faults
 
 
-def test_an_unreachable_policy_is_a_fault(run: Run) -> None:
+def test_unavailable_inference_is_a_fault(run: Run) -> None:
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED)
     run.start("actor", actor__act_timeout_s=0.5, replay__max_faults=1)
     until(lambda: run.status().faults)
     assert set(run.status().faults) == {"FAULT_KIND_INFERENCE"}
 
 
-def test_what_is_no_action_ends_the_episode_unrewarded(run: Run) -> None:
-    run.serve(PolicyDouble((*MAKE_THE_FOLDER[:2], NONSENSE)))
+def test_an_invalid_action_ends_the_episode_with_reward_0(run: Run) -> None:
+    run.serve(PolicyDouble((*MAKE_THE_FOLDER[:2], INVALID_ACTION)))
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED)
     run.start("actor")
     episode, _ = run.episode("eval")
@@ -353,39 +373,64 @@ def test_what_is_no_action_ends_the_episode_unrewarded(run: Run) -> None:
     assert episode.result.termination == rollout_pb2.TERMINATION_FORMAT_ERROR and not episode.result.format_ok
 
 
-def test_a_policy_that_ends_its_desktop_has_failed_and_the_next_episode_gets_a_fresh_one(run: Run) -> None:
-    run.serve(PolicyDouble((END_EVERYTHING, *MAKE_THE_FOLDER[1:])))
+def test_a_policy_that_kills_all_its_programs_fails_and_the_next_episode_gets_a_fresh_desktop(run: Run) -> None:
+    run.serve(PolicyDouble((KILL_ALL_PROCESSES, *MAKE_THE_FOLDER[1:])))
     run.plan("eval/0", rollout_pb2.ACTING_POLICY_SAMPLED)
     run.start("actor")
     episode, steps = run.episode("eval/0")
-    assert (episode.result.reward, episode.result.num_steps, episode.num_faults) == (0.0, 1, 0)
-    assert episode.result.termination == rollout_pb2.TERMINATION_DESKTOP_DESTROYED
+    assert (episode.result.reward, episode.num_faults) == (0.0, 0)
     assert steps[0].action["text"] == "kill -9 -1\n"
     run.plan("demo", rollout_pb2.ACTING_POLICY_SCRIPTED)
     assert run.take("demo").episodes[0].result.reward == 1.0
 
 
 @pytest.mark.parametrize("command", [":(){ :|:& };:", "rm -rf --no-preserve-root / ~", "cat /dev/zero | tail"])
-def test_what_a_policy_does_to_its_desktop_is_never_a_fault(run: Run, command: str) -> None:
-    ruin = f"Thought: Let it end.\nAction: type(content='{command}\\n')"
-    policy = run.serve(PolicyDouble((ruin, "Thought: So.\nAction: wait()", MAKE_THE_FOLDER[-1])))
+def test_a_destructive_command_of_the_policy_is_a_failure_and_not_a_fault(run: Run, command: str) -> None:
+    destructive = f"Thought: Let it end.\nAction: type(content='{command}\\n')"
+    policy = run.serve(PolicyDouble((destructive, "Thought: So.\nAction: wait()", MAKE_THE_FOLDER[-1])))
     run.plan("eval/0", rollout_pb2.ACTING_POLICY_SAMPLED)
     run.start("actor", desktop__memory_bytes=512 * 1024**2, desktop__step_timeout_s=10)
     episode, steps = run.episode("eval/0")
     assert (episode.result.reward, episode.num_faults) == (0.0, 0)
-    assert steps[0].action["text"] == f"{command}\n" and policy.answered[0].text == ruin
+    assert steps[0].action["text"] == f"{command}\n" and policy.actions[0].text == destructive
     run.plan("demo", rollout_pb2.ACTING_POLICY_SCRIPTED)
-    assert run.take("demo").episodes[0].result.reward == 1.0, "the next episode has a desktop as good as new"
+    assert run.take("demo").episodes[0].result.reward == 1.0, "the next episode has a working desktop"
 
 
-def test_a_desktop_that_dies_by_itself_costs_the_policy_nothing(run: Run) -> None:
+def test_a_policy_that_ends_its_x_server_destroys_its_desktop_and_the_rollout_is_not_granted_again(run: Run) -> None:
+    end_x_server = "setxkbmap -option terminate:ctrl_alt_bksp; xdotool key ctrl+alt+BackSpace"
+    steps = (f"Thought: Off.\nAction: type(content='{end_x_server}\\n')", "Thought: So.\nAction: wait()")
+    run.serve(PolicyDouble((*steps, *MAKE_THE_FOLDER)))
+    run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED)
+    run.start("actor")
+    episode, _ = run.episode("eval")
+    assert episode.result.termination == rollout_pb2.TERMINATION_DESKTOP_DESTROYED
+    assert (episode.result.reward, episode.num_faults, dict(run.status().faults)) == (0.0, 0, {})
+    assert json.loads(episode.result.evidence_json).keys() == {"destroyed"}
+
+
+def test_a_policy_that_makes_its_result_unreadable_fails_and_the_rollout_is_not_granted_again(run: Run) -> None:
+    (task,) = load_tasks(ids=(TASK,))
+    record = json.loads(task.data)
+    record["evaluator"]["result"]["command"] = "/usr/bin/cat ~/amber"
+    run.serve(PolicyDouble(("Thought: Wait for it.\nAction: type(content='mkfifo amber\\n')", MAKE_THE_FOLDER[-1])))
+    run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED, task_json=json.dumps(record).encode())
+    run.start("actor", desktop__evaluate_timeout_s=2)
+    episode, _ = run.episode("eval")
+    assert episode.result.termination == rollout_pb2.TERMINATION_STATE_UNREADABLE
+    assert (episode.result.reward, episode.num_faults, dict(run.status().faults)) == (0.0, 0, {})
+    assert "evaluation: not done within 2 s" in episode.result.evidence_json
+
+
+@pytest.mark.parametrize("killed_before_step", [0, 1], ids=["before any action", "after an action"])
+def test_a_desktop_that_is_killed_from_outside_is_a_fault(run: Run, killed_before_step: int) -> None:
     def kill_the_desktop() -> None:
         for folder in run.desktops():
-            for process in processes_of(folder):
+            for process in find_sandbox_processes(folder):
                 os.kill(process, signal.SIGKILL)
 
     kill_once = once(kill_the_desktop)
-    run.serve(PolicyDouble(MAKE_THE_FOLDER, before=lambda turn: kill_once()))
+    run.serve(PolicyDouble(MAKE_THE_FOLDER, before=lambda step: kill_once() if step == killed_before_step else None))
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED)
     run.start("actor")
     episode, _ = run.episode("eval")
@@ -393,7 +438,7 @@ def test_a_desktop_that_dies_by_itself_costs_the_policy_nothing(run: Run) -> Non
     assert dict(run.status().faults) == {"FAULT_KIND_DESKTOP_LOST": 1}
 
 
-def test_an_episode_survives_the_death_of_replay(run: Run) -> None:
+def test_an_episode_continues_after_the_replay_service_was_killed_and_restarted(run: Run) -> None:
     def kill_replay() -> None:
         replay = run.processes[0]
         replay.kill()
@@ -401,23 +446,23 @@ def test_an_episode_survives_the_death_of_replay(run: Run) -> None:
         threading.Thread(target=run.start, args=("replay",)).start()
 
     kill_once = once(kill_replay)
-    policy = run.serve(PolicyDouble(MAKE_THE_FOLDER, before=lambda turn: kill_once() if turn == 1 else None))
+    policy = run.serve(PolicyDouble(MAKE_THE_FOLDER, before=lambda step: kill_once() if step == 1 else None))
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED)
     run.start("actor")
     until(lambda: len(run.processes) == 3 and rpc.is_healthy(run.replay_address))
     episode, steps = run.episode("eval")
     assert (episode.result.reward, len(steps), episode.num_faults) == (1.0, 3, 0)
-    assert len(policy.answered) == 3, "nothing was played twice"
+    assert len(policy.actions) == 3, "no step was repeated"
     assert run.status().num_leases_expired == 0
 
 
 def test_an_actor_that_lost_its_lease_abandons_the_episode(run: Run) -> None:
-    frozen = once(lambda: run.processes[-1].send_signal(signal.SIGSTOP))
+    suspend_once = once(lambda: run.processes[-1].send_signal(signal.SIGSTOP))
     replay = run.processes[0]
     replay.terminate()
-    replay.wait(PATIENCE_S)
+    replay.wait(TIMEOUT_S)
     run.start("replay", replay__lease_ttl_s=1)
-    policy = run.serve(PolicyDouble(MAKE_THE_FOLDER, before=lambda turn: frozen() if turn == 1 else None))
+    policy = run.serve(PolicyDouble(MAKE_THE_FOLDER, before=lambda step: suspend_once() if step == 1 else None))
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED)
     actor = run.start("actor")
     until(lambda: run.status().num_leases_expired)
@@ -425,55 +470,104 @@ def test_an_actor_that_lost_its_lease_abandons_the_episode(run: Run) -> None:
     episode, steps = run.episode("eval")
     assert (episode.result.reward, len(steps), episode.num_faults) == (1.0, 3, 0)
     assert "abandoned" in run.log("actor")
-    assert len(policy.answered) > 3, "it was played again from its start"
+    assert len(policy.actions) > 3, "the rollout was run again from the start"
+
+
+def remote_guests(*ports: int) -> dict[str, object]:
+    """Return options for one desktop per port of the loopback."""
+    addresses = json.dumps([f"127.0.0.1:{port}" for port in ports])
+    return {"desktop__provider": "remote", "desktop__num_envs": len(ports), "desktop__remote__addresses": addresses}
+
+
+def remove_locks(run: Run) -> None:
+    """Remove the lock files of remote guests, which remain because another actor might be acquiring one."""
+    for lock in run.temporary.glob("deskrl-desktops-*/remote-*.lock"):
+        lock.unlink()
+    for folder in run.temporary.glob("deskrl-desktops-*"):
+        folder.rmdir()
+
+
+def test_a_guest_that_does_not_start_is_set_aside_while_the_other_runs_episodes(run: Run) -> None:
+    live_port, dead_port, metrics_port = free_ports(3)
+    run.plan("demo", rollout_pb2.ACTING_POLICY_SCRIPTED, num_rollouts=3)
+    with serving_guest() as guest:
+        guest.listen(live_port)
+        options = {"desktop__start_timeout_s": 2, "actor__metrics_port": metrics_port}
+        actor = run.start("actor", **remote_guests(live_port, dead_port), **options)
+        group = run.take("demo")
+        assert [episode.result.reward for episode in group.episodes] == [1.0] * 3
+
+        def set_aside() -> dict[int, str]:
+            return {it.num_desktops_set_aside: it.start_error for it in run.status().peers if it.peer.role == "actor"}
+
+        until(lambda: 1 in set_aside())
+        assert f"the guest at 127.0.0.1:{dead_port} does not respond" in set_aside()[1]
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics") as page:
+            metrics = page.read().decode()
+        assert 'deskrl_actor_desktops{state="set_aside"} 1.0' in metrics
+        assert "deskrl_actor_desktop_start_failures_total 0.0" not in metrics
+        guest.listen(dead_port)
+        until(lambda: 0 in set_aside())
+        assert actor.poll() is None
+        actor.terminate()
+        actor.wait(TIMEOUT_S)
+    remove_locks(run)
+
+
+def test_an_actor_ends_if_none_of_its_desktops_starts_for_the_configured_time(run: Run) -> None:
+    options = {"desktop__start_timeout_s": 0.5, "desktop__start_retry_timeout_s": 1}
+    actor = run.start("actor", **remote_guests(*free_ports(2)), **options)
+    assert actor.wait(TIMEOUT_S) == 1
+    assert "no desktop could be started for 1 s" in run.log("actor")
+    remove_locks(run)
 
 
 @pytest.fixture
-def thinking(run: Run) -> Iterator[Callable[[], int]]:
-    """A policy that thinks and does not answer; says how many episodes are waiting for it."""
-    asked: list[int] = []
-    enough = threading.Event()
+def num_waiting(run: Run) -> Iterator[Callable[[], int]]:
+    """Serve a policy that does not respond; return a function that counts the waiting episodes."""
+    waiting: list[int] = []
+    end = threading.Event()
 
-    def think(turn: int) -> None:
-        asked.append(turn)
-        enough.wait(PATIENCE_S)
+    def wait(step: int) -> None:
+        waiting.append(step)
+        end.wait(TIMEOUT_S)
 
-    run.serve(PolicyDouble(MAKE_THE_FOLDER, before=think))
-    yield lambda: len(asked)
-    enough.set()
+    run.serve(PolicyDouble(MAKE_THE_FOLDER, before=wait))
+    yield lambda: len(waiting)
+    end.set()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains(run: Run, thinking: Callable[[], int], number: signal.Signals) -> None:
+def test_an_actor_drains_on_a_signal(run: Run, num_waiting: Callable[[], int], number: signal.Signals) -> None:
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED, num_rollouts=3)
     actor = run.start("actor", desktop__num_envs=2)
-    until(lambda: thinking() == 2)
+    until(lambda: num_waiting() == 2)
     actor.send_signal(number)
-    assert actor.wait(PATIENCE_S) == 0
+    assert actor.wait(TIMEOUT_S) == 0
     (queue,) = run.status().queues
-    assert (queue.num_planned, queue.num_leased) == (3, 0), "all of the work is given back"
+    assert (queue.num_planned, queue.num_leased) == (3, 0), "all leases are released"
     assert run.desktops() == []
 
 
-def test_a_killed_actor_leaves_no_process_and_the_next_one_removes_the_rest(
-    run: Run, thinking: Callable[[], int]
+def test_a_killed_actor_leaves_no_process_and_the_next_actor_removes_its_directories(
+    run: Run, num_waiting: Callable[[], int]
 ) -> None:
     run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED, num_rollouts=2)
     actor = run.start("actor", desktop__num_envs=2)
-    until(lambda: thinking() == 2)
+    until(lambda: num_waiting() == 2)
     left = run.desktops()
-    assert len(left) == 2 and all(processes_of(folder) for folder in left)
+    assert len(left) == 2 and all(find_sandbox_processes(folder) for folder in left)
     actor.kill()
     actor.wait()
-    until(lambda: not any(processes_of(folder) for folder in left))
+    until(lambda: not any(find_sandbox_processes(folder) for folder in left))
     run.plan("demo", rollout_pb2.ACTING_POLICY_SCRIPTED)
     run.start("actor")
     assert run.take("demo").episodes[0].result.reward == 1.0
     assert not any(folder.exists() for folder in left)
 
 
-def test_an_actor_that_is_not_of_the_run_is_refused(run: Run) -> None:
-    command = [sys.executable, "-m", "deskrl.core.cli", "actor", str(run.folder / "run.toml"), "--index", "1"]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert refused.returncode == 2
-    assert "there is no actor 1" in refused.stderr and "count actors from 0" in refused.stderr
+def test_an_actor_index_beyond_the_number_of_actors_is_rejected(run: Run) -> None:
+    command = [sys.executable, "-m", "deskrl.cli.main", "actor", str(run.folder / "run.toml"), "--index", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert result.returncode == 2
+    assert "there is no actor 1" in result.stderr and "count actors from 0" in result.stderr

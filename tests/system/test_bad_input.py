@@ -1,13 +1,14 @@
-"""Bad input, as a person meets it at the shell: one clear line with the mend, exit status 2, nothing lost.
+"""Invalid input at the shell: one line with the problem and a hint, exit status 2, and no data is lost.
 
-Each case gives `deskrl` something that it cannot work with and looks at what a person sees. What is known to be wrong
-before a run begins leaves no folder behind; what only a role finds out ends the run with that role's own line.
+An error that is found before a run starts leaves no run directory behind. An error that only a role can find ends the
+run with the line of that role.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -20,14 +21,15 @@ from typing import Any
 
 import grpc
 import pytest
+from model_folder_kit import change_weights, edit_json, without, write_model_folder
 from ports_kit import free_port
 from replay_kit import ReplayProcess
 
 from deskrl.core import rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.errors import UserError
-from deskrl.core.lifetime import StopEvent
-from deskrl.core.runfolder import RunFolder
+from deskrl.core.process_lifecycle import StopEvent
+from deskrl.core.run_dir import RunDir
 from deskrl.learner.policy.tiny_model import build_tiny_model
 from deskrl.learner.replay_client import ReplayClient
 from deskrl.proto.v1 import rollout_pb2, rollout_pb2_grpc
@@ -39,26 +41,27 @@ TASK = json.loads(
 )
 SMALL = {"image_width": 112, "image_height": 112}
 
-Refused = Callable[..., str]
+Rejected = Callable[..., str]
 
 
 @pytest.fixture
 def ports() -> list[str]:
-    """Addresses that nobody listens on, as options."""
+    """Options with addresses on free ports."""
     return [f"--replay.address=127.0.0.1:{free_port()}", f"--inference.address=127.0.0.1:{free_port()}"]
 
 
 @pytest.fixture
-def refused(tmp_path: Path, ports: list[str]) -> Refused:
-    """`refused("up", SMOKE, "--seed", "x")` runs the command, holds it to its manners and returns the one line.
+def rejected(tmp_path: Path, ports: list[str]) -> Rejected:
+    """Function that runs a command, as in `rejected("up", SMOKE, "--seed", "x")`, and returns its line of error.
 
-    `up` runs in `tmp_path/runs`, on free ports; options that are given win over these.
+    It checks the exit status and the form of the line. `up` runs in `tmp_path/runs`, on free ports, unless options say
+    otherwise.
     """
 
-    def refused(
+    def rejected(
         command: str, *arguments: object, environment: Mapping[str, str] | None = None, prelude: str = ""
     ) -> str:
-        program = f"import sys; {prelude}\nfrom deskrl.core.cli import main\nsys.exit(main(sys.argv[1:]))"
+        program = f"import sys; {prelude}\nfrom deskrl.cli.main import main\nsys.exit(main(sys.argv[1:]))"
         words = [str(argument) for argument in arguments]
         if command == "up":
             words[1:1] = [option for option in defaults]
@@ -70,20 +73,21 @@ def refused(tmp_path: Path, ports: list[str]) -> Refused:
             env={**os.environ, **(environment or {})},
         )
         assert ended.returncode == 2, ended.stderr + ended.stdout
-        # A role that is started by hand logs on standard error before it finds out.
+        # A role that is started on its own may log to standard error before it finds the error.
         lines = [line for line in ended.stderr.splitlines() if command == "up" or line.startswith(("deskrl: ", " "))]
         (line,) = lines
-        assert line.startswith("deskrl: ") and "; " in line, "what is wrong; the mend"
+        assert re.fullmatch(r"deskrl: .+ \(hint: .+[^.?]\)", line), line
+        assert line.count("(hint: ") == 1, line
         assert "Traceback" not in ended.stdout
         return line
 
     defaults = [f"--runs={tmp_path / 'runs'}", "--name=bad", *ports]
-    return refused
+    return rejected
 
 
 @pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    """Where `refused("up", …)` runs."""
+def run_dir(tmp_path: Path) -> Path:
+    """Run directory of `rejected("up", …)`."""
     return tmp_path / "runs" / "bad"
 
 
@@ -91,101 +95,125 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
-        ("[learner]\nlerning_rate = 1\n", "unknown key learner.lerning_rate"),
+        (
+            "[learner]\nlerning_rate = 1\n",
+            "learner.lerning_rate: unknown key (hint: did you mean learner.grpo.learning_rate or learner.warm_start.",
+        ),
         ("[learner.grpo]\nnum_updates = 'many'\n", "learner.grpo.num_updates: Input should be a valid integer"),
         ("[learner\n", "not readable as TOML"),
         ("[model]\npath = 'm'\nbuild = 'tiny'\n", "set exactly one of model.path and model.build"),
-        ("[agent]\nimage_width = 56\n", "only one of agent.image_width and agent.image_height is set"),
-        ("[inference]\nmax_images = 2\n", "agent.window_images = 5 screenshots"),
+        ("[agent]\nimage_width = 56\n", "agent.image_width and agent.image_height must be set together"),
+        ("[inference]\nmax_images = 2\n", "agent.window_images = 5 allows more screenshots"),
         ("[inference]\nmax_model_len = 100\n", "inference.max_action_tokens = 512 leaves no room for a prompt"),
-        ("[inference]\nmetrics_port = 9100\n[replay]\nmetrics_port = 9100\n", "both come to port 9100"),
+        (
+            "[inference]\nmetrics_port = 9100\n[replay]\nmetrics_port = 9100\n",
+            "inference.metrics_port and replay.metrics_port both use port 9100",
+        ),
     ],
 )
-def test_a_configuration_that_is_wrong_is_refused_by_its_keys(
-    refused: Refused, tmp_path: Path, run_folder: Path, text: str, told: str
+def test_an_invalid_configuration_is_rejected_with_its_keys(
+    rejected: Rejected, tmp_path: Path, run_dir: Path, text: str, expected: str
 ) -> None:
     path = tmp_path / "run.toml"
     path.write_text(text)
-    assert told in refused("up", path)
-    assert not run_folder.exists()
+    assert expected in rejected("up", path)
+    assert not run_dir.exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
-        (("up", SMOKE, "--learner.grpo.num_updtes", "3"), "--learner.grpo.num_updtes"),
+        (("up", SMOKE, "--learner.grpo.num_updtes", "3"), "num_updtes: unknown key (hint: did you mean learner.grpo"),
         (("up", SMOKE, "twice"), "twice"),
-        (("up", SMOKE, "--replay.address=localhost"), "replay.address: localhost is no host:port such as 127.0.0.1"),
-        (("up", SMOKE, "--inference.address=127.0.0.1:99999"), "inference.address: 127.0.0.1:99999 is no host:port"),
+        (
+            ("up", SMOKE, "--desktop.provider=vmwre"),
+            "desktop.provider: unknown desktop provider 'vmwre' (hint: choose one of docker, embedded, ",
+        ),
+        (
+            ("up", SMOKE, "--replay.address=localhost"),
+            "replay.address: localhost has no port",
+        ),
+        (
+            ("up", SMOKE, "--inference.address=127.0.0.1:99999"),
+            "the port of 127.0.0.1:99999 is not a number",
+        ),
         (("up", SMOKE, "--replay.address=0.0.0.0:7411"), "0.0.0.0:7411 is reachable from other machines"),
-        (("up", "nowhere.toml"), "nowhere.toml: no such file; name a run configuration"),
+        (("up", "nowhere.toml"), "nowhere.toml: not found (hint: give a run configuration"),
         (
             ("up", SMOKE, "--inference.max_model_len=260"),
-            "6 screenshots of 45 tokens are 270, and inference.max_model_",
+            "6 screenshots of 45 tokens have 270 tokens, more than",
         ),
-        (("explain", SMOKE, "--inference.max_model_len=260"), "6 screenshots of 45 tokens are 270"),
-        (("explain", SMOKE, "--act-s=soon"), "invalid float value: 'soon'"),
+        (("explain", SMOKE, "--inference.max_model_len=260"), "6 screenshots of 45 tokens have 270 tokens"),
+        (
+            ("up", SMOKE, "--learner.lora.rank=8", '--learner.lora.targets=["q_porj"]'),
+            "learner.lora.targets: no linear layer of the model is called q_porj (hint: choose from down_proj, ",
+        ),
+        (("merge-adapter", "nowhere", "merged"), "nowhere: contains no adapter (adapter_model.safetensors)"),
+        (("explain", SMOKE, "--act-s=soon"), "argument --act-s: soon: Input should be a valid number"),
         (("explain", "--arpo", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
         (("up", "--arpo", SMOKE), "not readable as YAML"),
-        (("replay", "nowhere.json"), "nowhere.json: no such file"),
-        (("report", "nowhere"), "config.json: no such file; name the folder of a run"),
-        (("actor", SMOKE, "--index", "first"), "invalid int value: 'first'; see deskrl actor --help"),
-        (("tasks", "prove", "nope"), "no task nope; choose from"),
-        (("fly", SMOKE), "invalid choice: 'fly'"),
+        (("replay", "nowhere.json"), "nowhere.json: not found"),
+        (("report", "nowhere"), "config.json: not found (hint: give the directory of a run"),
+        (("actor", SMOKE, "--index", "first"), "argument --index: first: Input should be a valid integer"),
+        (("tasks", "prove", "nope"), "no task nope (hint: choose from"),
+        (("fly", SMOKE), "fly: unknown command"),
     ],
 )
-def test_a_command_line_that_is_wrong_is_refused_in_one_line(
-    refused: Refused, arguments: tuple[object, ...], told: str
+def test_an_invalid_command_line_is_rejected_in_one_line(
+    rejected: Rejected, arguments: tuple[object, ...], expected: str
 ) -> None:
-    assert told in refused(*arguments)
+    assert expected in rejected(*arguments)
 
 
-def test_an_environment_that_is_wrong_is_refused(refused: Refused) -> None:
-    assert "unknown key learner.sead" in refused("up", SMOKE, environment={"DESKRL_LEARNER__SEAD": "1"})
+def test_an_invalid_environment_variable_is_rejected(rejected: Rejected) -> None:
+    assert "learner.sead: unknown key (hint: " in rejected("up", SMOKE, environment={"DESKRL_LEARNER__SEAD": "1"})
 
 
-def test_runs_go_into_a_folder(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("a person's own")
-    assert f"{tmp_path / 'file' / 'bad'}: no run can be kept here" in refused("up", SMOKE, f"--runs={tmp_path}/file")
-    assert (tmp_path / "file").read_text() == "a person's own"
+def test_a_run_cannot_be_kept_below_a_file(rejected: Rejected, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    assert f"{tmp_path / 'file' / 'bad'}: cannot create the run directory: " in rejected(
+        "up", SMOKE, f"--runs={tmp_path}/file"
+    )
+    assert (tmp_path / "file").read_text() == "not a directory"
 
 
 # Ports, packages, the disk.
 
 
-def test_a_port_that_is_taken_is_named_with_its_key(refused: Refused, run_folder: Path) -> None:
+def test_a_port_that_is_in_use_is_reported_with_its_key(rejected: Rejected, run_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         for key in ("replay.address", "inference.address"):
-            told = f"{address} ({key}) cannot be listened on: Address already in use; choose another port with --{key}"
-            assert told in refused("up", SMOKE, f"--{key}={address}")
-    assert not run_folder.exists()
+            expected = f"{key}: cannot listen on {address}: Address already in use (hint: set {key} to a free port)"
+            assert expected in rejected("up", SMOKE, f"--{key}={address}")
+    assert not run_dir.exists()
 
 
-def test_two_roles_cannot_listen_on_one_port(refused: Refused, ports: list[str]) -> None:
+def test_two_roles_cannot_listen_on_one_port(rejected: Rejected, ports: list[str]) -> None:
     address = ports[0].partition("=")[2]
-    assert "replay.address and inference.address both come to port" in refused(
+    assert "replay.address and inference.address both use port" in rejected(
         "up", SMOKE, f"--inference.address={address}"
     )
 
 
 @pytest.mark.parametrize(
     ("package", "extra"),
-    [("vllm", "inference"), ("deepspeed", "learner"), ("torch", "learner"), ("wandb", "wandb")],
+    [("vllm", "inference"), ("deepspeed", "learner"), ("peft", "learner"), ("torch", "learner"), ("wandb", "wandb")],
 )
-def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
-    refused: Refused, run_folder: Path, package: str, extra: str
+def test_a_missing_package_is_reported_with_the_extra_that_provides_it(
+    rejected: Rejected, run_dir: Path, package: str, extra: str
 ) -> None:
-    line = refused("up", SMOKE, "--wandb=offline", prelude=f"sys.modules['{package}'] = None")
-    assert f"the package {package} is not installed; pip install 'deskrl[{extra}]'" in line
-    assert not run_folder.exists()
+    options = ("--tracker=wandb", "--learner.lora.rank=8")
+    line = rejected("up", SMOKE, *options, prelude=f"sys.modules['{package}'] = None")
+    assert f"the package {package} is not installed (hint: pip install 'deskrl[{extra}]'" in line
+    assert not run_dir.exists()
 
 
-@pytest.mark.parametrize(("role", "package"), [("inference", "vllm"), ("learner", "torch"), ("model", "torch")])
-def test_a_role_by_itself_names_its_missing_package(
-    refused: Refused, tmp_path: Path, ports: list[str], role: str, package: str
+@pytest.mark.parametrize(("role", "package"), [("inference", "vllm"), ("learner", "torch"), ("build-model", "torch")])
+def test_a_role_that_is_started_on_its_own_reports_its_missing_package(
+    rejected: Rejected, tmp_path: Path, ports: list[str], role: str, package: str
 ) -> None:
     build_tiny_model(tmp_path / "model", seed=0, image_size=(112, 112), corpus=["a word"])
     address = ports[1].partition("=")[2]
@@ -193,79 +221,86 @@ def test_a_role_by_itself_names_its_missing_package(
     path = tmp_path / "run.json"
     dump_config(RunConfig.model_validate({"runs": tmp_path, **sections}), path)
     (tmp_path / "run").mkdir()
-    for name, text in (("corpus.txt", "a word"), ("tasks.json", json.dumps({"make-a-folder": TASK}))):
-        (tmp_path / "run" / name).write_text(text)
-    line = refused(role, path, prelude=f"sys.modules['{package}'] = None")
-    assert line.startswith(f"deskrl: the package {package}") and "is not installed; pip install 'deskrl[" in line
+    RunDir(tmp_path / "run").write_tasks({"make-a-folder": TASK}, {}, ["a word"])
+    RunDir(tmp_path / "run").write_built_model("qwen2_5_vl", 112)
+    line = rejected(role, path, prelude=f"sys.modules['{package}'] = None")
+    assert line.startswith(f"deskrl: the package {package}") and "is not installed (hint: pip install 'deskrl[" in line
 
 
-def test_wandb_that_lets_nobody_in_is_told(tmp_path: Path) -> None:
+def test_a_missing_api_key_of_wandb_is_reported(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is an extra")
     program = (
-        "import sys; from deskrl.core.config import RunConfig; from deskrl.learner.tracking import Tracker\n"
-        "Tracker(RunConfig(runs=sys.argv[1], wandb='online'))"
+        "import sys\n"
+        "from deskrl.core.config import RunConfig\n"
+        "from deskrl.learner.metrics.run_trackers import RunTrackers\n"
+        "options = {'wandb': {'mode': 'online'}}\n"
+        "RunTrackers(RunConfig(runs=sys.argv[1], tracker=['wandb'], tracker_options=options))"
     )
-    nobody = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    without_key = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     ended = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=60,
-        env={**nobody, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")},
+        env={**without_key, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")},
         stdin=subprocess.DEVNULL,
     )
-    assert "UserError: wandb does not start: No API key configured" in ended.stderr
+    assert "UserError: tracker: wandb cannot be started: No API key configured" in ended.stderr
 
 
-def test_debian_packages_that_are_missing_are_named(refused: Refused, tmp_path: Path) -> None:
+def test_missing_debian_packages_are_reported(rejected: Rejected, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     dump_config(RunConfig.model_validate({"runs": tmp_path}), path)
-    line = refused("actor", path, environment={"PATH": str(tmp_path)})
-    assert "needs Debian packages that are not installed: " in line and "run: apt-get install " in line
+    line = rejected("actor", path, environment={"PATH": str(tmp_path)})
+    assert (
+        "Debian packages required by embedded desktops are not installed: " in line and "run: apt-get install " in line
+    )
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own, of three megabytes."""
+    """Separate file system of 3 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this machine grants no mount, so there is no small disk to fill")
+        pytest.skip("this machine does not permit to mount a small disk")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_run_does_not_start_on_a_disk_that_is_all_but_full(refused: Refused, small_disk: Path) -> None:
-    line = refused("up", SMOKE, f"--runs={small_disk}")
-    assert f"the disk of {small_disk / 'bad'} is full" in line and "free some space" in line
+def test_a_run_does_not_start_on_a_disk_that_is_almost_full(rejected: Rejected, small_disk: Path) -> None:
+    line = rejected("up", SMOKE, f"--runs={small_disk}")
+    assert f"the disk of {small_disk / 'bad'} is full: " in line and "(hint: free disk space" in line
     assert list(small_disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("role", ["replay", "model"])
-def test_a_role_on_a_full_disk_says_so_and_what_is_there_stays(refused: Refused, small_disk: Path, role: str) -> None:
+@pytest.mark.parametrize("role", ["replay", "build-model"])
+def test_a_role_reports_a_full_disk_and_existing_data_stays(rejected: Rejected, small_disk: Path, role: str) -> None:
     config = RunConfig.model_validate({"runs": small_disk, "agent": SMALL})
-    config.folder.mkdir()
-    (config.folder / "corpus.txt").write_text("a word of the corpus")
-    dump_config(config, config.folder / "config.json")
+    config.run_dir.mkdir()
+    RunDir(config.run_dir).write_tasks({}, {}, ["a word of the corpus"])
+    RunDir(config.run_dir).write_built_model("qwen2_5_vl", 112)
+    dump_config(config, config.run_dir / "config.json")
     fill(small_disk / "ballast")
     before = (small_disk / "ballast").stat().st_size
-    assert "disk is full" in refused(role, config.folder / "config.json")
+    assert "disk is full" in rejected(role, config.run_dir / "config.json")
     assert (small_disk / "ballast").stat().st_size == before
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(small_disk: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_leaves_the_previous_one_intact(small_disk: Path, tmp_path: Path) -> None:
     build_tiny_model(tmp_path / "model", seed=0, image_size=(112, 112), corpus=["a word"])
     (small_disk / "epoch_1").mkdir()
     (small_disk / "epoch_1" / "learner.json").write_text("{}")
     program = (
         "import sys; from pathlib import Path; from deskrl.core.config import LearnerConfig\n"
-        "from deskrl.learner.policy.checkpoint import CheckpointStore\n"
-        "from deskrl.learner.policy.checkpoint_writer import CheckpointWriter\n"
-        "from deskrl.learner.policy.engine import Engine; from deskrl.learner.policy.model import load_policy\n"
+        "from deskrl.learner.checkpoint.checkpoint_files import CheckpointStore\n"
+        "from deskrl.learner.checkpoint.checkpoint_writer import CheckpointWriter\n"
+        "from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine\n"
+        "from deskrl.learner.policy.policy_model import load_policy\n"
         "from deskrl.core.errors import UserError\n"
         "disk, model = map(Path, sys.argv[1:])\n"
-        "engine = Engine(load_policy(model, (), False), LearnerConfig(dtype='float32'))\n"
+        "engine = DeepSpeedEngine(load_policy(model, (), False), LearnerConfig(dtype='float32'))\n"
         "writer = CheckpointWriter(CheckpointStore(disk, model, {}), engine, keep=3)\n"
         "writer.begin('epoch_2', 2, {})\n"
         "try: writer.finish()\n"
@@ -274,12 +309,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_it(small_disk: Pat
     )
     command = [sys.executable, "-c", program, str(small_disk), str(tmp_path / "model")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert f"the disk of {small_disk} is full: a checkpoint does not fit; free some space" in ended.stdout, ended.stderr
+    assert f"the disk of {small_disk} is full: a checkpoint does not fit (hint: free some space" in ended.stdout, (
+        ended.stderr
+    )
     assert contents(small_disk) == {small_disk / "epoch_1" / "learner.json": b"{}"}
 
 
-def test_a_metrics_line_that_does_not_fit_takes_no_other_with_it(small_disk: Path) -> None:
-    folder = RunFolder(small_disk)
+def test_a_metrics_line_that_does_not_fit_leaves_the_other_lines_intact(small_disk: Path) -> None:
+    folder = RunDir(small_disk)
     folder.append_metrics("first")
     fill(small_disk / "ballast")
     with pytest.raises(OSError, match="No space left"):
@@ -290,53 +327,53 @@ def test_a_metrics_line_that_does_not_fit_takes_no_other_with_it(small_disk: Pat
 
 
 def fill(path: Path) -> None:
-    """Write until nothing more fits."""
+    """Write until the disk is full."""
     with pytest.raises(OSError, match="No space left"), open(path, "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
-# What a run is made of: tasks and a model.
+# Tasks and model.
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
-        ("{", "make-a-folder.json: is no JSON"),
+        ("{", "make-a-folder.json: not valid JSON"),
         (json.dumps({**TASK, "config": 3}), "make-a-folder.json"),
         (json.dumps({**TASK, "evaluator": {"func": "ask_a_friend"}}), "ask_a_friend"),
     ],
 )
-def test_a_task_file_that_is_wrong_is_named(
-    refused: Refused, tmp_path: Path, run_folder: Path, text: str, told: str
+def test_an_invalid_task_file_is_reported(
+    rejected: Rejected, tmp_path: Path, run_dir: Path, text: str, expected: str
 ) -> None:
     path = tmp_path / "suite" / "examples" / "os" / "make-a-folder.json"
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert told in refused("up", SMOKE, f"--tasks.suite={tmp_path / 'suite'}", '--tasks.tasks=["make-a-folder"]')
-    assert not run_folder.exists(), "so the mended file starts a run of the same name"
+    assert expected in rejected("up", SMOKE, f"--tasks.suite={tmp_path / 'suite'}", '--tasks.ids=["make-a-folder"]')
+    assert not run_dir.exists(), "the corrected file must be able to start a run of the same name"
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
-        (('--tasks.tasks=["nope"]',), "no task nope; choose from its"),
-        (("--tasks.suite=/nonexistent",), "/nonexistent: holds no examples"),
-        (("--tasks.tasks=[]", "--tasks.list=/nonexistent"), "/nonexistent: cannot be read"),
-        (("--model.build=null", "--model.path=/nonexistent"), "/nonexistent: no such folder; set model.path"),
-        (("--agent.image_width=500",), "the tiny model cannot see screenshots of 500 x 280"),
+        (('--tasks.ids=["nope"]',), "no task nope (hint: choose from the"),
+        (("--tasks.suite=/nonexistent",), "/nonexistent: no task files examples/<domain>/<id>.json found"),
+        (("--tasks.ids=[]", "--tasks.list=/nonexistent"), "/nonexistent: not found"),
+        (("--model.build=null", "--model.path=/nonexistent"), "/nonexistent: not found (hint: correct model.path"),
+        (("--agent.image_width=500",), "the tiny model cannot process screenshots of 500 x 280 pixels"),
     ],
 )
-def test_what_is_not_there_or_does_not_fit_is_named(
-    refused: Refused, run_folder: Path, options: tuple[str, ...], told: str
+def test_missing_or_unsuitable_tasks_and_models_are_reported(
+    rejected: Rejected, run_dir: Path, options: tuple[str, ...], expected: str
 ) -> None:
-    assert told in refused("up", SMOKE, *options)
-    assert not run_folder.exists()
+    assert expected in rejected("up", SMOKE, *options)
+    assert not run_dir.exists()
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with the files of a model and its processor, as far as a glance can tell."""
+    """Directory with placeholders of all files of a model and its processor."""
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
@@ -346,35 +383,104 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
-        ("model.safetensors", "lacks weights (*.safetensors)"),
-        ("preprocessor_config.json", "lacks an image processor (preprocessor_config.json or processor_config.json)"),
-        ("tokenizer.json", "lacks a tokenizer (tokenizer.json)"),
+        ("model.safetensors", "weights not found (*.safetensors)"),
+        ("preprocessor_config.json", "image processor not found (preprocessor_config.json or processor_config.json)"),
+        ("tokenizer.json", "tokenizer not found (tokenizer.json)"),
     ],
 )
-def test_a_model_that_lacks_its_processor_or_weights_is_refused(
-    refused: Refused, run_folder: Path, model: Path, name: str, told: str
+def test_a_model_without_processor_or_weights_is_rejected(
+    rejected: Rejected, run_dir: Path, model: Path, name: str, expected: str
 ) -> None:
     (model / name).unlink()
-    line = refused("up", SMOKE, "--model.build=null", f"--model.path={model}")
-    assert f"{model} {told}; copy it from the original model" in line
-    assert not run_folder.exists()
+    line = rejected("up", SMOKE, "--model.build=null", f"--model.path={model}")
+    assert f"{model}: {expected} (hint: copy the file from the original model)" in line
+    assert not run_dir.exists()
 
 
-# What an earlier run left.
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4877660776\n"
+DAMAGES: Mapping[str, tuple[Callable[[Path], object], str]] = {
+    "pointer": (
+        lambda folder: (folder / "model.safetensors").write_text(LFS),
+        "model.safetensors: a Git LFS pointer, not the file itself (hint: run `git lfs pull`",
+    ),
+    "truncated": (
+        lambda folder: os.truncate(folder / "model.safetensors", 100_000),
+        "model.safetensors: cut short: it has 100000 of",
+    ),
+    "missing matrices": (
+        lambda folder: change_weights(folder, lambda held: without(held, [it for it in held if "layers.1.mlp" in it])),
+        "tensor model.layers.1.mlp.gate_proj.weight and 2 others are missing, which config.json requires",
+    ),
+    "wrapper": (
+        lambda folder: change_weights(folder, lambda held: {f"module.{name}": it for name, it in held.items()}),
+        "tensor module.visual.patch_embed.proj.weight must be called visual.patch_embed.proj.weight",
+    ),
+    "end token": (
+        lambda folder: edit_json(folder / "tokenizer_config.json", eos_token="<|endoftext|>"),
+        "ends a turn with '<|im_end|>', but eos_token is '<|endoftext|>'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["up", "eval", "inference", "learner"])
+def test_a_model_that_would_not_be_loaded_as_saved_is_rejected_by_every_command(
+    rejected: Rejected, tmp_path: Path, ports: list[str], damage: str, command: str
+) -> None:
+    """A role that a launcher starts on its own ends with the same line and status, so that it is not started again."""
+    folder = write_model_folder(tmp_path / "model")
+    change, expected = DAMAGES[damage]
+    change(folder)
+    if command == "eval":
+        options = [f"--checkpoint={folder}", f"--config={SMOKE}", "--name=evaluation", "--tasks.ids=[]"]
+    else:
+        options = [SMOKE, "--model.build=null", f"--model.path={folder}"]
+    if command != "up":
+        options += [f"--runs={tmp_path / 'runs'}", *ports]
+    assert expected in rejected(command, *options)
+
+
+# The environment.
+
+
+@pytest.mark.parametrize("command", ["up", "inference"])
+def test_a_port_of_the_engine_that_is_no_number_is_rejected(
+    rejected: Rejected, tmp_path: Path, ports: list[str], command: str
+) -> None:
+    options = [] if command == "up" else [f"--runs={tmp_path / 'runs'}", *ports]
+    line = rejected(command, SMOKE, *options, environment={"VLLM_PORT": "eight"})
+    assert "the environment variable VLLM_PORT is 'eight', not a port number (hint: unset VLLM_PORT)" in line
+
+
+@pytest.mark.parametrize("command", ["up", "inference"])
+def test_a_directory_for_temporary_files_that_is_too_long_is_rejected(
+    rejected: Rejected, tmp_path: Path, ports: list[str], command: str
+) -> None:
+    folder = tmp_path / ("t" * (101 - len(str(tmp_path))))
+    folder.mkdir()
+    options = [] if command == "up" else [f"--runs={tmp_path / 'runs'}", *ports]
+    line = rejected(command, SMOKE, *options, environment={"TMPDIR": str(folder)})
+    assert "bytes are too long for the path of a Unix socket, at most 107 are possible" in line
+    assert re.search(r"hint: set TMPDIR to a directory whose path has at most \d+ bytes, such as /tmp", line)
+
+
+# State of an earlier run.
 
 
 @pytest.fixture
-def begun(run_folder: Path) -> Path:
-    """The folder of a run that was cut short while it learnt."""
-    shutil.rmtree(run_folder, ignore_errors=True)
+def interrupted(run_dir: Path) -> Path:
+    """Run directory of a run that was interrupted during training."""
+    shutil.rmtree(run_dir, ignore_errors=True)
     for name in ("replay", "checkpoints", "logs", "model", "results"):
-        (run_folder / name).mkdir(parents=True)
-    (run_folder / "supervisor.json").write_text('{"state": "running", "started_unix_s": 1.0}')
-    (run_folder / "metrics.jsonl").write_text('{"kind": "phase", "phase": "training"}\n')
-    (run_folder / "model" / "config.json").write_text("{}")
-    return run_folder
+        (run_dir / name).mkdir(parents=True)
+    (run_dir / "supervisor.json").write_text('{"state": "running", "started_unix_s": 1.0}')
+    (run_dir / "metrics.jsonl").write_text('{"kind": "phase", "phase": "training"}\n')
+    (run_dir / "model" / "config.json").write_text("{}")
+    config = RunConfig.model_validate({"runs": run_dir.parent, "name": run_dir.name})
+    dump_config(config, run_dir / "config.json")
+    return run_dir
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -382,75 +488,75 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.parametrize("file", ["config.json", "supervisor.json"])
-def test_a_run_whose_own_files_are_damaged_is_refused(refused: Refused, begun: Path, file: str) -> None:
-    (begun / file).write_text("{")
-    before = contents(begun)
-    assert str(begun / file) in refused("up", SMOKE)
-    assert contents(begun) == before
+def test_a_run_with_damaged_files_is_rejected(rejected: Rejected, interrupted: Path, file: str) -> None:
+    (interrupted / file).write_text("{")
+    before = contents(interrupted)
+    assert str(interrupted / file) in rejected("up", SMOKE)
+    assert contents(interrupted) == before
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "expected"),
     [
-        (None, "it is no checkpoint of a learner"),
-        ("{", "it is no checkpoint of a learner"),
-        ({"schema": 99}, "it was written by another version of deskrl (schema 99)"),
-        ({"files": {"model.safetensors": 10**6}}, "model.safetensors is missing or cut short"),
+        (None, "not a valid checkpoint"),
+        ("{", "not a valid checkpoint"),
+        ({"schema": 99}, "written by another version of deskrl (schema 99)"),
+        ({"files": {"model.safetensors": 10**6}}, "model.safetensors is missing or truncated"),
         ({"layout": {"learner.num_processes": 8}}, "was written with learner.num_processes = 8, this run has 1"),
     ],
 )
-def test_a_checkpoint_that_is_unreadable_or_foreign_is_refused_before_anything_starts(
-    refused: Refused, begun: Path, record: Any, told: str
+def test_an_unreadable_or_foreign_checkpoint_is_rejected_before_any_role_starts(
+    rejected: Rejected, interrupted: Path, record: Any, expected: str
 ) -> None:
-    checkpoint = begun / "checkpoints" / "epoch_3"
+    checkpoint = interrupted / "checkpoints" / "epoch_3"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(bytes(1000))
     if record is not None:
         whole = {"schema": 1, "num_updates": 3, "layout": {}, "files": {}, "state": {}}
         text = record if isinstance(record, str) else json.dumps({**whole, **record})
         (checkpoint / "learner.json").write_text(text)
-    before = contents(begun)
-    assert told in refused("up", SMOKE)
-    assert contents(begun) == before
+    before = contents(interrupted)
+    assert expected in rejected("up", SMOKE)
+    assert contents(interrupted) == before
 
 
-def test_a_truncated_database_ends_the_run_with_the_line_of_replay(refused: Refused, run_folder: Path) -> None:
-    (run_folder / "replay").mkdir(parents=True)
-    path = run_folder / "replay" / "replay.sqlite"
+def test_a_truncated_database_ends_the_run_with_the_error_of_replay(rejected: Rejected, run_dir: Path) -> None:
+    (run_dir / "replay").mkdir(parents=True)
+    path = run_dir / "replay" / "replay.sqlite"
     open_database(path).close()
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    for seed in (1, 2):  # nothing was learnt yet, so a configuration that was changed in between is as good
-        line = refused("up", SMOKE, f"--seed={seed}")
-        assert line.startswith(f"deskrl: replay: {path} ") and "; restore the file from a copy" in line
+    for seed in (1, 2):  # before the first update, the configuration may be changed
+        line = rejected("up", SMOKE, f"--seed={seed}")
+        assert line.startswith(f"deskrl: replay: {path}: ") and "(hint: restore the file from a copy" in line
     assert path.read_bytes() == whole[: len(whole) // 2]
 
 
-def test_a_database_of_something_else_is_left_as_it_is(refused: Refused, run_folder: Path) -> None:
-    (run_folder / "replay").mkdir(parents=True)
-    path = run_folder / "replay" / "replay.sqlite"
+def test_a_foreign_database_is_left_unchanged(rejected: Rejected, run_dir: Path) -> None:
+    (run_dir / "replay").mkdir(parents=True)
+    path = run_dir / "replay" / "replay.sqlite"
     with closing(sqlite3.connect(path)) as foreign:
         foreign.execute("CREATE TABLE photographs (id INTEGER)")
     before = path.read_bytes()
-    assert f"{path} is a database of something else" in refused("up", SMOKE)
+    assert f"{path}: not a replay database of deskrl" in rejected("up", SMOKE)
     assert path.read_bytes() == before
 
 
-def test_a_refusal_of_ranks_that_torchrun_started_has_its_status_and_its_line(tmp_path: Path) -> None:
+def test_an_error_of_ranks_started_by_torchrun_has_the_same_status_and_form(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     dump_config(RunConfig.model_validate({"runs": tmp_path, "learner": {"num_processes": 2}}), path)
     (temporary := tmp_path / "temporary").mkdir()
-    command = [sys.executable, "-m", "deskrl.core.cli", "learner", str(path)]
+    command = [sys.executable, "-m", "deskrl.cli.main", "learner", str(path)]
     environment = os.environ | {"TMPDIR": str(temporary), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2
     assert list(temporary.iterdir()) == []
-    told = {line for line in ended.stderr.splitlines() if line.startswith("deskrl: ")}
-    (line,) = told
-    assert f"{tmp_path / 'run' / 'tasks.json'} cannot be read" in line and "start the run with `deskrl up`" in line
+    lines = {line for line in ended.stderr.splitlines() if line.startswith("deskrl: ")}
+    (line,) = lines
+    assert f"{tmp_path / 'run' / 'model'}: not found" in line and "`deskrl up` builds a model" in line
 
 
-# Another version of the contracts.
+# Another protocol version.
 
 
 @pytest.fixture
@@ -461,30 +567,32 @@ def replay(tmp_path: Path) -> Iterator[ReplayProcess]:
     process.close()
 
 
-def test_an_actor_of_another_protocol_version_is_refused_and_says_so(refused: Refused, replay: ReplayProcess) -> None:
-    line = refused(
-        "actor", replay.config.folder / "config.json", prelude="from deskrl.core import rpc; rpc.PROTOCOL = 2"
+def test_an_actor_with_another_protocol_version_is_rejected_and_reports_it(
+    rejected: Rejected, replay: ReplayProcess
+) -> None:
+    line = rejected(
+        "actor", replay.config.run_dir / "config.json", prelude="from deskrl.core import rpc; rpc.PROTOCOL_VERSION = 2"
     )
-    assert "speaks protocol 2, this service 1; install the same version of deskrl on both sides" in line
+    assert "uses version 2, this service version 1; install the same version of deskrl on both sides" in line
     assert replay.process.poll() is None
 
 
-def test_a_learner_of_another_protocol_version_is_refused(
+def test_a_learner_with_another_protocol_version_is_rejected(
     replay: ReplayProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rpc, "PROTOCOL", 2)
+    monkeypatch.setattr(rpc, "PROTOCOL_VERSION", 2)
     client = ReplayClient(replay.config.replay.address, "rank-0", StopEvent())
-    with pytest.raises(UserError, match="speaks protocol 2, this service 1; install the same version"):
+    with pytest.raises(UserError, match="uses version 2, this service version 1; install the same version"):
         next(client.take_groups("train", "train/0", [0], dropped=list, while_waiting=lambda: None))
     client.close()
 
 
-def test_a_call_of_another_protocol_version_changes_nothing(replay: ReplayProcess) -> None:
+def test_a_call_with_another_protocol_version_changes_nothing(replay: ReplayProcess) -> None:
     replay.client().plan("eval/0", num=1)
     stranger = rpc.peer("actor", "stranger")
     stranger.protocol = 2
-    with rpc.connect_sync(replay.config.replay.address) as channel, pytest.raises(grpc.RpcError) as refusal:
+    with rpc.connect_sync(replay.config.replay.address) as channel, pytest.raises(grpc.RpcError) as error:
         request = rollout_pb2.AcquireLeaseRequest(peer=stranger, request_id="one")
         rollout_pb2_grpc.RolloutServiceStub(channel).AcquireLease(request, timeout=10)
-    assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-    assert replay.client().acquire().lease_id, "the work is still there"
+    assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert replay.client().acquire().lease_id, "the rollout must still be available"

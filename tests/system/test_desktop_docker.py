@@ -1,7 +1,7 @@
-"""Desktops in containers, on a real docker daemon that is started for these tests.
+"""Desktops in containers start, reset and are removed, on a real docker daemon that is started for these tests.
 
-How containers live is tested with an image that holds no desktop, the desktop itself with one made of this machine's
-files, or with `DESKRL_DOCKER_DESKTOP=unix:///…`, a daemon that holds `deskrl-desktop` (deploy/docker/build.sh).
+The container lifecycle is tested with an image without a desktop, and the desktop with an image of this machine's files
+or, if `DESKRL_DOCKER_DESKTOP=unix:///...` names a daemon, with its image `deskrl-desktop` (deploy/docker/build.sh).
 """
 
 import asyncio
@@ -18,11 +18,11 @@ import pytest
 from docker_kit import SLEEPER
 
 from deskrl.actor.actions import Action, ActionKind
-from deskrl.actor.desktops import containers
+from deskrl.actor.desktops import docker_client
 from deskrl.actor.desktops.base import DesktopError, DesktopGone
-from deskrl.actor.desktops.containers import Container, reap_containers
+from deskrl.actor.desktops.docker_client import Container, reap_containers
 from deskrl.actor.desktops.osworld import container_options
-from deskrl.actor.desktops.provider import make_desktop, refuse_unusable
+from deskrl.actor.desktops.provider_registry import check_usable, make_desktop
 from deskrl.core.config import DesktopConfig, DockerConfig, OSWorldConfig
 from deskrl.core.errors import UserError
 
@@ -30,9 +30,9 @@ from deskrl.core.errors import UserError
 @pytest.fixture
 def daemon(docker_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[docker.DockerClient]:
     monkeypatch.setenv("DOCKER_HOST", docker_address)
-    containers.connect.cache_clear()
-    yield containers.connect()
-    containers.connect.cache_clear()
+    docker_client.connect.cache_clear()
+    yield docker_client.connect()
+    docker_client.connect.cache_clear()
 
 
 def sleeper(name: str, run_root: Path, *ports: int) -> Container:
@@ -43,7 +43,7 @@ def config(**keys: Any) -> DesktopConfig:
     return DesktopConfig(provider="docker", docker=DockerConfig(image=SLEEPER), **keys)
 
 
-def test_containers_start_together_on_ports_that_docker_chooses_and_leave_nothing(
+def test_concurrent_containers_get_distinct_ports_and_are_removed_with_their_volumes(
     daemon: docker.DockerClient, tmp_path: Path
 ) -> None:
     async def run() -> None:
@@ -62,9 +62,9 @@ def test_containers_start_together_on_ports_that_docker_chooses_and_leave_nothin
     asyncio.run(run())
 
 
-def test_a_start_that_is_given_up_leaves_no_container(daemon: docker.DockerClient, tmp_path: Path) -> None:
+def test_a_cancelled_start_leaves_no_container(daemon: docker.DockerClient, tmp_path: Path) -> None:
     async def run() -> None:
-        container = sleeper("deskrl-test-given-up", tmp_path)
+        container = sleeper("deskrl-test-cancelled", tmp_path)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(container.start(), 0.001)
         await container.remove()
@@ -73,13 +73,13 @@ def test_a_start_that_is_given_up_leaves_no_container(daemon: docker.DockerClien
     asyncio.run(run())
 
 
-def test_a_guest_that_never_gets_ready_is_named_and_its_container_can_be_removed(
+def test_a_guest_that_never_becomes_ready_is_named_and_its_container_can_be_removed(
     daemon: docker.DockerClient, tmp_path: Path
 ) -> None:
     async def run() -> None:
         desktop = make_desktop(config(start_timeout_s=1.5), "never", tmp_path)
         with pytest.raises(
-            DesktopError, match=r"the guest of deskrl-never-1 was not ready in 1\.5 s: the guest server"
+            DesktopError, match=r"the guest of deskrl-never-1 was not ready within 1\.5 s: the guest server"
         ):
             await desktop.reset()
         await desktop.close()
@@ -88,7 +88,7 @@ def test_a_guest_that_never_gets_ready_is_named_and_its_container_can_be_removed
     asyncio.run(run())
 
 
-def test_a_container_that_ends_by_itself_is_found_out_at_once(daemon: docker.DockerClient, tmp_path: Path) -> None:
+def test_a_container_that_exits_is_reported_with_its_log(daemon: docker.DockerClient, tmp_path: Path) -> None:
     async def run() -> None:
         options = {"image": SLEEPER, "entrypoint": ["/bin/sleep", "--no-such-option"]}
         container = Container("deskrl-test-ends", tmp_path, options, [])
@@ -96,7 +96,7 @@ def test_a_container_that_ends_by_itself_is_found_out_at_once(daemon: docker.Doc
             await container.start()
             daemon.containers.get("deskrl-test-ends").wait()
             with pytest.raises(DesktopGone, match=r"deskrl-test-ends is exited: .*unrecognized option"):
-                await container.refuse_ended()
+                await container.check_running()
         finally:
             await container.remove()
 
@@ -106,12 +106,12 @@ def test_a_container_that_ends_by_itself_is_found_out_at_once(daemon: docker.Doc
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from deskrl.actor.desktops.containers import Container
-asyncio.run(Container("deskrl-test-left", Path(sys.argv[1]), {"image": sys.argv[2]}, []).start())
+from deskrl.actor.desktops.docker_client import Container
+asyncio.run(Container("deskrl-test-orphan", Path(sys.argv[1]), {"image": sys.argv[2]}, []).start())
 """
 
 
-def test_what_a_killed_actor_left_is_removed_at_the_next_start(daemon: docker.DockerClient, tmp_path: Path) -> None:
+def test_only_containers_of_ended_processes_of_the_run_are_reaped(daemon: docker.DockerClient, tmp_path: Path) -> None:
     async def run() -> None:
         mine = sleeper("deskrl-test-mine", tmp_path / "run")
         await mine.start()
@@ -121,7 +121,7 @@ def test_what_a_killed_actor_left_is_removed_at_the_next_start(daemon: docker.Do
             )
             assert {container.name for container in daemon.containers.list()} == {
                 "deskrl-test-mine",
-                "deskrl-test-left",
+                "deskrl-test-orphan",
             }
             assert reap_containers(tmp_path / "another-run") == 0
             assert reap_containers(tmp_path / "run") == 1
@@ -132,13 +132,13 @@ def test_what_a_killed_actor_left_is_removed_at_the_next_start(daemon: docker.Do
     asyncio.run(run())
 
 
-def test_a_paused_container_goes_on(daemon: docker.DockerClient, tmp_path: Path) -> None:
+def test_a_paused_container_can_be_resumed(daemon: docker.DockerClient, tmp_path: Path) -> None:
     async def run() -> None:
         container = sleeper("deskrl-test-paused", tmp_path)
         await container.start()
         try:
             await container.pause()
-            await container.refuse_ended()
+            await container.check_running()
             assert daemon.containers.get("deskrl-test-paused").status == "paused"
             await container.unpause()
             assert daemon.containers.get("deskrl-test-paused").status == "running"
@@ -148,20 +148,20 @@ def test_a_paused_container_goes_on(daemon: docker.DockerClient, tmp_path: Path)
     asyncio.run(run())
 
 
-def test_an_image_that_is_not_there_is_named(daemon: docker.DockerClient) -> None:
-    with pytest.raises(UserError, match="there is no docker image no-such-image on this machine; build it"):
-        refuse_unusable(DesktopConfig(provider="docker", docker=DockerConfig(image="no-such-image")))
+def test_a_missing_image_is_reported_with_the_command_that_builds_it(daemon: docker.DockerClient) -> None:
+    with pytest.raises(UserError, match=r"docker image no-such-image: not found on this machine \(hint: build it"):
+        check_usable(DesktopConfig(provider="docker", docker=DockerConfig(image="no-such-image")))
 
 
-def test_a_daemon_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_daemon_is_reported_with_its_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
-    containers.connect.cache_clear()
-    with pytest.raises(UserError, match=r"there is no docker daemon at unix://.*none\.sock; start one"):
-        refuse_unusable(config())
+    docker_client.connect.cache_clear()
+    with pytest.raises(UserError, match=r"no docker daemon responds at unix://.*none\.sock \(hint: start it"):
+        check_usable(config())
 
 
-def test_a_user_without_the_right_to_docker_is_told_so(docker_address: str, tmp_path: Path) -> None:
-    program = "from deskrl.actor.desktops.containers import connect; connect()"
+def test_a_user_without_permission_for_docker_gets_a_specific_error(docker_address: str, tmp_path: Path) -> None:
+    program = "from deskrl.actor.desktops.docker_client import connect; connect()"
     as_nobody = ["setpriv", "--reuid=65534", "--clear-groups"]
     reachable = Path(docker_address.removeprefix("unix://"))
     reachable.parent.chmod(0o755)
@@ -181,32 +181,32 @@ def osworld(disk: Path | None, **keys: Any) -> DesktopConfig:
     return DesktopConfig(provider="osworld", osworld=OSWorldConfig(disk=disk, **keys), **limits)
 
 
-def test_what_osworlds_virtual_machine_lacks_is_named(daemon: docker.DockerClient, tmp_path: Path) -> None:
+def test_unmet_requirements_of_the_provider_osworld_are_reported(daemon: docker.DockerClient, tmp_path: Path) -> None:
     disk = tmp_path / "Ubuntu.qcow2"
-    with pytest.raises(UserError, match=r"desktop\.osworld\.disk is unset; name the disk"):
-        refuse_unusable(osworld(None))
-    with pytest.raises(UserError, match=r"Ubuntu\.qcow2: no such file"):
-        refuse_unusable(osworld(disk))
+    with pytest.raises(UserError, match=r"desktop\.osworld\.disk is unset \(hint: set it to the disk"):
+        check_usable(osworld(None))
+    with pytest.raises(UserError, match=r"Ubuntu\.qcow2: not found"):
+        check_usable(osworld(disk))
     disk.touch()
-    with pytest.raises(UserError, match="no virtual machine boots in"):
-        refuse_unusable(osworld(disk, start_timeout_s=60.0))
-    with pytest.raises(UserError, match="there is no docker image nothing on this machine"):
-        refuse_unusable(osworld(disk, image="nothing"))
-    refuse_unusable(osworld(disk, image=SLEEPER))
+    with pytest.raises(UserError, match="too short to boot a virtual machine"):
+        check_usable(osworld(disk, start_timeout_s=60.0))
+    with pytest.raises(UserError, match="docker image nothing: not found"):
+        check_usable(osworld(disk, image="nothing"))
+    check_usable(osworld(disk, image=SLEEPER))
 
 
-def test_a_missing_kvm_is_refused_only_where_it_is_required(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_kvm_is_rejected_only_if_it_is_required(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "disk").touch()
     monkeypatch.setattr("deskrl.actor.desktops.osworld._KVM", tmp_path / "kvm")
-    with pytest.raises(UserError, match=r"kvm = require, and .*/kvm is not there; use a machine with hardware"):
-        refuse_unusable(osworld(tmp_path / "disk", kvm="require"))
+    with pytest.raises(UserError, match=r"kvm = require, but .*/kvm does not exist \(hint: use a machine with"):
+        check_usable(osworld(tmp_path / "disk", kvm="require"))
     without = container_options(OSWorldConfig(disk=tmp_path / "disk"))
     assert without["environment"]["KVM"] == "N" and without["devices"] == []
     (tmp_path / "kvm").touch()
     assert "KVM" not in container_options(OSWorldConfig(disk=tmp_path / "disk"))["environment"]
 
 
-def test_the_light_desktop_runs_in_a_container(daemon: docker.DockerClient, tmp_path: Path) -> None:
+def test_the_desktop_image_supports_all_kinds_of_operations(daemon: docker.DockerClient, tmp_path: Path) -> None:
     networked = DockerConfig(network="bridge")
 
     async def run() -> None:
@@ -216,8 +216,8 @@ def test_the_light_desktop_runs_in_a_container(daemon: docker.DockerClient, tmp_
             await desktop.reset()
             assert (await desktop.screenshot()).size == (800, 600)
             sockets = (await desktop.execute("cat /proc/net/tcp /proc/net/tcp6", shell=True)).stdout
-            assert "local_address" in sockets and " 0A " not in sockets, "its guest server listens on no port"
-            await desktop.write_file("~/left", b"behind")
+            assert "local_address" in sockets and " 0A " not in sockets, "the guest server must not use TCP"
+            await desktop.write_file("~/note", b"text")
             await desktop.launch(["xterm", "-u8", "-e", "sh", "-c", "cat > /home/user/typed"])
             await desktop.wait_for_window("xterm")
             await desktop.act(Action(ActionKind.TYPE, text="<é 漢>\n"))
@@ -226,7 +226,7 @@ def test_the_light_desktop_runs_in_a_container(daemon: docker.DockerClient, tmp_
             assert (await desktop.execute("touch /usr/x", shell=True)).returncode != 0
             await desktop.reset()
             with pytest.raises(FileNotFoundError):
-                await desktop.read_file("~/left")
+                await desktop.read_file("~/note")
         finally:
             await desktop.close()
 
@@ -234,6 +234,6 @@ def test_the_light_desktop_runs_in_a_container(daemon: docker.DockerClient, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_machines_own_network_is_refused() -> None:
-    with pytest.raises(ValueError, match="host: that is this machine's own network"):
+def test_the_host_network_is_rejected() -> None:
+    with pytest.raises(ValueError, match="must not be host"):
         DockerConfig(network="host")

@@ -1,6 +1,7 @@
-"""Whatever ends a desktop or its owner, nothing of it stays."""
+"""Processes, control groups and folders of a desktop are removed however it or its owner ends."""
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -11,11 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from deskrl.actor.desktops.debian_packages import missing_packages
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
-from deskrl.actor.desktops.orphans import Record, processes_of, reap_orphans
-from deskrl.actor.desktops.packages import missing_packages
+from deskrl.actor.desktops.orphan_cleanup import OwnerRecord, find_sandbox_processes, reap_orphans
 from deskrl.core.config import DesktopConfig
 
 pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"packages missing: {missing_packages()}")
@@ -47,7 +49,7 @@ def run_root() -> Iterator[Path]:
 
 
 def wait_until_ended(pids: list[int]) -> None:
-    """Wait for processes that are ending; fails if one does not."""
+    """Wait until processes have ended; fails if one still runs after DEADLINE_S."""
     for pid in pids:
         try:
             descriptor = os.pidfd_open(pid)
@@ -58,61 +60,55 @@ def wait_until_ended(pids: list[int]) -> None:
 
 
 def all_processes(folder: Path) -> list[int]:
-    """Every process of a desktop as the host counts them, applications too: those in its first process's namespace."""
-    namespaces = {os.readlink(f"/proc/{pid}/ns/pid") for pid in processes_of(folder)} - {
-        os.readlink("/proc/self/ns/pid")
-    }
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.readlink(f"/proc/{entry}/ns/pid") in namespaces:
-                found.append(int(entry))
-        except OSError:
-            continue
-    return sorted({*found, *processes_of(folder)})
+    """Return the host's ids of all processes of a desktop, including those in the sandboxes inside its sandbox."""
+    found = set(find_sandbox_processes(folder))
+    for pid in list(found):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
+    return sorted(found)
 
 
-def test_close_leaves_neither_process_nor_group_nor_folder(run_root: Path) -> None:
+def test_close_removes_processes_control_groups_mounts_and_the_folder(run_root: Path) -> None:
     async def scenario() -> tuple[list[int], tuple[Path, ...]]:
         desktop = EmbeddedDesktop(CONFIG, "desktop", run_root)
         await desktop.start()
         await desktop.launch("mousepad")
         await desktop.wait_for_window("mousepad")
-        seen = all_processes(run_root / "desktop"), Record.read(run_root / "desktop").groups
+        seen = all_processes(run_root / "desktop"), OwnerRecord.read(run_root / "desktop").groups
         await desktop.close()
         await desktop.close()
         return seen
 
     mounts = Path("/proc/self/mounts").read_text()
     pids, groups = asyncio.run(scenario())
-    assert len(pids) >= 6  # bubblewrap twice, server, X server, message bus, window manager, application
+    assert len(pids) >= 11  # bubblewrap 4 times, server, spawner, X server, init, bus, window manager, application
     assert not [pid for pid in pids if Path("/proc", str(pid)).exists()]
     assert not [group for group in groups if group.exists()]
     assert not run_root.exists()
     assert Path("/proc/self/mounts").read_text() == mounts
 
 
-def num_held(desktop: Path) -> tuple[int, int]:
-    """Processes of a desktop, and files that this process has open."""
+def num_processes_and_files(desktop: Path) -> tuple[int, int]:
+    """Return the number of a desktop's processes and of this process's open files."""
     return len(all_processes(desktop)), len(os.listdir("/proc/self/fd"))
 
 
-def test_many_resets_leave_no_process_behind(run_root: Path) -> None:
+def test_many_resets_leak_neither_processes_nor_open_files(run_root: Path) -> None:
     async def scenario() -> None:
         desktop = EmbeddedDesktop(CONFIG, "desktop", run_root)
         try:
             await desktop.start()
-            before = num_held(run_root / "desktop")
+            before = num_processes_and_files(run_root / "desktop")
             for _ in range(10):
                 await desktop.reset()
-            assert num_held(run_root / "desktop") == before
+            assert num_processes_and_files(run_root / "desktop") == before
         finally:
             await desktop.close()
 
     asyncio.run(scenario())
 
 
-def test_a_stopped_desktop_meets_its_callers_deadline_and_closes(run_root: Path) -> None:
+def test_a_stopped_desktop_can_be_cancelled_by_a_deadline_and_closed(run_root: Path) -> None:
     async def scenario() -> list[int]:
         desktop = EmbeddedDesktop(CONFIG, "desktop", run_root)
         await desktop.start()
@@ -129,7 +125,7 @@ def test_a_stopped_desktop_meets_its_callers_deadline_and_closes(run_root: Path)
     assert not [pid for pid in pids if Path("/proc", str(pid)).exists()]
 
 
-def test_a_start_that_is_cancelled_leaves_nothing(run_root: Path) -> None:
+def test_a_cancelled_start_leaves_no_processes_and_no_folder(run_root: Path) -> None:
     async def scenario() -> list[int]:
         desktop = EmbeddedDesktop(CONFIG, "desktop", run_root)
         with pytest.raises(TimeoutError):
@@ -143,13 +139,13 @@ def test_a_start_that_is_cancelled_leaves_nothing(run_root: Path) -> None:
     assert not run_root.exists()
 
 
-def test_desktops_die_with_a_killed_owner_and_the_rest_is_reaped(run_root: Path) -> None:
+def test_processes_end_with_a_killed_owner_and_its_folder_and_groups_are_reaped(run_root: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(run_root)], stdout=subprocess.PIPE)
     try:
         assert owner.stdout is not None and owner.stdout.readline() == b"up\n"
-        pids, groups = all_processes(run_root / "desktop"), Record.read(run_root / "desktop").groups
+        pids, groups = all_processes(run_root / "desktop"), OwnerRecord.read(run_root / "desktop").groups
         assert len(pids) >= 6
-        assert reap_orphans(run_root) == 0  # its owner lives
+        assert reap_orphans(run_root) == 0  # its owner is alive
     finally:
         owner.kill()
         owner.wait()
@@ -160,7 +156,7 @@ def test_desktops_die_with_a_killed_owner_and_the_rest_is_reaped(run_root: Path)
     assert not [group for group in groups if group.exists()]
 
 
-def test_a_desktop_that_outlived_its_owner_is_reaped(run_root: Path) -> None:
+def test_a_running_desktop_whose_owner_has_ended_is_reaped(run_root: Path) -> None:
     folder = run_root / "desktop"
 
     async def scenario() -> None:
@@ -168,7 +164,7 @@ def test_a_desktop_that_outlived_its_owner_is_reaped(run_root: Path) -> None:
         await desktop.start()
         pids = all_processes(folder)
         record = json.loads((folder / "desktop.json").read_text())
-        (folder / "desktop.json").write_text(json.dumps(record | {"start_ticks": 1}))  # as after a reuse of the id
+        (folder / "desktop.json").write_text(json.dumps(record | {"start_ticks": 1}))  # simulates a reused process id
         assert await asyncio.to_thread(reap_orphans, run_root) == 1
         wait_until_ended(pids)
         await desktop.close()
@@ -177,5 +173,5 @@ def test_a_desktop_that_outlived_its_owner_is_reaped(run_root: Path) -> None:
     assert not run_root.exists()
 
 
-def test_nothing_to_reap_where_nothing_was(run_root: Path) -> None:
+def test_reaping_a_missing_run_root_does_nothing(run_root: Path) -> None:
     assert reap_orphans(run_root) == 0

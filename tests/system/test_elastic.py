@@ -1,4 +1,4 @@
-"""Actors join and leave a running job, in good order or not, and nothing else notices. tests/long has more of them."""
+"""Actors can join, leave and be killed while a job runs; tests/long does the same with more actors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from elastic_kit import ElasticJob
 
 
-def test_actors_join_leave_and_die_and_every_episode_is_played_once(tmp_path: Path) -> None:
+def test_every_rollout_finishes_once_while_actors_join_leave_and_are_killed(tmp_path: Path) -> None:
     job = ElasticJob(tmp_path)
     try:
         job.scale(1)
-        job.wait_until_all_work()
+        job.wait_until_all_are_busy()
         job.scale(4)
-        job.wait_until_all_work()
+        job.wait_until_all_are_busy()
         job.kill(2)
         job.wait_for_finished(4)
         job.scale(1)

@@ -1,4 +1,4 @@
-"""An inference replica does what its contracts say: a real engine, judged by transformers' forward pass."""
+"""Inference replica: both services of a real engine, compared with the forward pass of transformers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ import torch
 from inference_kit import (
     LEARNER,
     PEER,
+    TOLERANCE,
+    Client,
     Reference,
     Replica,
     act_request,
     build_model,
+    check_published_architecture,
     replica_config,
     running_replica,
     sampled,
@@ -33,24 +36,21 @@ from inference_kit import (
     user,
 )
 from ports_kit import free_port
-from published_kit import as_published
+from processor_kit import int4_problem
 from safetensors.torch import load_file, save_file
 
-from deskrl.actor.agent.external_policy import ExternalPolicy, chat_messages
-from deskrl.actor.agent.policy_client import InferenceFailed
+from deskrl.actor.agent import external_server
+from deskrl.actor.agent.external_policy import ExternalClient, chat_messages
+from deskrl.actor.agent.inference_client import InferenceError
 from deskrl.core import rpc
 from deskrl.core.config import InferenceConfig
 from deskrl.core.errors import UserError
-from deskrl.core.evaluation import external
-from deskrl.core.weights.direct import host_name
-from deskrl.inference.main import temporary_folder
-from deskrl.proto.v1 import common_pb2, inference_pb2_grpc, weights_pb2, weights_pb2_grpc
+from deskrl.core.weights.gpu_transfer import host_id
+from deskrl.inference.main import temporary_dir
+from deskrl.proto.v1 import common_pb2, weights_pb2
 from deskrl.proto.v1 import inference_pb2 as pb
 
-# Engine and reference both compute in float32, in another order; on a GPU with other kernels than the reference's CPU.
-TOLERANCE = 5e-3 if torch.cuda.is_available() else 1e-4
-
-# On a GPU what is sampled depends, in its last bits, on what else is in the batch and on what was in the prefix cache.
+# On a GPU the last bits of logits depend on the rest of the batch and on the prefix cache.
 DEPENDS_ON_THE_BATCH = torch.cuda.is_available()
 
 INSTRUCTION = [system("You use a computer."), user("Open the editor.")]
@@ -58,15 +58,15 @@ INSTRUCTION = [system("You use a computer."), user("Open the editor.")]
 
 @pytest.fixture(scope="module")
 def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
-    """One replica for all of these tests: its engine takes most of a minute to start on a busy machine."""
+    """Replica that all tests of this module share, because an engine takes up to a minute to start."""
     folder = tmp_path_factory.mktemp("inference")
     config = replica_config(folder, free_port(), openai_port=free_port())
     with running_replica(config, folder / "replica.log") as running:
         processes = running.descendants()
         yield running
-    assert running.process.returncode == 0, "SIGTERM is how a replica is told to end"
+    assert running.process.returncode == 0, "SIGTERM must end a replica gracefully"
     _, left = psutil.wait_procs(processes, timeout=10)
-    assert not left, "no process of the engine is left"
+    assert not left, "processes of the engine were left running"
 
 
 @pytest.fixture(scope="module")
@@ -74,27 +74,9 @@ def reference(replica: Replica) -> Reference:
     return Reference(replica.config.model_folder)
 
 
-class Client:
-    """Both services of the replica."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
-        self.weights = weights_pb2_grpc.WeightServiceStub(channel)
-
-    async def act(self, request: pb.ActRequest) -> pb.SampledAction:
-        reply = await self.inference.Act(request, timeout=120)
-        assert reply.WhichOneof("outcome") == "action"
-        action: pb.SampledAction = reply.action
-        return action
-
-    async def step(self) -> int:
-        status = await self.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=20)
-        return int(status.version.step)
-
-
 @pytest.fixture
 def run(replica: Replica) -> Callable[[Callable[[Client], Awaitable[Any]]], Any]:
-    """Runs a coroutine function against the replica."""
+    """Return a function that runs a coroutine function with a client of the replica."""
 
     async def connected(scenario: Callable[[Client], Awaitable[Any]]) -> Any:
         async with rpc.connect(replica.address) as channel:
@@ -103,7 +85,7 @@ def run(replica: Replica) -> Callable[[Callable[[Client], Awaitable[Any]]], Any]
     return lambda scenario: asyncio.run(connected(scenario))
 
 
-def test_ids_and_logprobs_are_those_of_the_model(run: Any, reference: Reference) -> None:
+def test_token_ids_and_logprobs_equal_those_of_transformers(run: Any, reference: Reference) -> None:
     images = [screenshot(1), screenshot(2)]
     messages = [system("You use a computer."), user("Open it.", images[0], "Then this:", images[1])]
 
@@ -114,18 +96,18 @@ def test_ids_and_logprobs_are_those_of_the_model(run: Any, reference: Reference)
     action = run(scenario)
     assert list(action.prompt_ids) == reference.prompt_ids(messages)
     expected = reference.logprobs(
-        action.prompt_ids, action.action_ids, images, reference.original, temperature=action_temperature(0.7)
+        action.prompt_ids, action.action_ids, images, reference.original, temperature=as_float32(0.7)
     )
     assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
     assert set(action.action_ids).isdisjoint(reference.suppressed_ids)
 
 
-def action_temperature(value: float) -> float:
-    """A temperature as it arrives: a float of 32 bits."""
+def as_float32(value: float) -> float:
+    """Round to 32 bits, as the protobuf field does."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def test_a_missing_screenshot_is_named_and_then_kept(run: Any) -> None:
+def test_a_missing_screenshot_is_requested_once_and_then_cached(run: Any) -> None:
     image = screenshot(3)
     messages = [user("What is this?", image)]
 
@@ -140,7 +122,7 @@ def test_a_missing_screenshot_is_named_and_then_kept(run: Any) -> None:
     run(scenario)
 
 
-def test_a_step_extends_prompt_and_action_of_the_step_before(run: Any) -> None:
+def test_the_prompt_of_a_step_extends_prompt_and_action_of_the_previous_step(run: Any) -> None:
     before, after = screenshot(4), screenshot(5)
 
     async def scenario(client: Client) -> None:
@@ -154,9 +136,9 @@ def test_a_step_extends_prompt_and_action_of_the_step_before(run: Any) -> None:
     run(scenario)
 
 
-def test_the_seed_decides_the_action(run: Any) -> None:
+def test_the_seed_determines_the_action(run: Any) -> None:
     async def scenario(client: Client) -> None:
-        # The very first fills the prefix cache.
+        # The first request fills the prefix cache.
         _, first, again, other = [await client.act(act_request(INSTRUCTION, seed=seed)) for seed in (7, 7, 7, 8)]
         assert list(first.action_ids) == list(again.action_ids)
         assert list(first.action_ids) != list(other.action_ids)
@@ -164,17 +146,17 @@ def test_the_seed_decides_the_action(run: Any) -> None:
     run(scenario)
 
 
-def test_requests_at_once_get_what_each_would_get_alone(run: Any, reference: Reference) -> None:
+def test_concurrent_requests_get_the_same_actions_as_sequential_ones(run: Any, reference: Reference) -> None:
     images = [screenshot(number) for number in range(6)]
     requests = [act_request([user("Go on.", image)], [image], seed=seed) for seed, image in enumerate(images)]
 
     async def scenario(client: Client) -> tuple[list[pb.SampledAction], list[pb.SampledAction]]:
         await send(client.weights, update_events(reference.original, step=1))
-        together = await asyncio.gather(*(client.act(request) for request in requests))
-        return list(together), [await client.act(request) for request in requests]
+        concurrent = await asyncio.gather(*(client.act(request) for request in requests))
+        return list(concurrent), [await client.act(request) for request in requests]
 
-    together, alone = run(scenario)
-    for one, other, image in zip(together, alone, images, strict=True):
+    concurrent, sequential = run(scenario)
+    for one, other, image in zip(concurrent, sequential, images, strict=True):
         for action in (one, other):
             expected = reference.logprobs(action.prompt_ids, action.action_ids, [image], reference.original)
             assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
@@ -212,33 +194,33 @@ def test_temperature_zero_is_greedy(run: Any) -> None:
     ],
     ids=[
         "no tokens", "too many tokens", "temperature", "no messages", "too long", "too many images", "wrong bytes",
-        "another protocol",
+        "protocol mismatch",
     ],
 )  # fmt: skip
-def test_what_cannot_be_served_is_refused(run: Any, request_: pb.ActRequest, code: grpc.StatusCode) -> None:
+def test_invalid_requests_are_rejected(run: Any, request_: pb.ActRequest, code: grpc.StatusCode) -> None:
     async def scenario(client: Client) -> grpc.StatusCode:
-        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        with pytest.raises(grpc.aio.AioRpcError) as rejection:
             await client.inference.Act(request_, timeout=20)
-        return refusal.value.code()
+        return rejection.value.code()
 
     assert run(scenario) == code
 
 
-def test_requests_in_flight_go_on_under_the_new_weights(run: Any, reference: Reference) -> None:
+def test_requests_in_flight_continue_under_the_new_weights(run: Any, reference: Reference) -> None:
     image = screenshot(6)
     messages = [user("Write a long text.", image)]
     old, new = reference.perturbed(seed=1), reference.perturbed(seed=2)
 
     async def scenario(client: Client) -> tuple[list[pb.SampledAction], weights_pb2.UpdateCommitted]:
         await send(client.weights, update_events(old, step=1))
-        long_ones = [
+        long_requests = [
             asyncio.ensure_future(client.act(act_request(messages, [image], max_tokens=400, seed=seed)))
             for seed in range(4)
         ]
-        # First come, first served: when this one is answered, those before it are being sampled.
+        # Requests are served in order: once this one is finished, those before it are being sampled.
         await client.act(act_request(messages, [image], max_tokens=1, seed=99))
         committed = await send(client.weights, update_events(new, step=2))
-        return list(await asyncio.gather(*long_ones)), committed
+        return list(await asyncio.gather(*long_requests)), committed
 
     actions, committed = run(scenario)
     assert committed.num_requests_kept == 4
@@ -252,8 +234,8 @@ def test_requests_in_flight_go_on_under_the_new_weights(run: Any, reference: Ref
             assert list(action.logprobs[start:end]) == pytest.approx(expected[start:end], abs=TOLERANCE)
 
 
-def test_a_later_step_of_an_episode_goes_on_under_new_vision_weights(run: Any, reference: Reference) -> None:
-    """The step before left its screenshot in the prefix cache: the engine has had no need of its pixels yet."""
+def test_a_later_step_of_an_episode_continues_under_new_vision_weights(run: Any, reference: Reference) -> None:
+    """The screenshot of the previous step is in the prefix cache, so that the engine has not needed its pixels yet."""
     before, after = screenshot(12), screenshot(13)
     old, new = reference.perturbed(seed=4), reference.perturbed(seed=5)
 
@@ -274,14 +256,14 @@ def test_a_later_step_of_an_episode_goes_on_under_new_vision_weights(run: Any, r
     assert list(action.logprobs[start:]) == pytest.approx(expected[start:], abs=TOLERANCE)
 
 
-def test_new_vision_weights_are_seen_at_once(run: Any, reference: Reference) -> None:
+def test_new_vision_weights_take_effect_immediately(run: Any, reference: Reference) -> None:
     image = screenshot(7)
     messages = [user("What do you see?", image)]
     language, vision = reference.original, reference.perturbed(seed=3, prefix="visual")
 
     async def scenario(client: Client) -> list[pb.SampledAction]:
         actions = []
-        # The middle update leaves the vision tower alone, so that cached image embeddings outlive it.
+        # The second update does not change the vision tower, so that cached image embeddings remain valid.
         for step, weights in enumerate((language, language, vision), start=1):
             await send(client.weights, update_events(weights, step))
             actions.append(await client.act(act_request(messages, [image])))
@@ -292,7 +274,7 @@ def test_new_vision_weights_are_seen_at_once(run: Any, reference: Reference) -> 
         assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_the_canary_tells_which_weights_answer(run: Any, reference: Reference) -> None:
+def test_canary_logprobs_are_those_of_the_new_weights(run: Any, reference: Reference) -> None:
     image = screenshot(8)
     messages = [user("The canary.", image)]
     continuation = [300, 301, 302, 303]
@@ -306,38 +288,38 @@ def test_the_canary_tells_which_weights_answer(run: Any, reference: Reference) -
     assert set(committed.phases_ms) == {"pause", "load", "clear_caches", "resume", "canary"}
 
 
-def _without_a_tensor(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+def _remove_a_tensor(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
     del events[0].begin.tensors[0]
 
 
-def _with_a_flipped_byte(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+def _flip_a_bit(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
     last = events[-2].chunk
     events[-2].chunk = last[:-1] + bytes([last[-1] ^ 1])
 
 
-def _cut_short(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+def _truncate(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
     del events[-2:]
 
 
-def _with_bytes_too_many(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+def _append_bytes(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
     events[-2].chunk += b"more"
 
 
-def _of_another_processor(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
+def _change_the_processor(events: list[weights_pb2.UpdateWeightsRequest]) -> None:
     events[0].begin.model_fingerprint = "another"
 
 
 @pytest.mark.parametrize(
     ("damage", "code"),
     [
-        (_without_a_tensor, grpc.StatusCode.INVALID_ARGUMENT),
-        (_with_a_flipped_byte, grpc.StatusCode.DATA_LOSS),
-        (_cut_short, grpc.StatusCode.ABORTED),
-        (_with_bytes_too_many, grpc.StatusCode.DATA_LOSS),
-        (_of_another_processor, grpc.StatusCode.FAILED_PRECONDITION),
+        (_remove_a_tensor, grpc.StatusCode.INVALID_ARGUMENT),
+        (_flip_a_bit, grpc.StatusCode.DATA_LOSS),
+        (_truncate, grpc.StatusCode.ABORTED),
+        (_append_bytes, grpc.StatusCode.DATA_LOSS),
+        (_change_the_processor, grpc.StatusCode.FAILED_PRECONDITION),
     ],
 )
-def test_a_broken_update_leaves_the_old_weights(
+def test_a_damaged_update_leaves_the_old_weights_in_use(
     run: Any, reference: Reference, damage: Callable[[list[weights_pb2.UpdateWeightsRequest]], None], code: Any
 ) -> None:
     events = update_events(reference.perturbed(seed=5), step=2)
@@ -346,9 +328,9 @@ def test_a_broken_update_leaves_the_old_weights(
     async def scenario(client: Client) -> None:
         await send(client.weights, update_events(reference.original, step=1))
         _, before = [await client.act(act_request(INSTRUCTION)) for _ in range(2)]  # the first fills the prefix cache
-        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        with pytest.raises(grpc.aio.AioRpcError) as rejection:
             await send(client.weights, events)
-        assert refusal.value.code() == code
+        assert rejection.value.code() == code
         assert await client.step() == 1
         after = await client.act(act_request(INSTRUCTION))
         assert list(after.action_ids) == list(before.action_ids)
@@ -357,7 +339,7 @@ def test_a_broken_update_leaves_the_old_weights(
     run(scenario)
 
 
-def test_one_update_at_a_time(run: Any, reference: Reference) -> None:
+def test_a_second_concurrent_update_is_rejected(run: Any, reference: Reference) -> None:
     begin, *rest = update_events(reference.original, step=1)
 
     async def scenario(client: Client) -> None:
@@ -372,32 +354,32 @@ def test_one_update_at_a_time(run: Any, reference: Reference) -> None:
 
         replies = client.weights.UpdateWeights(slow())
 
-        async def follow() -> None:
+        async def read_replies() -> None:
             async for _ in replies:
                 ready.set()
 
-        following = asyncio.ensure_future(follow())
+        reading = asyncio.ensure_future(read_replies())
         await ready.wait()
-        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        with pytest.raises(grpc.aio.AioRpcError) as rejection:
             await send(client.weights, update_events(reference.original, step=2))
-        assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert rejection.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         finish.set()
-        await following
+        await reading
         assert await client.step() == 1
 
     run(scenario)
 
 
-def test_a_learner_that_vanishes_at_the_commit_leaves_whole_weights(run: Any, reference: Reference) -> None:
+def test_a_learner_that_disconnects_at_the_commit_leaves_consistent_weights(run: Any, reference: Reference) -> None:
     image = screenshot(10)
     messages = [user("And now?", image)]
     weights = {1: reference.original, 2: reference.perturbed(seed=6)}
-    *arrival, commit = update_events(weights[2], step=2)
+    *events, commit = update_events(weights[2], step=2)
 
     async def scenario(client: Client) -> tuple[int, pb.SampledAction]:
         await send(client.weights, update_events(weights[1], step=1))
         call = client.weights.UpdateWeights(timeout=120)
-        for event in arrival:
+        for event in events:
             await call.write(event)
         assert [(await call.read()).WhichOneof("event") for _ in range(2)] == ["ready", "received"]
         await call.write(commit)
@@ -412,7 +394,7 @@ def test_a_learner_that_vanishes_at_the_commit_leaves_whole_weights(run: Any, re
     assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_the_model_is_described(run: Any, replica: Replica) -> None:
+def test_model_info_describes_the_served_model(run: Any, replica: Replica) -> None:
     info = run(lambda client: client.inference.GetModelInfo(pb.GetModelInfoRequest(peer=LEARNER), timeout=20))
     assert info.model_path == str(replica.config.model_folder)
     assert info.max_model_len == 2048
@@ -420,16 +402,16 @@ def test_the_model_is_described(run: Any, replica: Replica) -> None:
     assert len(info.processor_hash) == 64
 
 
-def test_the_openai_endpoint_answers_from_the_same_engine(replica: Replica) -> None:
+def test_the_openai_endpoint_serves_the_same_model(replica: Replica) -> None:
     base = f"http://127.0.0.1:{replica.config.inference.openai_port}"
     with urllib.request.urlopen(f"{base}/health", timeout=20) as reply:
         assert reply.status == 200
     with urllib.request.urlopen(f"{base}/v1/models", timeout=20) as reply:
         assert [model["id"] for model in json.load(reply)["data"]] == [replica.config.name]
-    picture = base64.b64encode(screenshot(9).data).decode()
+    image = base64.b64encode(screenshot(9).data).decode()
     content: Sequence[dict[str, Any]] = [
         {"type": "text", "text": "What is this?"},
-        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
     ]
     body = {"model": "test", "messages": [{"role": "user", "content": content}], "max_tokens": 3}
     request = urllib.request.Request(
@@ -440,68 +422,49 @@ def test_the_openai_endpoint_answers_from_the_same_engine(replica: Replica) -> N
     assert answer["usage"]["completion_tokens"] == 3
 
 
-def test_an_actor_plays_by_an_openai_endpoint_as_it_would_by_anothers(replica: Replica) -> None:
+def test_an_actor_can_use_the_openai_endpoint_as_an_external_policy(replica: Replica) -> None:
     address = f"http://127.0.0.1:{replica.config.inference.openai_port}/v1"
     config = InferenceConfig(external_url=address, external_model=replica.config.name, max_action_tokens=5)
-    external.refuse_absent(config)
-    with pytest.raises(UserError, match="serves no other; set"):
-        external.refuse_absent(config.model_copy(update={"external_model": "other"}))
+    external_server.check_reachable(config)
+    with pytest.raises(UserError, match="does not serve the model other"):
+        external_server.check_reachable(config.model_copy(update={"external_model": "other"}))
     messages = [system("You use a computer."), user("Open it."), user(screenshot(9))]
     sent = chat_messages(messages, {screenshot(9).hash: screenshot(9).data})
-    policy = ExternalPolicy(config, timeout_s=60)
-    one, same = (asyncio.run(policy.answer(sent, temperature=1.0, seed=3)) for _ in range(2))
-    assert one == same, "seed and screenshot have arrived"
-    with pytest.raises(InferenceFailed, match="400"):
-        asyncio.run(policy.answer(sent, temperature=-1.0, seed=3))
+    client = ExternalClient(config, timeout_s=60)
+    one, same = (asyncio.run(client.complete(sent, temperature=1.0, seed=3)) for _ in range(2))
+    assert one == same, "seed and screenshot must be passed on"
+    with pytest.raises(InferenceError, match="400"):
+        asyncio.run(client.complete(sent, temperature=-1.0, seed=3))
 
 
-def test_its_temporary_folder_is_its_own(replica: Replica) -> None:
-    folder = temporary_folder(replica.config, replica=0)
+def test_the_temporary_directory_is_accessible_to_its_owner_only(replica: Replica) -> None:
+    folder = temporary_dir(replica.config, replica=0)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here the replica has a GPU, and would wait for the learner's")
-def test_a_replica_without_a_gpu_refuses_what_needs_one(run: Any, reference: Reference) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the replica would wait for the learner")
+def test_a_replica_without_a_gpu_rejects_a_direct_update(run: Any, reference: Reference) -> None:
     begin, *rest = update_events(reference.original, step=2)
     begin.begin.nccl.communicator_id = bytes(128)
 
     async def scenario(client: Client) -> None:
         await send(client.weights, update_events(reference.original, step=1))
-        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        with pytest.raises(grpc.aio.AioRpcError) as rejection:
             await send(client.weights, [begin, *rest])
-        assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert rejection.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         status = await client.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=20)
         assert (status.version.step, list(status.gpu_uuids), status.communicator_id) == (1, [], b"")
-        assert status.host == host_name()
+        assert status.host == host_id()
 
     run(scenario)
 
 
-def test_a_qwen2_vl_as_published_is_served_and_updated_as_a_qwen2_5_vl_is(tmp_path: Path) -> None:
-    model = as_published(build_model(tmp_path / "model", "qwen2_vl"))
-    config = replica_config(tmp_path, free_port(), model)
-    reference = Reference(config.model_folder)
-    images = [screenshot(1), screenshot(2)]
-    messages = [user("Open it.", images[0], "Then this:", images[1])]
-    versions = {1: reference.original, 2: reference.perturbed(seed=1), 3: reference.perturbed(seed=2, prefix="visual")}
-
-    async def scenario(address: str) -> dict[int, pb.SampledAction]:
-        async with rpc.connect(address) as channel:
-            client, actions = Client(channel), {}
-            for step, weights in versions.items():
-                await send(client.weights, update_events(weights, step))
-                actions[step] = await client.act(act_request(messages, images))
-            return actions
-
-    with running_replica(config, tmp_path / "replica.log") as running:
-        actions = asyncio.run(scenario(running.address))
-    for step, action in actions.items():
-        assert list(action.prompt_ids) == reference.prompt_ids(messages)
-        expected = reference.logprobs(action.prompt_ids, action.action_ids, images, versions[step])
-        assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
+def test_a_qwen3_vl_as_published_is_served_and_updated_like_a_qwen2_5_vl(tmp_path: Path) -> None:
+    check_published_architecture("qwen3_vl", tmp_path)
 
 
-def test_in_4_bits_it_acts_by_its_rounded_weights(tmp_path: Path) -> None:
+@pytest.mark.skipif(bool(int4_problem()), reason=int4_problem())
+def test_an_int4_replica_samples_with_the_rounded_weights(tmp_path: Path) -> None:
     model = build_model(tmp_path / "model")
     config = replica_config(tmp_path, free_port(), model, dtype="bfloat16", quantization="int4")
     reference = Reference(model)
@@ -514,10 +477,10 @@ def test_in_4_bits_it_acts_by_its_rounded_weights(tmp_path: Path) -> None:
 
     with running_replica(config, tmp_path / "replica.log") as running:
         action = asyncio.run(scenario(running.address))
-    packed = load_file(config.folder / "model-int4" / "model.safetensors")
+    packed = load_file(config.run_dir / "model-int4" / "model.safetensors")
     exact = load_file(model / "model.safetensors")
-    rounded = {name: value if name in packed else unpacked(packed, name) for name, value in exact.items()}
-    assert sum(name not in packed for name in exact) == 4 * 7, "seven matrices in each of four layers"
+    rounded = {name: value if name in packed else unpack_int4(packed, name) for name, value in exact.items()}
+    assert sum(name not in packed for name in exact) == 4 * 7, "seven matrices in each of four layers must be quantised"
     to_exact, to_rounded = (
         torch.tensor(reference.logprobs(action.prompt_ids, action.action_ids, [screenshot(1)], weights))
         .sub(torch.tensor(action.logprobs))
@@ -528,8 +491,8 @@ def test_in_4_bits_it_acts_by_its_rounded_weights(tmp_path: Path) -> None:
     assert to_rounded < 0.05 < to_exact
 
 
-def unpacked(packed: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The matrix that 4-bit integers and their scales stand for."""
+def unpack_int4(packed: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Return the matrix that 4-bit integers and their scales represent."""
     words = packed[f"{name}_packed"].long()
     levels = torch.stack([words >> 4 * place & 15 for place in range(8)], dim=-1).flatten(1) - 8
     scales = packed[f"{name}_scale"].float()

@@ -1,6 +1,6 @@
-"""deploy/slurm on Debian's Slurm, a cluster of one node: start, scale, drain, stop, with certificates.
+"""deploy/slurm starts, scales, drains and stops a run with certificates, on Debian's Slurm with one node.
 
-The jobs of learner and inference wait (`--hold`): a test plans and takes the work, and scripts play it.
+The jobs of learner and inference are held (`--hold`), so that no GPU is needed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from pathlib import Path
 import pytest
 from ports_kit import free_port
 from replay_kit import ReplayClient
-from slurm_kit import slurm, why_no_slurm
+from slurm_kit import slurm, slurm_unavailable_reason
 
 from deskrl.core import rpc
 from deskrl.core.config import load_config
-from deskrl.core.security.certificates import make_certificates
+from deskrl.launch.certificates import make_certificates
 
 LAUNCH = Path(__file__).parents[2] / "deploy" / "slurm" / "launch.sh"
-pytestmark = pytest.mark.skipif(bool(why_no_slurm()), reason=f"Slurm: {why_no_slurm()}")
-_PATIENCE_S = 120.0
+pytestmark = pytest.mark.skipif(bool(slurm_unavailable_reason()), reason=f"no Slurm: {slurm_unavailable_reason()}")
+_TIMEOUT_S = 120.0
 
 
 class Job:
-    """A run under Slurm, as a person at the login node has it."""
+    """Run under Slurm, controlled from the login node.
+
+    Args:
+        root: folder for the configuration, certificates and the run directory.
+        environment: environment for Slurm's commands.
+    """
 
     def __init__(self, root: Path, environment: dict[str, str]) -> None:
         self._environment = environment | {"SBATCH_LEARNER": "--hold", "SBATCH_INFERENCE": "--hold"}
@@ -38,7 +43,7 @@ class Job:
             name = "slurm"
             runs = "{root / "runs"}"
             model.path = "{root / "model"}"
-            security.folder = "{root / "certificates"}"
+            security.certificates_dir = "{root / "certificates"}"
             replay.address = "127.0.0.1:{free_port()}"
             actor.desktops_per_actor = 1
             desktop.provider = "simulated"
@@ -48,11 +53,11 @@ class Job:
         self.set_num_envs(2)
 
     def set_num_envs(self, num_envs: int) -> None:
-        """Turn the knob."""
+        """Set `desktop.num_envs` in the configuration file."""
         self.config.write_text(self._text.replace("NUM", str(num_envs)))
 
     def launch(self, command: str) -> str:
-        """`launch.sh COMMAND run.toml`."""
+        """Run `launch.sh COMMAND run.toml` and return its output."""
         done = subprocess.run(
             ["bash", LAUNCH, command, self.config], capture_output=True, text=True, env=self._environment, timeout=120
         )
@@ -60,24 +65,24 @@ class Job:
         return done.stdout
 
     def running(self, role: str) -> set[str]:
-        """Array indices of the role's jobs that run."""
+        """Return the array indices of the running jobs of a role."""
         name = f"--name=deskrl-slurm-{role}"
-        listed = subprocess.run(
+        result = subprocess.run(
             ["squeue", "--noheader", "--array", "--states=RUNNING", "--format=%K", name],
             capture_output=True,
             text=True,
             env=self._environment,
         )
-        return set(listed.stdout.split())
+        return set(result.stdout.split())
 
     def logs(self) -> str:
-        """All that the roles wrote."""
+        """Return the logs of all roles."""
         folder = load_config(self.config).folder / "logs"
         return "".join(f"{path.name}: {path.read_text()}" for path in folder.glob("*.log"))
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Until Slurm has done it."""
-        deadline = time.monotonic() + _PATIENCE_S
+        """Wait until the condition holds."""
+        deadline = time.monotonic() + _TIMEOUT_S
         while not condition():
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.2)
@@ -89,16 +94,16 @@ def job(tmp_path: Path) -> Iterator[Job]:
         job = Job(tmp_path, environment)
         yield job
         job.launch("stop")
-    rpc.identify(None)
+    rpc.set_identity(None)
 
 
-def test_start_scale_drain_and_stop(job: Job, tmp_path: Path) -> None:
+def test_a_run_is_started_scaled_drained_and_stopped(job: Job, tmp_path: Path) -> None:
     job.launch("start")
     job.wait_for(lambda: job.running("actor") == {"0", "1"})
-    rpc.identify_as("operator", tmp_path / "certificates")
-    found_at = load_config(job.config).folder / "addresses" / "replay"
-    job.wait_for(found_at.exists)
-    address = found_at.read_text().strip()
+    rpc.load_own_identity("operator", tmp_path / "certificates")
+    address_file = load_config(job.config).folder / "addresses" / "replay"
+    job.wait_for(address_file.exists)
+    address = address_file.read_text().strip()
     assert address.startswith(socket.gethostname())
     job.wait_for(lambda: rpc.check_health(address))
     with closing(ReplayClient(address)) as client:
@@ -111,7 +116,7 @@ def test_start_scale_drain_and_stop(job: Job, tmp_path: Path) -> None:
         job.wait_for(lambda: job.running("actor") == {"0"})
         job.launch("drain")
         job.wait_for(lambda: job.running("actor") == set())
-        assert job.running("replay"), "nothing else is touched"
+        assert job.running("replay"), "draining the actors must not stop replay"
     job.launch("stop")
     job.wait_for(lambda: job.running("replay") == set())
     assert "Traceback" not in job.logs()

@@ -1,4 +1,4 @@
-"""The learner as a process of its own, with a real replay service and one who plays: runs, ends and resumptions."""
+"""The learner as a process, with a real replay service, a toy actor and toy replicas: runs, stops and resumed runs."""
 
 from __future__ import annotations
 
@@ -10,70 +10,80 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from learner_kit import TASKS, ToyPolicy, build_model
-from learner_player import ToyPlayer, ToyReplica
+from learner_peers_kit import ToyActor, ToyReplica
 from ports_kit import free_port
 from replay_kit import ReplayProcess
 
-from deskrl.core import rpc
-from deskrl.core.cli import main
+from deskrl.cli.main import main
+from deskrl.core import ids, rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.presets import PRESETS
-from deskrl.core.runfolder import RunFolder
-from deskrl.core.scores import read_scores
-from deskrl.core.trajectory import decode_step
-from deskrl.proto.v1 import directory_pb2, directory_pb2_grpc
+from deskrl.core.run_dir import RunDir
+from deskrl.core.step_codec import decode_step
+from deskrl.launch.acceptance import expected_of, success_buffer_criterion
+from deskrl.learner.batches.token_stats import read_token_stats
+from deskrl.learner.curriculum import TRAIN
+from deskrl.proto.v1 import directory_pb2, directory_pb2_grpc, rollout_pb2
 
 _DEADLINE_S = 240.0
 
 
-class World:
-    """One run: replay, player, replica, and a learner that comes and goes."""
+class ToyRun:
+    """One run: replay service, toy actor and replicas, and a learner that can be started repeatedly."""
 
-    def __init__(self, root: Path, num_replicas: int = 1, wandb: str = "off", **learner: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        num_replicas: int = 1,
+        tracker: Sequence[str] = (),
+        reward_of: Callable[[rollout_pb2.Rollout], float] | None = None,
+        **learner: Any,
+    ) -> None:
         port = free_port()
         self.config = RunConfig.model_validate(
             {
                 "runs": root,
                 "name": "toy",
-                "wandb": wandb,
-                "tasks": {"rollouts": 4, "max_steps": 3},
+                "tracker": tracker,
+                "tasks": {"num_rollouts": 4, "max_steps": 3},
                 "agent": {"image_width": 112, "image_height": 112},
                 "replay": {"address": f"127.0.0.1:{free_port()}"},
                 "inference": {"address": f"127.0.0.1:{port}", "dtype": "float32", "num_replicas": num_replicas},
                 "learner": {"dtype": "float32", **learner},
             }
         )
-        self.folder = RunFolder(self.config.folder)
+        self.folder = RunDir(self.config.run_dir)
         self.replay = ReplayProcess(self.config)
         build_model(self.config.model_folder)
-        # As if the run began from the checkpoint of another one: nothing of that learner's record is this one's.
+        # As if the run started from the checkpoint of another run, whose training state must be ignored.
         (self.config.model_folder / "learner.json").write_text('{"schema": 1, "num_updates": 7, "state": {}}')
-        (self.folder.root / "tasks.json").write_text(json.dumps(TASKS))
+        (self.folder.tasks).write_text(json.dumps(TASKS))
         self.replicas = [
             ToyReplica(f"127.0.0.1:{port + index}", self.config.model_folder, root) for index in range(num_replicas)
         ]
-        self.player: ToyPlayer | None = ToyPlayer(self.replay.client(), self.replicas[0])
+        self.actor: ToyActor | None = ToyActor(self.replay.client(), self.replicas[0], reward_of)
         self._config_path = self.folder.config
         self._learners: list[subprocess.Popen[str]] = []
 
     def start(self, **learner: Any) -> subprocess.Popen[str]:
-        """Start the learner; keywords override keys of its section."""
+        """Start the learner; keyword arguments override keys of its configuration section."""
         merged = self.config.model_dump(mode="json")
         merged["learner"] |= learner
         dump_config(RunConfig.model_validate(merged), self._config_path)
-        command = [sys.executable, "-m", "deskrl.core.cli", "learner", str(self._config_path)]
+        command = [sys.executable, "-m", "deskrl.cli.main", "learner", str(self._config_path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._learners.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
         return self._learners[-1]
 
     def finish(self, learner: subprocess.Popen[str]) -> str:
-        """Wait for the learner's own end; its log."""
+        """Wait until the learner ends with status 0; return its log."""
         _, log = learner.communicate(timeout=_DEADLINE_S)
         assert learner.returncode == 0, log[-3000:]
         return log
@@ -82,71 +92,72 @@ class World:
         return list(self.folder.read_metrics(kind))
 
     def wait_for(self, condition: Callable[[], bool], learner: subprocess.Popen[str]) -> None:
-        """Until something has come to be; a learner that ended without it fails the test."""
+        """Wait for a condition; fail if the learner ends before it is true."""
         deadline = time.monotonic() + _DEADLINE_S
         while not condition():
             assert learner.poll() is None, learner.communicate()[1][-3000:]
-            assert time.monotonic() < deadline, "it did not come to be"
+            assert time.monotonic() < deadline, "the condition did not become true in time"
             time.sleep(0.02)
 
     def join(self) -> ToyReplica:
-        """A replica that the configuration does not name."""
+        """Start a replica that the configuration does not name."""
         self.replicas.append(ToyReplica(f"127.0.0.1:{free_port()}", self.config.model_folder, self.config.runs))
         return self.replicas[-1]
 
     def announce(self, replica: ToyReplica, is_leaving: bool = False) -> None:
-        """What a replica that joined says again and again."""
+        """Announce a replica to the directory, as replicas that joined do regularly."""
         request = directory_pb2.AnnounceRequest(
             peer=rpc.peer("inference", "toy"), address=replica.address, is_leaving=is_leaving
         )
         with rpc.connect_sync(self.config.replay.address) as channel:
             directory_pb2_grpc.DirectoryServiceStub(channel).Announce(request, timeout=20)
 
-    def stop_playing(self) -> None:
-        if self.player is not None:
-            self.player.close()
-            self.player = None
+    def stop_actor(self) -> None:
+        if self.actor is not None:
+            self.actor.close()
+            self.actor = None
 
     def close(self) -> None:
         for learner in self._learners:
             if learner.poll() is None:
                 learner.kill()
                 learner.communicate()
-        self.stop_playing()
+        self.stop_actor()
         for replica in self.replicas:
             replica.close()
         self.replay.close()
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[Callable[..., World]]:
-    worlds: list[World] = []
+def start_run(tmp_path: Path) -> Iterator[Callable[..., ToyRun]]:
+    """Function that prepares a run with the given learner settings."""
+    runs: list[ToyRun] = []
 
-    def make(**settings: Any) -> World:
-        worlds.append(World(tmp_path / str(len(worlds)), **settings))
-        return worlds[-1]
+    def make(**settings: Any) -> ToyRun:
+        runs.append(ToyRun(tmp_path / str(len(runs)), **settings))
+        return runs[-1]
 
     yield make
-    for each in worlds:
+    for each in runs:
         each.close()
 
 
-BUDGET = 17
+MAX_ENV_STEPS = 17
 GRPO = {"num_updates": 3, "groups_per_batch": 2, "learning_rate": 1e-3, "max_staleness": 1}
 WARM_START = {"demos_per_task": 2, "stop_likelihood": 0.2, "max_updates": 60}
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A run from demonstrations to results, over."""
-    run = World(tmp_path_factory.mktemp("learnt"), grpo=GRPO, warm_start=WARM_START, eval={"episodes": 8})
+def full_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToyRun]:
+    """Finished run with warm start, training and evaluations."""
+    run = ToyRun(tmp_path_factory.mktemp("full"), grpo=GRPO, warm_start=WARM_START, eval={"num_episodes": 8})
     run.finish(run.start())
     yield run
     run.close()
 
 
-def test_a_run_from_demonstrations_to_results(learnt: World) -> None:
-    run = learnt
+def test_a_run_goes_through_all_phases_and_writes_metrics_results_and_checkpoints(full_run: ToyRun) -> None:
+    run = full_run
     phases = [line["phase"] for line in run.metrics("phase")]
     assert phases == [
         "loading",
@@ -168,7 +179,7 @@ def test_a_run_from_demonstrations_to_results(learnt: World) -> None:
     evaluations = {line["when"]: line for line in run.metrics("eval")}
     for evaluation in evaluations.values():
         assert evaluation["episodes"] == 8
-        assert evaluation["num_other_version"] == 0, "an evaluation is of one version"
+        assert evaluation["num_other_version"] == 0, "only one policy version acts during an evaluation"
         assert evaluation["mismatch_max"] < 1e-4
     assert evaluations["before"]["version"] == 0
     assert evaluations["after"]["version"] == 3
@@ -177,40 +188,40 @@ def test_a_run_from_demonstrations_to_results(learnt: World) -> None:
     assert all(line["ok"] and line["canary_max_difference"] < 1e-4 for line in weights)
     check_results(run)
     check_checkpoints(run)
-    check_scores(run, updates[-1])
+    check_token_stats(run, updates[-1])
 
 
-def test_a_run_learns_again_what_it_has_learnt_bit_for_bit(
-    learnt: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_updates_are_reproduced_bit_for_bit_from_checkpoints_and_recorded_batches(
+    full_run: ToyRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checkpoints after updates 1, 2 and 3 are kept, so 2 and 3 can be; a record that was tampered with is found."""
-    run = learnt
-    run.stop_playing()
+    """The checkpoints after updates 1 to 3 are kept, so updates 2 and 3 are reproduced; one record is manipulated."""
+    run = full_run
+    run.stop_actor()
     run.replay.stop()
     entropy = run.metrics("update")[-1]["entropy"]
     recorded = run.folder.metrics.read_text().replace(repr(entropy), repr(entropy + 1e-9))
     run.folder.metrics.write_text(recorded)
     before = {path: path.stat().st_mtime_ns for path in run.folder.checkpoints.rglob("*")}
     monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the learner had: other sums of floats come of other threads
-    assert main(["replay-run", str(run.folder.root)]) == 1
-    told = capsys.readouterr().out
-    assert re.search(r"│ 2 +│ epoch_0_update_1 .* bit for bit │ +│\n", told), told
-    assert re.search(r"│ 3 +│ epoch_0_update_1 .* no ", told), told
-    assert f"entropy {entropy + 1e-9!r}, {entropy!r}" in told
-    assert "gradient_norm" not in told, "only what differs is named"
-    assert "not learnt again: update 1: no checkpoint before it is kept (learner.keep_checkpoints)" in told
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the learner had: the number of threads changes the order of sums
+    assert main(["reproduce", str(run.folder.root)]) == 1
+    output = capsys.readouterr().out
+    assert re.search(r"│ 2 +│ epoch_0_update_1 .* yes +│ +│\n", output), output
+    assert re.search(r"│ 3 +│ epoch_0_update_1 .* no ", output), output
+    assert f"entropy {entropy + 1e-9!r}, {entropy!r}" in output
+    assert "gradient_norm" not in output, "only keys that differ are listed"
+    assert "not reproduced: update 1: no checkpoint before it is kept (learner.keep_checkpoints)" in output
     assert {path: path.stat().st_mtime_ns for path in run.folder.checkpoints.rglob("*")} == before
 
 
-def test_arpos_preset_keeps_every_group_and_learns_in_lock_step(world: Callable[..., World]) -> None:
+def test_the_arpo_preset_keeps_every_group_and_trains_synchronously(start_run: Callable[..., ToyRun]) -> None:
     arpo = PRESETS["arpo"]["learner"]["grpo"]
-    ends = {"num_updates": 50, "env_steps": BUDGET}
-    run = world(grpo={**arpo, **ends, "groups_per_batch": 2, "learning_rate": 1e-3, "warmup_updates": 1})
+    ends = {"num_updates": 50, "max_env_steps": MAX_ENV_STEPS}
+    run = start_run(grpo={**arpo, **ends, "groups_per_batch": 2, "learning_rate": 1e-3, "warmup_updates": 1})
     run.finish(run.start())
     updates = run.metrics("update")
     steps = [update["num_env_steps"] for update in updates]
-    assert sum(steps[:-1]) < BUDGET <= sum(steps), "the update that uses the environment steps up is the last"
+    assert sum(steps[:-1]) < MAX_ENV_STEPS <= sum(steps), "the update that reaches max_env_steps is the last"
     assert all((update["num_trajectories"], update["dropped"]) == (8, {}) for update in updates)
     assert all(update["staleness_max"] == 0 for update in updates)
     assert [update["learning_rate"] for update in updates] == [0.0, *[1e-3] * (len(updates) - 1)]
@@ -218,16 +229,49 @@ def test_arpos_preset_keeps_every_group_and_learns_in_lock_step(world: Callable[
     assert all(0 <= update["without_spread"] <= 2 for update in updates)
 
 
-def test_wandb_gets_the_metrics_too(world: Callable[..., World]) -> None:
-    run = world(wandb="offline", grpo={**GRPO, "num_updates": 1})
+def test_every_group_that_fails_after_a_success_of_its_task_gets_a_stored_success(
+    start_run: Callable[..., ToyRun],
+) -> None:
+    """In the first group of each task the first member succeeds; every later group fails."""
+
+    def reward_of(rollout: rollout_pb2.Rollout) -> float:
+        is_first_group = rollout.group_id in {ids.group_id(TRAIN, ordinal) for ordinal in range(len(TASKS))}
+        return float(is_first_group and rollout.seed == ids.derive_seed(0, rollout.group_id, 0))
+
+    settings = {"num_updates": 3, "groups_per_batch": len(TASKS), "max_staleness": 0, "learning_rate": 1e-3}
+    run = start_run(grpo=settings, reward_of=reward_of)
     run.finish(run.start())
+    updates = run.metrics("update")
+    assert [update["replayed"] for update in updates] == [0, len(TASKS), len(TASKS)]
+    assert all(update["dropped"] == {} for update in updates)
+    criterion = success_buffer_criterion(updates, expected_of(run.config))
+    assert criterion.ok
+    assert criterion.value == f"used {2 * len(TASKS)} times, never withheld"
+
+
+def test_a_loss_of_the_users_own_trains_and_its_metrics_are_logged_to_the_trackers(
+    start_run: Callable[..., ToyRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "examples" / "loss"))
+    grpo = {**GRPO, "num_updates": 1, "loss": "cispo_loss:cispo", "loss_options": {"clip_high": 0.5}}
+    run = start_run(
+        tracker=["wandb", "tensorboard"],
+        grpo={**grpo, "zero_variance_groups": "keep"},  # an untrained policy has nothing else to train on
+        reward_of=lambda rollout: float(rollout.seed % 2),
+    )
+    run.finish(run.start())
+    (update,) = run.metrics("update")
+    assert update["applied"] and update["loss_metrics"] == {"pi_weight": pytest.approx(1, abs=0.3)}
+    (events,) = (run.folder.root / "tensorboard").iterdir()
+    assert b"update/loss" in events.read_bytes()
     (log,) = (run.folder.root / "wandb").glob("offline-run-*/*.wandb")
     written = log.read_bytes()
     for key in (b"update/loss", b"update/success_rate"):
         assert key in written, key
 
 
-def check_results(run: World) -> None:
+def check_results(run: ToyRun) -> None:
+    """Check the keys of the result files."""
     (*_, last) = json.loads((run.folder.results / "training_metrics.json").read_text())
     assert last["epoch"] == 1
     assert {"average_reward", "success_rate", "replay_buffer_size", "replay_buffer_usage"} <= last.keys()
@@ -240,9 +284,9 @@ def check_results(run: World) -> None:
     assert all({"stored", "used", "newest_version"} <= entry.keys() for entry in stats.values())
 
 
-def check_scores(run: World, update: dict[str, Any]) -> None:
-    """What is kept of each token adds up to what the update says of all."""
-    groups = read_scores(run.folder, "train/000003")
+def check_token_stats(run: ToyRun, update: dict[str, Any]) -> None:
+    """Check that the statistics of single tokens agree with the record of the update."""
+    groups = read_token_stats(run.folder, "train/000003")
     assert len(groups) == 2
     episodes = [episode for group in groups.values() for episode in group.values()]
     assert len(episodes) == update["num_trajectories"]
@@ -256,14 +300,14 @@ def check_scores(run: World, update: dict[str, Any]) -> None:
         for name, episode in group.items():
             steps = [decode_step(data) for data in sampled[name].steps]
             logprobs = [logprob for step in steps for logprob in step.logprobs]
-            fresh = all(span.step == 2 for step in steps for span in step.spans) and not episode.replayed
+            fresh = all(span.step == 2 for step in steps for span in step.spans) and not episode.from_success_buffer
             differences = [abs(a - b) for a, b in zip(logprobs, episode.logprobs, strict=True)]
             largest = max(largest, *differences) if fresh else largest
     assert largest <= (update["mismatch_max"] or 0.0) + 1e-7
 
 
-def check_checkpoints(run: World) -> None:
-    """Four tasks in batches of two groups: an epoch is two updates."""
+def check_checkpoints(run: ToyRun) -> None:
+    """Check names and weights of the checkpoints; with four tasks and two groups per batch, an epoch is two updates."""
     names = sorted(path.name for path in run.folder.checkpoints.glob("epoch_*"))
     assert names == ["epoch_0_update_1", "epoch_1", "epoch_1_update_3"]
     newest = run.folder.checkpoints / "latest"
@@ -274,13 +318,31 @@ def check_checkpoints(run: World) -> None:
     assert saved.processor_hash == served.processor_hash
     for name, tensor in saved.model.state_dict().items():
         assert tensor.equal(served.model.state_dict()[name]), name
+    check_model_card(run, newest)
 
 
-@pytest.mark.parametrize("ranks", [{}, {"num_processes": 2, "zero_stage": 3}], ids=["one rank", "two, sharded"])
-def test_sigterm_ends_it_with_status_0_and_the_next_start_goes_on(
-    world: Callable[..., World], ranks: dict[str, Any]
+def check_model_card(run: ToyRun, checkpoint: Path) -> None:
+    """Check that the card of the newest checkpoint can be published with the folder, which names no other folder."""
+    card = ModelCard.load(checkpoint / "README.md")
+    assert card.data.to_dict()["library_name"] == "transformers"
+    for line in ("| policy updates | 3 |", "| success before training | ", "| success after training | "):
+        assert line in card.text
+    excluded = (checkpoint / ".gitignore").read_text().split()
+    for path in checkpoint.iterdir():
+        if path.is_file() and path.name not in excluded:
+            assert str(run.config.runs).encode() not in path.read_bytes(), path.name
+
+
+TWO_RANKS = {"num_processes": 2, "zero_stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kl_coefficient"), [({}, 0.0), (TWO_RANKS, 0.1)], ids=["one rank", "two, sharded, with a reference"]
+)
+def test_sigterm_ends_the_learner_with_status_0_and_the_next_start_resumes(
+    start_run: Callable[..., ToyRun], ranks: dict[str, Any], kl_coefficient: float
 ) -> None:
-    run = world(grpo=GRPO, **ranks)
+    run = start_run(grpo={**GRPO, "kl_coefficient": kl_coefficient}, **ranks)
     learner = run.start()
     run.wait_for(lambda: len(run.metrics("update")) == 1, learner)
     learner.send_signal(signal.SIGTERM)
@@ -290,20 +352,25 @@ def test_sigterm_ends_it_with_status_0_and_the_next_start_goes_on(
     assert [update["update"] for update in run.metrics("update")] == [1, 2, 3]
     assert run.metrics("phase")[-1]["phase"] == "finished"
     served = [lineage for lineage, _ in run.replicas[0].versions]
-    assert len(set(served)) == 2, "the restored learner goes on under a lineage of its own"
+    assert len(set(served)) == 2, "the resumed learner has a new lineage"
     assert [step for lineage, step in run.replicas[0].versions if lineage == served[-1]] == [1, 2, 3]
+    trained = [update for update in run.metrics("update") if update["num_tokens"]]
+    assert all((update["kl"] is not None) == (kl_coefficient > 0) for update in trained)
+    assert run.folder.reference.exists() == (kl_coefficient > 0)
 
 
 def _forget_last_update(metrics: Path) -> None:
-    """As a kill between an update's checkpoint and its line leaves it."""
+    """Remove the last update from the metrics, as if the learner was killed between its checkpoint and its line."""
     lines = metrics.read_text().splitlines(keepends=True)
     last = max(index for index, line in enumerate(lines) if '"kind": "update"' in line)
     metrics.write_text("".join(lines[:last]))
 
 
-def test_a_killed_learner_takes_the_same_batch_again_and_the_loss_is_bit_equal(world: Callable[..., World]) -> None:
-    """Killed between the update and its checkpoint: what was learnt is lost, what was taken is not."""
-    run = world(grpo={**GRPO, "num_updates": 2}, checkpoint_every=2)
+def test_a_killed_learner_repeats_the_update_on_the_same_batch_with_the_same_loss(
+    start_run: Callable[..., ToyRun],
+) -> None:
+    """A kill between an update and its checkpoint loses the update but not the batch."""
+    run = start_run(grpo={**GRPO, "num_updates": 2}, checkpoint_every=2)
     run.finish(run.start(grpo={**run.config.learner.grpo.model_dump(), "num_updates": 1}))
     checkpoint = run.folder.checkpoints / "epoch_0_update_1"
     before = {path.name for path in run.folder.checkpoints.glob("epoch_*")}
@@ -312,48 +379,48 @@ def test_a_killed_learner_takes_the_same_batch_again_and_the_loss_is_bit_equal(w
     run.wait_for(lambda: len(run.metrics("update")) == 2, first)
     first.kill()
     first.communicate()
-    # As it was before the second update's checkpoint: this is what a kill just before the rename leaves.
+    # Remove the second update's checkpoint, as if the kill came just before it was renamed.
     for path in run.folder.checkpoints.glob("epoch_*"):
         if path.name not in before:
             shutil.rmtree(path)
-    run.stop_playing()
+    run.stop_actor()
     run.finish(run.start())
-    once, again = [update for update in run.metrics("update") if update["update"] == 2]
+    first_record, second_record = [update for update in run.metrics("update") if update["update"] == 2]
     for key in ("loss", "gradient_norm", "num_tokens", "success_rate", "importance_mean", "entropy", "dropped"):
-        assert again[key] == once[key], key
+        assert second_record[key] == first_record[key], key
 
 
-def test_a_replica_that_fails_is_quarantined_and_catches_up(world: Callable[..., World]) -> None:
-    run = world(num_replicas=2, grpo={**GRPO, "num_updates": 2})
-    lame = run.replicas[1]
-    lame.lie.set()
+def test_a_replica_with_wrong_weights_is_quarantined_and_catches_up(start_run: Callable[..., ToyRun]) -> None:
+    run = start_run(num_replicas=2, grpo={**GRPO, "num_updates": 2})
+    faulty = run.replicas[1]
+    faulty.has_wrong_canary.set()
     learner = run.start()
     run.wait_for(lambda: any(not line["ok"] for line in run.metrics("weights")), learner)
-    lame.lie.clear()
+    faulty.has_wrong_canary.clear()
     run.wait_for(lambda: any(line["late"] and line["ok"] for line in run.metrics("weights")), learner)
     log = run.finish(learner)
     assert "replica 1 is quarantined" in log
     assert "canary differs" in log
     assert all(line["ok"] for line in run.metrics("weights") if line["replica"] == 0)
-    assert len(run.metrics("update")) == 2, "the run goes on with the other"
+    assert len(run.metrics("update")) == 2, "the run continues with the other replica"
 
 
-def test_a_replica_that_was_started_again_is_brought_the_weights_that_the_others_have(
-    world: Callable[..., World],
+def test_a_restarted_replica_gets_the_current_weights(
+    start_run: Callable[..., ToyRun],
 ) -> None:
-    run = world(num_replicas=2, grpo={**GRPO, "num_updates": 2})
+    run = start_run(num_replicas=2, grpo={**GRPO, "num_updates": 2})
     learner = run.start()
-    again = run.replicas[1]
-    run.wait_for(lambda: bool(again.versions), learner)
-    again.start_again()
+    restarted = run.replicas[1]
+    run.wait_for(lambda: bool(restarted.versions), learner)
+    restarted.restart()
     run.wait_for(lambda: any(line["late"] and line["ok"] for line in run.metrics("weights")), learner)
     log = run.finish(learner)
-    assert "replica 1 was started again" in log and "quarantined" not in log
-    assert again.versions[-1] == run.replicas[0].versions[-1]
+    assert "replica 1 has restarted" in log and "quarantined" not in log
+    assert restarted.versions[-1] == run.replicas[0].versions[-1]
 
 
-def test_replicas_join_and_leave_while_it_learns(world: Callable[..., World]) -> None:
-    run = world(grpo=GRPO)
+def test_replicas_join_and_leave_during_training(start_run: Callable[..., ToyRun]) -> None:
+    run = start_run(grpo=GRPO)
     stays, leaves = (run.join() for _ in range(2))
     learner = run.start()
 
@@ -370,41 +437,41 @@ def test_replicas_join_and_leave_while_it_learns(world: Callable[..., World]) ->
         time.sleep(0.2)
     log = run.finish(learner)
     assert f"{leaves.address} has left" in log and "quarantined" not in log
-    assert stays.versions[-1] == run.replicas[0].versions[-1], "it ends with what the others have"
+    assert stays.versions[-1] == run.replicas[0].versions[-1], "it ends with the same weights as the others"
     assert len(run.metrics("update")) == GRPO["num_updates"]
 
 
-def test_the_only_replica_may_be_away_for_a_while(world: Callable[..., World]) -> None:
-    run = world(grpo={**GRPO, "num_updates": 1})
-    run.replicas[0].away.set()
+def test_the_learner_waits_while_its_only_replica_is_unavailable(start_run: Callable[..., ToyRun]) -> None:
+    run = start_run(grpo={**GRPO, "num_updates": 1})
+    run.replicas[0].is_unavailable.set()
     learner = run.start()
     run.wait_for(lambda: any(not line["ok"] for line in run.metrics("weights")), learner)
-    run.replicas[0].away.clear()
+    run.replicas[0].is_unavailable.clear()
     run.finish(learner)
     assert any(line["ok"] and line["late"] for line in run.metrics("weights"))
     assert len(run.metrics("update")) == 1
 
 
-def test_replicas_that_all_refuse_are_an_end_and_not_a_silence(world: Callable[..., World]) -> None:
-    run = world(grpo=GRPO)
-    run.replicas[0].refuse.set()
+def test_the_learner_fails_if_all_replicas_reject_its_weights(start_run: Callable[..., ToyRun]) -> None:
+    run = start_run(grpo=GRPO)
+    run.replicas[0].rejects.set()
     learner = run.start()
     _, log = learner.communicate(timeout=_DEADLINE_S)
     assert learner.returncode != 0
-    assert "no inference replica took version 0" in log
+    assert "no inference replica serves version 0" in log
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
-        (lambda folder: (folder / "learner.json").write_text("{"), "no checkpoint of a learner"),
-        (lambda folder: (folder / "learner.json").unlink(), "no checkpoint of a learner"),
-        (lambda folder: _truncate(folder / "model.safetensors"), "model.safetensors is missing or cut short"),
+        (lambda folder: (folder / "learner.json").write_text("{"), "not a valid checkpoint"),
+        (lambda folder: (folder / "learner.json").unlink(), "not a valid checkpoint"),
+        (lambda folder: _truncate(folder / "model.safetensors"), "model.safetensors is missing or truncated"),
         (lambda folder: _scramble(next(folder.glob("engine/engine/*optim*"))), "engine state cannot be read"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_read_is_refused_in_one_line(
-    finished: World, damage: Callable[[Path], object], words: str
+def test_a_damaged_checkpoint_is_rejected_with_a_message_of_one_line(
+    finished: ToyRun, damage: Callable[[Path], object], message: str
 ) -> None:
     newest = (finished.folder.checkpoints / "latest").resolve()
     saved = {path: path.read_bytes() for path in newest.rglob("*") if path.is_file()}
@@ -414,11 +481,11 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_in_one_line(
     for path, data in saved.items():
         path.write_bytes(data)
     assert learner.returncode == 2, log[-2000:]
-    (line,) = [line for line in log.splitlines() if words in line]
-    assert "remove it to go on from the checkpoint before it" in line
+    (line,) = [line for line in log.splitlines() if message in line]
+    assert "remove it to resume from the previous checkpoint" in line
 
 
-def test_a_checkpoint_of_another_layout_is_refused_by_name(finished: World) -> None:
+def test_a_checkpoint_of_another_layout_is_rejected_with_the_key_that_differs(finished: ToyRun) -> None:
     learner = finished.start(zero_stage=2)
     _, log = learner.communicate(timeout=_DEADLINE_S)
     assert learner.returncode == 2, log[-2000:]
@@ -426,9 +493,9 @@ def test_a_checkpoint_of_another_layout_is_refused_by_name(finished: World) -> N
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A run of one update, over."""
-    run = World(tmp_path_factory.mktemp("finished"), grpo={**GRPO, "num_updates": 1})
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToyRun]:
+    """Finished run of one update."""
+    run = ToyRun(tmp_path_factory.mktemp("finished"), grpo={**GRPO, "num_updates": 1})
     run.finish(run.start())
     yield run
     run.close()

@@ -1,6 +1,6 @@
-"""deskrl's own suite on real desktops: tasks can be solved, none is solved already, and `prove` tells when not.
+"""Specification of `deskrl tasks prove` on a sample of deskrl's suite: tasks are solvable and not solved initially.
 
-A sample of it, by the applications that the quickstart installs; `tests/long/test_suite_whole.py` proves all of it.
+The sample needs only the applications that the quickstart installs; `tests/long/test_suite_proof.py` covers the suite.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import pytest
 from PIL import Image
 
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
-from deskrl.actor.tasks.files import SMOKE_TASKS, load_tasks, parse_task
-from deskrl.actor.tasks.noise import make_noisy
 from deskrl.actor.tasks.prove import main, prove
 from deskrl.actor.tasks.setup_steps import setup_task
-from deskrl.core.config import DesktopConfig, RunConfig
+from deskrl.actor.tasks.task_schema import SMOKE_TASKS, load_tasks
+from deskrl.core.config import DesktopConfig, RunConfig, TasksConfig
 
 CONFIG = RunConfig(desktop=DesktopConfig(num_envs=2))
 
@@ -26,19 +25,19 @@ CONFIG = RunConfig(desktop=DesktopConfig(num_envs=2))
 SAMPLE = (*SMOKE_TASKS, "turn-up-the-volume", "two-colours", "move-to-a-folder", "print-in-colour", "restore-a-backup")
 
 
-def test_tasks_of_the_suite_can_be_solved_and_are_not_solved_already() -> None:
-    proofs = asyncio.run(prove(load_tasks(ids=SAMPLE), CONFIG, num_times=1))
+def test_tasks_of_the_suite_are_solvable_and_not_solved_initially() -> None:
+    proofs = asyncio.run(prove(load_tasks(ids=SAMPLE), CONFIG, num_repeats=1))
     assert [proof.task_id for proof in proofs if not proof.holds] == []
 
 
-def test_solutions_hold_under_the_heaviest_noise() -> None:
-    plain = load_tasks(ids=("press-and-submit", "rename-a-file", "replace-the-text"))
-    noisy = [parse_task(make_noisy(task, "heavy"), task.id) for task in plain]
-    proofs = asyncio.run(prove(noisy, CONFIG, num_times=0))
+def test_solutions_succeed_with_heavy_noise() -> None:
+    tasks = load_tasks(ids=("press-and-submit", "rename-a-file", "replace-the-text"))
+    config = CONFIG.model_copy(update={"tasks": TasksConfig(noise="heavy")})
+    proofs = asyncio.run(prove(tasks, config, num_repeats=0))
     assert [(proof.task_id, proof.problems) for proof in proofs if not proof.holds] == []
 
 
-def test_a_smoke_task_begins_with_the_same_screen_each_time(tmp_path: Path) -> None:
+def test_the_initial_screen_of_a_smoke_task_is_reproducible(tmp_path: Path) -> None:
     async def first_screens() -> list[Image.Image]:
         desktop = EmbeddedDesktop(CONFIG.desktop, "d", tmp_path)
         screens: list[Image.Image] = []
@@ -68,14 +67,14 @@ def write_task(suite: Path, name: str, wanted: str, solution: list[dict[str, Any
     file.write_text(json.dumps(task))
 
 
-def test_a_task_that_is_solved_already_or_never_or_not_scripted_fails_the_command(
+def test_the_command_fails_for_tasks_that_are_solved_initially_unsolvable_or_without_a_solution(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_task(tmp_path, "already", "a\n", [{"kind": "finished"}])
-    write_task(tmp_path, "never", "b\n", [{"kind": "finished"}])
+    write_task(tmp_path, "solved", "a\n", [{"kind": "finished"}])
+    write_task(tmp_path, "unsolvable", "b\n", [{"kind": "finished"}])
     write_task(tmp_path, "unscripted", "b\n", [])
-    assert main(tmp_path, num_times=1) == 1
+    assert main(RunConfig(), tmp_path, num_repeats=1) == 1
     lines = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "│" in line}
-    assert "fails" in lines["already"]
-    assert "fails" in lines["never"]
-    assert "there is no scripted solution" in lines["unscripted"]
+    assert "fails" in lines["solved"]
+    assert "fails" in lines["unsolvable"]
+    assert "no scripted solution" in lines["unscripted"]

@@ -1,8 +1,8 @@
-"""What docs/watching.md promises: a real Prometheus scrapes a run, and every panel and every alert gets its figures.
+"""Dashboards and alerts on a run that a Prometheus server scrapes: every query returns numbers.
 
-Replay and the actor with its desktops are real processes; the policy is a small gRPC server that ends each episode
-when the test lets it. The learner's and the replica's figures are their real metrics, served and moved by the test: no
-torch, no engine.
+Replay and the actor with its desktops are the real processes. The policy is a small gRPC server that ends each episode
+when the test allows it. The metrics of the learner and of the replica are the real ones, but the test serves and sets
+them, so that no torch and no engine is needed.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ import prometheus_client
 import pytest
 from ports_kit import free_port, free_ports
 from prometheus_client.metrics import MetricWrapperBase
-from replay_kit import ME, ReplayProcess
+from replay_kit import TEST_PEER, ReplayProcess
 
-from deskrl.actor.tasks.files import load_tasks
+from deskrl.actor.tasks.task_schema import load_tasks
 from deskrl.core.config import RunConfig
-from deskrl.core.lifetime import supervised_environment
+from deskrl.core.process_lifecycle import supervised_environment
 from deskrl.inference import metrics as inference_metrics
-from deskrl.learner import metrics as learner_metrics
+from deskrl.learner.metrics import prometheus as learner_metrics
 from deskrl.proto.v1 import inference_pb2, inference_pb2_grpc, replay_pb2, rollout_pb2
 
 REPOSITORY = Path(__file__).parents[2]
 PROMETHEUS = REPOSITORY / "deploy/prometheus"
 GUIDE = REPOSITORY / "docs/watching.md"
 DASHBOARDS = sorted((REPOSITORY / "deploy/grafana").glob("*.json"))
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 UPDATE: dict[str, Any] = {
     "applied": True,
     "dropped": {"all_failed": 1},
@@ -55,9 +55,11 @@ UPDATE: dict[str, Any] = {
     "loss": 0.1,
     "success_rate": 0.5,
     "average_reward": 0.5,
+    "reward_terms": {"task": 0.5, "brevity": 0.5},
     "gradient_norm": 0.3,
     "clip_fraction": 0.1,
     "entropy": 0.7,
+    "kl": 0.05,
     "mismatch_max": 1e-4,
     "lagged_difference_mean": 1e-2,
     "staleness_max": 1,
@@ -65,15 +67,15 @@ UPDATE: dict[str, Any] = {
 }
 
 
-class Finisher(inference_pb2_grpc.InferenceServiceServicer):
-    """A policy that calls each task finished at its first sight, once it may."""
+class FinishingPolicy(inference_pb2_grpc.InferenceServiceServicer):
+    """Policy whose first action of each episode is `finished`, once `may_answer` is set."""
 
     def __init__(self) -> None:
         self.may_answer = threading.Event()
 
     def Act(self, request: inference_pb2.ActRequest, context: Any) -> inference_pb2.ActResponse:
-        """The last action of an episode."""
-        self.may_answer.wait(PATIENCE_S)
+        """Return the action `finished`."""
+        self.may_answer.wait(TIMEOUT_S)
         text = "Thought: Done.\nAction: finished()"
         ids = list(text.encode())
         action = inference_pb2.SampledAction(
@@ -83,7 +85,7 @@ class Finisher(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class Prometheus:
-    """A Prometheus that scrapes five times a second what deploy/prometheus scrapes, on ports of the test's choice."""
+    """Prometheus with the configuration of deploy/prometheus, but other ports and five scrapes per second."""
 
     def __init__(self, folder: Path, ports: dict[str, list[int]]) -> None:
         shutil.copytree(PROMETHEUS, folder)
@@ -107,43 +109,43 @@ class Prometheus:
             )
 
     def query(self, expression: str) -> list[float]:
-        """The values of an expression now; none as long as Prometheus itself starts."""
+        """Return the present values of an expression; empty while Prometheus is starting."""
         result = self._get("query", query=expression)
         return [float(sample["value"][1]) for sample in result.get("result", [])]
 
     def rules(self) -> list[dict[str, Any]]:
-        """The alerts, as Prometheus has read them."""
+        """Return the alert rules that Prometheus has loaded."""
         return [rule for group in self._get("rules").get("groups", []) for rule in group["rules"]]
 
     def wait_for(self, expression: str) -> list[float]:
-        """The values of an expression once it has some and all are numbers."""
-        until(lambda: (values := self.query(expression)) and all(map(math.isfinite, values)), expression)
+        """Wait until an expression has values that are all finite, and return them."""
+        wait_until(lambda: (values := self.query(expression)) and all(map(math.isfinite, values)), expression)
         return self.query(expression)
 
-    def _get(self, what: str, **arguments: str) -> dict[str, Any]:
-        url = f"http://{self.address}/api/v1/{what}?{urllib.parse.urlencode(arguments)}"
+    def _get(self, method: str, **arguments: str) -> dict[str, Any]:
+        url = f"http://{self.address}/api/v1/{method}?{urllib.parse.urlencode(arguments)}"
         try:
-            with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_S) as page:
                 data: dict[str, Any] = json.load(page)["data"]
         except urllib.error.HTTPError as error:
-            if error.code == 503:  # it is starting
+            if error.code == 503:  # starting
                 return {}
             raise AssertionError(f"{arguments}: {error.read().decode()}") from error
-        except urllib.error.URLError:  # it does not listen yet
+        except urllib.error.URLError:  # not listening yet
             return {}
         return data
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for something that is seen by looking only."""
-    deadline_s = time.monotonic() + PATIENCE_S
+def wait_until(condition: Callable[[], object], description: str) -> None:
+    """Poll a condition until it is true."""
+    deadline_s = time.monotonic() + TIMEOUT_S
     while not condition():
-        assert time.monotonic() < deadline_s, f"it did not come to pass: {what}"
+        assert time.monotonic() < deadline_s, f"timed out: {description}"
         time.sleep(0.1)
 
 
 def scraped_ports() -> dict[str, int]:
-    """The port of each job in prometheus.yml."""
+    """Return the port of each job in prometheus.yml."""
     jobs = re.findall(
         r'job_name: (\w+)\n.*\n\s+- targets: \["127.0.0.1:(\d+)"\]', (PROMETHEUS / "prometheus.yml").read_text()
     )
@@ -151,7 +153,7 @@ def scraped_ports() -> dict[str, int]:
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Each panel's queries, by dashboard and title."""
+    """Yield "dashboard: panel" and expression of every query."""
     for path in DASHBOARDS:
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
@@ -160,7 +162,7 @@ def queries() -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def serving(module: ModuleType, port: int) -> Iterator[None]:
-    """The metrics of a role's module on a port, and no other role's."""
+    """Serve the metrics that a module defines on a port."""
     registry = prometheus_client.CollectorRegistry()
     for metric in vars(module).values():
         if isinstance(metric, MetricWrapperBase):
@@ -174,8 +176,8 @@ def serving(module: ModuleType, port: int) -> Iterator[None]:
         thread.join()
 
 
-def serve_an_action_and_an_update() -> None:
-    """What a replica counts of one action and one update."""
+def observe_an_action_and_a_weight_update() -> None:
+    """Set the metrics of a replica after one action and one weight update."""
     inference_metrics.ACTS.labels("sampled").inc()
     inference_metrics.ACT_SECONDS.observe(0.3)
     for stage in ("image", "queue", "prefill", "decode", "rest"):
@@ -189,18 +191,18 @@ def serve_an_action_and_an_update() -> None:
 
 
 @contextlib.contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End a process with the block."""
+def terminating(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Terminate a process when the context ends."""
     try:
         yield
     finally:
         process.terminate()
-        process.wait(PATIENCE_S)
+        process.wait(TIMEOUT_S)
 
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """A Prometheus that has seen a run of two actors from its start: scripted and sampled episodes, and an update."""
+    """Prometheus that has scraped a run of two actors from its start: scripted and sampled episodes, and an update."""
     require("prometheus", "Xvfb", "bwrap")
     ports = {job: [free_port()] for job in scraped_ports()} | {"actor": free_ports(2)}
     folder = tmp_path_factory.mktemp("watch")
@@ -214,50 +216,50 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         }
     )
     with contextlib.ExitStack() as stack:
-        temporary = tempfile.mkdtemp(prefix="deskrl-")  # short: the names of sockets have a limit
+        temporary = tempfile.mkdtemp(prefix="deskrl-")  # short, because paths of sockets are limited
         stack.callback(shutil.rmtree, temporary)
-        policy, server = Finisher(), grpc.server(futures.ThreadPoolExecutor(2))
+        policy, server = FinishingPolicy(), grpc.server(futures.ThreadPoolExecutor(2))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(policy, server)
         server.add_insecure_port(config.inference.address)
         server.start()
         stack.callback(server.stop, None)
         replay = ReplayProcess(config)
         stack.callback(replay.close)
-        learner_metrics.name_applications(["xterm"])
+        learner_metrics.create_application_series(["xterm"])
         stack.enter_context(serving(learner_metrics, *ports["learner"]))
         stack.enter_context(serving(inference_metrics, *ports["inference"]))
-        watcher = Prometheus(folder / "prometheus", ports)
-        stack.enter_context(ended(watcher.process))
+        scraper = Prometheus(folder / "prometheus", ports)
+        stack.enter_context(terminating(scraper.process))
         for index in range(len(ports["actor"])):
-            stack.enter_context(ended(start_actor(config, index, Path(temporary))))
-        until(lambda: watcher.query("up") == [1.0] * sum(map(len, ports.values())), "every process is scraped")
+            stack.enter_context(terminating(start_actor(config, index, Path(temporary))))
+        wait_until(lambda: scraper.query("up") == [1.0] * sum(map(len, ports.values())), "every process is scraped")
         seconds = dict.fromkeys(("wait", "learn", "publish", "checkpoint"), 0.5)
-        learner_metrics.note_update(UPDATE, seconds, {"make-a-folder": "xterm"})
-        learner_metrics.note_weights({"ok": True, "receive_ms": 20.0, "total_ms": 60.0})
+        learner_metrics.observe_update(UPDATE, seconds, {"make-a-folder": "xterm"})
+        learner_metrics.observe_weight_update({"ok": True, "receive_ms": 20.0, "total_ms": 60.0})
         learner_metrics.POLICY_STEP.set(1)
-        serve_an_action_and_an_update()
+        observe_an_action_and_a_weight_update()
         plan(replay, "demo", rollout_pb2.ACTING_POLICY_SCRIPTED)
-        take(replay, "demo")
+        take_group(replay, "demo")
         plan(replay, "eval", rollout_pb2.ACTING_POLICY_SAMPLED)
         waiting = 'sum(deskrl_actor_desktops{state="waiting_for_model"}) == 2 and sum(deskrl_replay_active_leases) == 2'
-        until(lambda: watcher.query(waiting), "two desktops wait for the policy, each with a lease")
+        wait_until(lambda: scraper.query(waiting), "two desktops wait for the policy, each with a lease")
         policy.may_answer.set()
-        take(replay, "eval")
-        yield watcher
+        take_group(replay, "eval")
+        yield scraper
 
 
 def require(*programs: str) -> None:
-    """Skip where something is not installed."""
+    """Skip the test if a program is not installed."""
     for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed (deploy/install.sh test installs it)")
 
 
 def start_actor(config: RunConfig, index: int, temporary: Path) -> subprocess.Popen[bytes]:
-    """An actor process of a run whose configuration is in its folder."""
-    with open(config.folder / "actor.log", "ab") as log:
+    """Start an actor process of a run whose configuration is in its run directory."""
+    with open(config.run_dir / "actor.log", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "deskrl.core.cli", "actor", str(config.folder / "config.json"), f"--index={index}"],
+            [sys.executable, "-m", "deskrl.cli.main", "actor", str(config.run_dir / "config.json"), f"--index={index}"],
             stdout=log,
             stderr=log,
             env={**os.environ, **supervised_environment(), "TMPDIR": str(temporary)},
@@ -265,7 +267,7 @@ def start_actor(config: RunConfig, index: int, temporary: Path) -> subprocess.Po
 
 
 def plan(replay: ReplayProcess, queue: str, acting: rollout_pb2.ActingPolicy) -> None:
-    """Plan a group of two."""
+    """Plan a group of two rollouts."""
     (task,) = load_tasks(ids=("make-a-folder",))
     group = replay_pb2.GroupPlan(
         group_id=f"{queue}/{task.id}",
@@ -277,13 +279,13 @@ def plan(replay: ReplayProcess, queue: str, acting: rollout_pb2.ActingPolicy) ->
         temperature=1.0,
         acting_policy=acting,
     )
-    replay.client().replay.PlanGroups(replay_pb2.PlanGroupsRequest(peer=ME, groups=[group]), timeout=PATIENCE_S)
+    replay.client().replay.PlanGroups(replay_pb2.PlanGroupsRequest(peer=TEST_PEER, groups=[group]), timeout=TIMEOUT_S)
 
 
-def take(replay: ReplayProcess, queue: str) -> None:
-    """Wait for a queue's group."""
-    group = replay.client().take(queue, "batch", 0, wait_s=PATIENCE_S)
-    assert group is not None and group.num_faulted == 0, (replay.config.folder / "actor.log").read_text()
+def take_group(replay: ReplayProcess, queue: str) -> None:
+    """Wait for the group of a queue, and take it."""
+    group = replay.client().take(queue, "batch", 0, wait_s=TIMEOUT_S)
+    assert group is not None and group.num_faulted == 0, (replay.config.run_dir / "actor.log").read_text()
 
 
 @pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda path: path.stem)
@@ -293,16 +295,16 @@ def test_every_query_of_a_dashboard_returns_numbers(prometheus: Prometheus, dash
             assert prometheus.wait_for(query), title
 
 
-def test_the_figures_are_those_of_the_run(prometheus: Prometheus) -> None:
+def test_metrics_count_the_episodes_leases_and_faults_of_the_run(prometheus: Prometheus) -> None:
     assert prometheus.wait_for("sum by (instance) (deskrl_actor_desktops)") == [1.0, 1.0]
-    until(lambda: prometheus.query("sum(deskrl_actor_episodes_total)") == [4.0], "all episodes are counted")
-    until(lambda: prometheus.query("sum(deskrl_replay_leases_granted_total)") == [4.0], "all leases are counted")
-    until(lambda: prometheus.query("sum(deskrl_replay_active_leases)") == [0.0], "leases end with their episodes")
+    wait_until(lambda: prometheus.query("sum(deskrl_actor_episodes_total)") == [4.0], "all episodes are counted")
+    wait_until(lambda: prometheus.query("sum(deskrl_replay_leases_granted_total)") == [4.0], "all leases are counted")
+    wait_until(lambda: prometheus.query("sum(deskrl_replay_active_leases)") == [0.0], "leases end with their episodes")
     assert prometheus.query("count(deskrl_actor_faults_total == 0)") == [2 * (len(rollout_pb2.FaultKind.keys()) - 1)]
 
 
-def test_every_alert_compares_a_figure_that_is_there(prometheus: Prometheus) -> None:
-    until(prometheus.rules, "the rules are read")
+def test_every_alert_compares_an_expression_that_has_a_value(prometheus: Prometheus) -> None:
+    wait_until(prometheus.rules, "the rules are loaded")
     for rule in prometheus.rules():
         comparison = re.fullmatch(r"(.+) (>|<|==) ([\d.]+)", rule["query"], re.DOTALL)
         assert comparison, rule["name"]
@@ -321,7 +323,7 @@ def test_alerts_fire_when_they_should_and_not_before() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_has_a_runbook_and_every_panel_a_word() -> None:
+def test_every_alert_has_a_runbook_and_every_panel_an_explanation() -> None:
     guide = GUIDE.read_text()
     rules = (PROMETHEUS / "alerts.yml").read_text()
     alerts = re.findall(r"- alert: (\w+)", rules)
@@ -332,6 +334,6 @@ def test_every_alert_has_a_runbook_and_every_panel_a_word() -> None:
             assert f"| {panel['title']} |" in guide
 
 
-def test_the_guide_starts_a_run_on_the_ports_that_are_scraped() -> None:
-    told = re.findall(r"--(\w+)\.metrics_port (\d+)", GUIDE.read_text())
-    assert {role: int(port) for role, port in told} == scraped_ports()
+def test_the_guide_starts_a_run_on_the_scraped_ports() -> None:
+    ports = re.findall(r"--(\w+)\.metrics_port (\d+)", GUIDE.read_text())
+    assert {role: int(port) for role, port in ports} == scraped_ports()

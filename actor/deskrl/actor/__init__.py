@@ -1,1 +1,1 @@
-"""The actor: owns desktops, plays episodes on them and streams what happened. Knows no model and no gradient."""
+"""The actor role: runs episodes on desktops and streams them to the replay service."""

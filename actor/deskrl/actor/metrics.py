@@ -1,4 +1,4 @@
-"""What an actor process tells Prometheus of itself. Knows names and labels; those who do the work call it."""
+"""Prometheus metrics of an actor process."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from deskrl.proto.v1 import rollout_pb2
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0)
 
-ENV_STEPS = Counter("deskrl_actor_env_steps_total", "Turns of the policy that were played to their end.")
-EPISODES = Counter("deskrl_actor_episodes_total", "Episodes with a result, by how they ended.", ["termination"])
-FAULTS = Counter("deskrl_actor_faults_total", "Episodes that the infrastructure ended, by kind of fault.", ["kind"])
-LEASES_LOST = Counter("deskrl_actor_leases_lost_total", "Episodes abandoned because their work was granted again.")
+ENV_STEPS = Counter("deskrl_actor_env_steps_total", "Steps completed.")
+EPISODES = Counter("deskrl_actor_episodes_total", "Episodes with a result, by termination.", ["termination"])
+FAULTS = Counter("deskrl_actor_faults_total", "Episodes ended by an infrastructure fault, by kind of fault.", ["kind"])
+LEASES_LOST = Counter("deskrl_actor_leases_lost_total", "Episodes abandoned because their lease was lost.")
 DESKTOPS_REPLACED = Counter("deskrl_actor_desktops_replaced_total", "Desktops closed and replaced by a fresh one.")
-DESKTOPS = Gauge("deskrl_actor_desktops", "Desktops by what they are doing.", ["state"])
-RESET_SECONDS = Histogram("deskrl_actor_reset_seconds", "Reset of a desktop.", buckets=_SECONDS)
-ACT_SECONDS = Histogram("deskrl_actor_act_seconds", "One action from the served policy.", buckets=_SECONDS)
+START_FAILURES = Counter("deskrl_actor_desktop_start_failures_total", "Starts and resets of desktops that failed.")
+DESKTOPS = Gauge("deskrl_actor_desktops", "Desktops by state.", ["state"])
+RESET_SECONDS = Histogram("deskrl_actor_reset_seconds", "Duration of a desktop's reset.", buckets=_SECONDS)
+ACT_SECONDS = Histogram("deskrl_actor_act_seconds", "Duration of sampling one action.", buckets=_SECONDS)
 TRANSPORT_SECONDS = Histogram(
     "deskrl_actor_act_transport_seconds",
-    "What an action took beyond what its replica accounts for: the wire, its coding, replicas asked in vain.",
+    "Part of the sampling duration that the replica does not report: network, serialisation, failed attempts.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
 SIMULATED_SECONDS = Counter(
-    "deskrl_actor_simulated_seconds_total", "Time that simulated desktops were told to take, unscaled.", ["part"]
+    "deskrl_actor_simulated_seconds_total", "Simulated duration of simulated desktops, unscaled.", ["part"]
 )
-STEP_SECONDS = Histogram("deskrl_actor_step_seconds", "One action done and its screen settled.", buckets=_SECONDS)
+STEP_SECONDS = Histogram(
+    "deskrl_actor_step_seconds", "Duration of one action on the desktop until the screen has settled.", buckets=_SECONDS
+)
 
 
 class DesktopState(StrEnum):
-    """What a desktop is doing, or what is being done to it."""
+    """State of a desktop."""
 
     REPLACING = "replacing"
+    SET_ASIDE = "set_aside"
+    """Did not start; is retried with growing pauses."""
     RESETTING = "resetting"
     IDLE = "idle"
     SETTING_UP = "setting_up"
@@ -43,16 +48,16 @@ class DesktopState(StrEnum):
 
 
 def termination_label(termination: int) -> str:
-    """An episode's end as metrics and logs name it: `step_limit`."""
+    """Return the name of a termination in metrics and logs, such as `step_limit`."""
     return rollout_pb2.Termination.Name(termination).removeprefix("TERMINATION_").lower()
 
 
 def fault_label(kind: int) -> str:
-    """A kind of fault as metrics and logs name it: `desktop_hung`."""
+    """Return the name of a kind of fault in metrics and logs, such as `desktop_hung`."""
     return rollout_pb2.FaultKind.Name(kind).removeprefix("FAULT_KIND_").lower()
 
 
-# From the start all series are there, at zero: a rate sees the first one, and "none" is told apart from "not scraped".
+# Create all series at zero, so that `rate` counts the first event, and zero is distinguishable from not scraped.
 for _state in DesktopState:
     DESKTOPS.labels(_state)
 for _termination in rollout_pb2.Termination.DESCRIPTOR.values[1:]:  # the first is TERMINATION_UNSPECIFIED
@@ -62,18 +67,18 @@ for _kind in rollout_pb2.FaultKind.DESCRIPTOR.values[1:]:  # the first is FAULT_
 
 
 class StateGauge:
-    """One desktop's place in the gauge of states: in exactly one state at a time."""
+    """Contribution of one desktop to the gauge of states."""
 
     def __init__(self) -> None:
         self.state = DesktopState.REPLACING
         DESKTOPS.labels(self.state).inc()
 
     def enter(self, state: DesktopState) -> None:
-        """Move on to another state."""
+        """Move the desktop to another state."""
         DESKTOPS.labels(self.state).dec()
         self.state = state
         DESKTOPS.labels(state).inc()
 
-    def leave(self) -> None:
-        """The desktop is no more."""
+    def remove(self) -> None:
+        """Remove the desktop from the gauge."""
         DESKTOPS.labels(self.state).dec()

@@ -1,9 +1,10 @@
-"""One desktop's worker: a lease, an episode, its delivery, a fresh desktop, again. Knows no step of an episode.
+"""Worker: runs episodes on one desktop. It acquires a lease, runs and delivers the episode, and renews the desktop.
 
 A desktop that hung, died or was interrupted is closed in the background while a fresh one starts; other workers of the
-process go on meanwhile. The reset for the next episode runs while the result of the last one is being acknowledged;
-work is asked for only once a desktop is ready, so a lease never waits for one. (In lock-step all of them are reset at
-the beginning of a round, when the learner is done, as batched trainers do it.)
+process continue. The reset for the next episode runs while the previous result is being acknowledged. A desktop that
+does not start is set aside and retried with growing pauses. A lease is acquired only once a desktop is ready, so it
+never waits for one; if the desktop then fails, the lease is released. In the lock-step schedule all desktops are
+instead reset at the start of a round, after the learner's update, as synchronous batch trainers do.
 """
 
 from __future__ import annotations
@@ -17,229 +18,262 @@ from functools import partial
 
 from deskrl.actor import metrics
 from deskrl.actor.agent.conversation import Agent
-from deskrl.actor.agent.players import Player, ScriptedPlayer
+from deskrl.actor.agent.policies import ActorPolicy, ScriptedPolicy
+from deskrl.actor.backoff import Backoff
+from deskrl.actor.desktop_starts import DesktopStarts
 from deskrl.actor.desktops.base import Desktop, DesktopError
-from deskrl.actor.episode import Episode, Fault, answers, describe
-from deskrl.actor.episode_stream import EpisodeStream
-from deskrl.actor.leases import Lease, LeaseLost, ReplayRefused
+from deskrl.actor.episode import Episode, Fault, is_true_within
+from deskrl.actor.episode_sender import EpisodeSender
+from deskrl.actor.lease import Lease, LeaseLostError, ReplayRejectedError
+from deskrl.actor.lease_client import LeaseClient
 from deskrl.actor.metrics import DesktopState
-from deskrl.actor.replay_client import ReplayClient
-from deskrl.actor.retries import Pauses
-from deskrl.actor.tasks.files import Task, parse_task
+from deskrl.actor.rewards.episode_reward import EpisodeReward
+from deskrl.actor.task import Task
+from deskrl.actor.tasks.task_schema import parse_task
 from deskrl.core.config import DesktopConfig
+from deskrl.core.error_text import typed_line
 from deskrl.core.errors import UserError
 from deskrl.proto.v1 import rollout_pb2
 
-MAX_FAILED_STARTS = 5
-"""So many desktops in a row that do not start, and this machine cannot run any."""
+FIRST_RETRY_S = 0.5
+"""Pause in seconds before the second attempt to start a desktop; each further pause is twice as long."""
+LONGEST_RETRY_S = 60.0
+"""Longest pause in seconds between attempts to start a desktop."""
 
 _log = logging.getLogger(__name__)
 
 End = rollout_pb2.EpisodeResult | rollout_pb2.EpisodeFault
 
 
-class DesktopsDoNotStart(RuntimeError):
-    """One fresh desktop after the other failed to start."""
-
-
 class Worker:
-    """Plays episodes on one desktop at a time until cancelled or drained.
+    """Runs episodes on one desktop at a time until it is cancelled or drained.
 
     Args:
-        replay: where work comes from and goes to.
-        make_player: the served policy, as it plays one episode.
-        agent: how it is prompted.
-        make_desktop: a new desktop, not started.
-        config: deadlines.
-        lock_step: wait for the other desktops before each turn, and reset once a round has begun.
+        leases: lease client of the process.
+        make_policy: returns the served or external policy for one rollout.
+        agent: prompt format and action language of the policy.
+        make_desktop: returns a new desktop that has not been started.
+        starts: record of the start attempts of all desktops of the process.
+        config: timeouts.
+        lock_step: wait for the other desktops before each step, and reset the desktop at the start of a round.
         evaluate_format_errors: see `Episode`.
+        reward: reward of the end states.
+        vary_task: returns the variant of a task that is played in a rollout.
     """
 
     def __init__(
         self,
-        replay: ReplayClient,
-        make_player: Callable[[rollout_pb2.Rollout], Player],
+        leases: LeaseClient,
+        make_policy: Callable[[rollout_pb2.Rollout], ActorPolicy],
         agent: Agent,
         make_desktop: Callable[[], Desktop],
+        starts: DesktopStarts,
         config: DesktopConfig,
         lock_step: bool = False,
         evaluate_format_errors: bool = False,
+        *,
+        reward: EpisodeReward,
+        vary_task: Callable[[Task, rollout_pb2.Rollout], Task] = lambda task, rollout: task,
     ) -> None:
-        self._replay = replay
-        self._make_player = make_player
+        self._leases = leases
+        self._make_policy = make_policy
         self._agent = agent
         self._make_desktop = make_desktop
+        self._starts = starts
         self._config = config
         self._lock_step = lock_step
         self._evaluate_format_errors = evaluate_format_errors
+        self._reward = reward
+        self._vary_task = vary_task
         self._desktop: Desktop | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._gauge = metrics.StateGauge()
         self._reset_ms = 0.0
         self._draining = False
         self.lease: Lease | None = None
-        """The work in hand; None while there is none."""
+        """Lease of the running episode; None while idle."""
 
     def drain(self) -> None:
-        """Take no new work once that in hand is delivered."""
+        """Stop once the running episode is delivered."""
         self._draining = True
 
     async def run(self) -> None:
-        """Work until drained.
+        """Run episodes until drained.
 
         Raises:
-            DesktopsDoNotStart: this machine runs no desktop.
-            UserError: as replay or the desktop's provider refuse their input.
+            DesktopStartError: no desktop of the process could be started for too long.
+            UserError: the replay service or the desktop provider rejected the configuration.
         """
-        if not self._lock_step:
-            await self._renew()
         while not self._draining:
+            if self._gauge.state is DesktopState.SET_ASIDE or not (self._desktop or self._lock_step):
+                await self._start_with_retries()
             self._gauge.enter(DesktopState.IDLE)
-            await self._rest()
-            self.lease = await self._replay.acquire()
-            if self._lock_step:
-                await self._renew()
-            await self._work(self.lease)
+            await self._idle()
+            self.lease = await self._leases.acquire()
+            if await self._prepare_for_lease():
+                await self._serve(self.lease)
+            else:
+                await self._leases.release([self.lease])
             self.lease = None
 
     async def close(self) -> None:
-        """End the desktop, and wait for those that are still being closed."""
+        """Close the desktop, and wait until all desktops are closed."""
         self._discard()
-        self._gauge.leave()
+        self._gauge.remove()
         if self._closing:
             await asyncio.wait(self._closing)
 
-    async def _rest(self) -> None:
-        """Let the desktop sleep until there is work; one that fails at that is found dead by then."""
+    async def _idle(self) -> None:
+        """Let the desktop idle until a lease is acquired. If it dies meanwhile, `_is_usable` detects it."""
         with contextlib.suppress(DesktopError):
             if self._desktop is not None:
                 await self._desktop.idle()
 
-    async def _work(self, lease: Lease) -> None:
-        if not await self._is_usable():  # it died while it was idle
-            await self._replace()
-        stream = self._replay.open_episode(lease)
+    async def _prepare_for_lease(self) -> bool:
+        """Return whether the desktop is usable, after a reset in the lock-step schedule or a replacement if it died."""
+        if not self._lock_step:
+            if await self._is_usable():
+                return True
+            metrics.DESKTOPS_REPLACED.inc()
+            self._discard()
+        return await self._renew()
+
+    async def _serve(self, lease: Lease) -> None:
+        """Run the episode of a lease, then deliver it while the desktop is renewed."""
+        sender = self._leases.open_episode(lease)
         try:
-            end = await self._play_while_leased(lease, stream)
-            await asyncio.gather(self._deliver(lease, stream, end), self._prepare_next(end))
+            end = await self._run_while_leased(lease, sender)
+            await asyncio.gather(self._deliver(lease, sender, end), self._prepare_next(end))
         finally:
-            await stream.abandon()
+            await sender.abandon()
 
     async def _prepare_next(self, end: End | None) -> None:
-        """Have a desktop ready for the next episode; in lock-step its reset is part of the next round."""
-        if not _leaves_desktop(end):
+        """Prepare a desktop for the next episode. In the lock-step schedule the next round resets it."""
+        if not _is_desktop_reusable(end):
             metrics.DESKTOPS_REPLACED.inc()
             self._discard()
         if not self._lock_step:
             await self._renew()
 
-    async def _play_while_leased(self, lease: Lease, stream: EpisodeStream) -> End | None:
-        """How the episode ended; None if replay would not take it any more before it did."""
-        playing = asyncio.create_task(self._play(lease, stream))
-        over = asyncio.create_task(lease.over.wait())
+    async def _run_while_leased(self, lease: Lease, sender: EpisodeSender) -> End | None:
+        """Return how the episode ended; None if the lease ended first."""
+        running = asyncio.create_task(self._run_episode(lease, sender))
+        lease_ended = asyncio.create_task(lease.ended.wait())
         try:
-            await asyncio.wait({playing, over}, return_when=asyncio.FIRST_COMPLETED)
-            return playing.result() if playing.done() else None
+            await asyncio.wait({running, lease_ended}, return_when=asyncio.FIRST_COMPLETED)
+            return running.result() if running.done() else None
         finally:
-            for task in (playing, over):
+            for task in (running, lease_ended):
                 task.cancel()
-            await asyncio.wait({playing, over})
+            await asyncio.wait({running, lease_ended})
 
-    async def _play(self, lease: Lease, stream: EpisodeStream) -> End:
-        rollout = lease.rollout
+    async def _run_episode(self, lease: Lease, sender: EpisodeSender) -> End:
         try:
-            return await self._episode(lease, stream).play(self._reset_ms)
+            return await self._make_episode(lease, sender).run(self._reset_ms)
         except Fault as fault:
             kind, message = fault.kind, str(fault)
         except UserError as error:
             kind, message = rollout_pb2.FAULT_KIND_TASK_SETUP, str(error)
-        except Exception as error:  # our own mistake ends one episode, told to replay, and not the other desktops
-            _log.exception("%s: the actor failed", rollout.episode_id)
-            kind, message = rollout_pb2.FAULT_KIND_ACTOR, describe(error)
+        except Exception as error:  # a defect of the actor ends one episode with a fault; other desktops continue
+            _log.exception("%s: the episode failed", lease.rollout.episode_id)
+            kind, message = rollout_pb2.FAULT_KIND_ACTOR, typed_line(error)
         return rollout_pb2.EpisodeFault(kind=kind, message=message)
 
-    def _episode(self, lease: Lease, stream: EpisodeStream) -> Episode:
+    def _make_episode(self, lease: Lease, sender: EpisodeSender) -> Episode:
         assert self._desktop is not None
         rollout = lease.rollout
-        task = parse_task(rollout.task_json, f"task {rollout.task_id}")
-        conversation = self._agent.begin(task.instruction)
-        player = self._player(rollout, task)
+        task = self._vary_task(parse_task(rollout.task_json, f"task {rollout.task_id}"), rollout)
         return Episode(
             self._desktop,
             task,
             rollout,
-            conversation,
-            player,
-            stream,
+            self._agent.start_conversation,
+            self._policy_for(rollout, task),
+            sender,
             self._config,
             enter=self._gauge.enter,
             evaluate_format_errors=self._evaluate_format_errors,
-            await_turn=partial(self._replay.await_turn, lease) if self._lock_step else None,
+            await_step=partial(self._leases.await_step, lease) if self._lock_step else None,
+            reward=self._reward,
         )
 
-    def _player(self, rollout: rollout_pb2.Rollout, task: Task) -> Player:
+    def _policy_for(self, rollout: rollout_pb2.Rollout, task: Task) -> ActorPolicy:
         if rollout.acting_policy == rollout_pb2.ACTING_POLICY_SCRIPTED:
-            return ScriptedPlayer(task)
-        return self._make_player(rollout)
+            return ScriptedPolicy(task)
+        return self._make_policy(rollout)
 
-    async def _deliver(self, lease: Lease, stream: EpisodeStream, end: End | None) -> None:
-        """Bring the end of an episode to replay; what it refuses as it is becomes a fault of this actor."""
+    async def _deliver(self, lease: Lease, sender: EpisodeSender, end: End | None) -> None:
+        """Send the end of an episode. An episode that the replay service rejected is reported as a fault."""
         episode_id = lease.rollout.episode_id
         try:
             if end is not None:
-                await stream.finish(end)
-                _count(episode_id, end)
-            elif isinstance(lease.error, ReplayRefused):
-                await self._report_refusal(lease)
-        except ReplayRefused as refusal:
-            _log.error("%s: replay does not take it: %s", episode_id, refusal)
-        except LeaseLost:
+                await sender.finish(end)
+                _record(episode_id, end)
+            elif isinstance(lease.error, ReplayRejectedError):
+                await self._report_rejection(lease)
+        except ReplayRejectedError as error:
+            _log.error("%s: rejected by replay: %s", episode_id, error)
+        except LeaseLostError:
             pass
         finally:
-            self._replay.forget(lease)
-        if isinstance(lease.error, LeaseLost):
+            self._leases.forget(lease)
+        if isinstance(lease.error, LeaseLostError):
             metrics.LEASES_LOST.inc()
             _log.warning("%s: abandoned: %s", episode_id, lease.error)
 
-    async def _report_refusal(self, lease: Lease) -> None:
-        """Tell replay of an episode that it refused, as a fault on a stream of its own."""
-        again = Lease(lease.id, lease.rollout, lease.ttl_s)
-        fault = rollout_pb2.EpisodeFault(kind=rollout_pb2.FAULT_KIND_ACTOR, message=f"refused: {lease.error}")
-        await self._replay.open_episode(again).finish(fault)
-        _count(lease.rollout.episode_id, fault)
+    async def _report_rejection(self, lease: Lease) -> None:
+        """Report an episode that the replay service rejected as a fault, on a new stream."""
+        new_lease = Lease(lease.id, lease.rollout, lease.ttl_s)
+        fault = rollout_pb2.EpisodeFault(
+            kind=rollout_pb2.FAULT_KIND_ACTOR, message=f"rejected by replay: {lease.error}"
+        )
+        await self._leases.open_episode(new_lease).finish(fault)
+        _record(lease.rollout.episode_id, fault)
 
     async def _is_usable(self) -> bool:
-        return self._desktop is not None and await answers(self._desktop.is_alive(), self._config.step_timeout_s)
+        return self._desktop is not None and await is_true_within(self._desktop.is_alive(), self._config.step_timeout_s)
 
-    async def _replace(self) -> None:
-        """Have a fresh desktop in place of the present one, which is closed in the background."""
-        metrics.DESKTOPS_REPLACED.inc()
-        self._discard()
-        await self._renew()
+    async def _start_with_retries(self) -> None:
+        """Start a fresh desktop, with growing pauses between attempts.
 
-    async def _renew(self) -> None:
-        """Reset the desktop, or start a fresh one where there is none or it fails."""
-        pauses = Pauses()
-        reason = ""
-        for attempt in range(MAX_FAILED_STARTS):
-            if attempt:
-                await pauses.take()
+        Raises:
+            DesktopStartError: no desktop of the process could be started for too long.
+        """
+        backoff = Backoff(FIRST_RETRY_S, LONGEST_RETRY_S)
+        while not await self._renew():
+            await backoff.sleep()
+
+    async def _renew(self) -> bool:
+        """Reset the desktop, or start a fresh one if there is none; return False and set it aside if that fails.
+
+        Raises:
+            DesktopStartError: no desktop of the process could be started for too long.
+        """
+        is_retry = self._gauge.state is DesktopState.SET_ASIDE
+        if not is_retry:
             self._gauge.enter(DesktopState.RESETTING if self._desktop else DesktopState.REPLACING)
-            desktop = self._desktop = self._desktop or self._make_desktop()
-            started_s = time.monotonic()
-            try:
-                async with asyncio.timeout(self._config.start_timeout_s):
-                    await desktop.reset()
-            except (DesktopError, OSError) as error:  # a full disk, a time-out
-                reason = describe(error)
-                _log.warning("a desktop did not come up: %s", reason)
-                self._discard()
-                continue
-            reset_s = time.monotonic() - started_s
-            self._reset_ms = 1000 * reset_s
-            metrics.RESET_SECONDS.observe(reset_s)
-            return
-        raise DesktopsDoNotStart(f"{MAX_FAILED_STARTS} desktops in a row did not start; the last: {reason}")
+        desktop = self._desktop = self._desktop or self._make_desktop()
+        started_s = time.monotonic()
+        try:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                await desktop.reset()
+        except (DesktopError, OSError) as error:  # OSError includes TimeoutError and a full disk
+            is_timeout = isinstance(error, TimeoutError)
+            reason = f"not ready within {self._config.start_timeout_s:g} s" if is_timeout else typed_line(error)
+            _log.warning("a desktop did not start, is set aside and retried: %s", reason)
+            metrics.START_FAILURES.inc()
+            self._discard()
+            self._gauge.enter(DesktopState.SET_ASIDE)
+            self._starts.record_failure(self, reason)
+            return False
+        if is_retry:
+            _log.info("a desktop that was set aside has started")
+            self._gauge.enter(DesktopState.IDLE)
+        self._starts.record_success(self)
+        reset_s = time.monotonic() - started_s
+        self._reset_ms = 1000 * reset_s
+        metrics.RESET_SECONDS.observe(reset_s)
+        return True
 
     def _discard(self) -> None:
         """Close the desktop in the background."""
@@ -250,14 +284,14 @@ class Worker:
             self._desktop = None
 
 
-def _leaves_desktop(end: End | None) -> bool:
-    """Whether an episode ended on a desktop that can be reset; else it may be dead, or in the midst of something."""
-    if not isinstance(end, rollout_pb2.EpisodeResult):
-        return False
-    return end.termination != rollout_pb2.TERMINATION_DESKTOP_DESTROYED
+def _is_desktop_reusable(end: End | None) -> bool:
+    """Return whether the desktop can be reset after an episode; otherwise it may be dead or still be busy."""
+    broken = (rollout_pb2.TERMINATION_DESKTOP_DESTROYED, rollout_pb2.TERMINATION_STATE_UNREADABLE)
+    return isinstance(end, rollout_pb2.EpisodeResult) and end.termination not in broken
 
 
-def _count(episode_id: str, end: End) -> None:
+def _record(episode_id: str, end: End) -> None:
+    """Count and log the end of an episode."""
     if isinstance(end, rollout_pb2.EpisodeFault):
         kind = metrics.fault_label(end.kind)
         metrics.FAULTS.labels(kind).inc()

@@ -1,1 +1,1 @@
-"""What every role shares: configuration, channels, codec, metrics, run folder. Knows no role and no engine."""
+"""Code that all roles share: configuration, gRPC, security, stored formats, run directory and process lifecycle."""

@@ -1,6 +1,7 @@
-"""Names of things: runs, groups, episodes, leases, screenshots. Knows no storage and no wire.
+"""Identifiers of groups, episodes, leases and screenshots, and seeds.
 
-Planned things have names derived from what they are, so that planning twice plans once; granted things are random.
+Identifiers of planned groups and episodes are deterministic, so that planning is idempotent; those of leases are
+random.
 """
 
 import hashlib
@@ -8,26 +9,26 @@ import secrets
 
 
 def new_id(kind: str) -> str:
-    """A fresh random name such as `lease-3f9c2a71b04e`."""
+    """Return a new random identifier such as `lease-3f9c2a71b04e`."""
     return f"{kind}-{secrets.token_hex(6)}"
 
 
 def image_hash(data: bytes) -> str:
-    """Name of an encoded screenshot: lower-case hex SHA-256 of its bytes."""
+    """Return the identifier of an encoded screenshot: the SHA-256 of its bytes in lower-case hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def group_id(queue: str, ordinal: int) -> str:
-    """Name of the group that was planned as number `ordinal` of its queue."""
+    """Return the identifier of group number `ordinal` of a queue."""
     return f"{queue}/{ordinal:06d}"
 
 
 def episode_id(group: str, member: int) -> str:
-    """Name of a group's member."""
+    """Return the identifier of member number `member` of a group."""
     return f"{group}.{member}"
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that follows from `parts` alone, for any number of independent random streams."""
+    """Return a 63-bit seed derived from `parts`; different parts give independent random streams."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

@@ -1,1 +1,1 @@
-"""Inference: a batched vLLM engine behind `Act`, and the receiving end of weight updates. Knows no desktop."""
+"""Inference role: serves `Act` from a batched vLLM engine and receives weight updates from the learner."""

@@ -1,8 +1,8 @@
-"""A vision tower's attention on PyTorch's own kernels: windows of one length go together.
+"""Windowed attention of a vision tower with PyTorch's kernels, batched over windows of equal length.
 
-A Qwen2.5-VL attends within windows of 64 patches in most of its layers. A screenshot of 1280 x 720 has 84 of them, of
-three lengths, so three calls do where one call for each window is thousands of small kernels an image. Knows tensors;
-knows neither vLLM nor the model.
+Most layers of Qwen2.5-VL attend within windows of 64 patches. A screenshot of 1280×720 pixels has 84 windows of three
+different lengths, so that three calls per layer suffice; one call per window would launch thousands of small kernels
+per image.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass(frozen=True)
 class WindowGroup:
-    """Windows of one length."""
+    """Windows of equal length."""
 
     length: int
+    """Number of patches per window."""
     rows: Tensor | None
-    """Positions of all their patches, window by window; None: all that there are, as they stand."""
+    """Positions of the patches, window by window; None for all positions in their order."""
 
 
 _groups: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Groups by the tensor of window bounds, which is the same for all layers of a pass."""
+"""Groups by the tensor of window bounds, which all layers share in a forward pass."""
 
 
 def window_attention(
@@ -36,22 +37,22 @@ def window_attention(
     cu_seqlens: Tensor | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention of each position to those of its window.
+    """Return the attention of each position to the positions of its window.
 
     Args:
-        q_BSHD: queries; batch, position, head, channel.
+        q_BSHD: queries (batch, position, head, channel).
         k_BSHD: keys.
         v_BSHD: values.
-        scale: of the scores; None: the usual one.
-        cu_seqlens: where windows begin, and where the last one ends; None: all positions are one window.
-        enable_gqa: keys and values have fewer heads than queries.
+        scale: factor of the scores; None for 1 / sqrt(channels).
+        cu_seqlens: start of each window and end of the last one; None for a single window.
+        enable_gqa: whether keys and values have fewer heads than queries.
     """
     batch_size, num_positions = q_BSHD.shape[:2]
     groups = [WindowGroup(num_positions, None)] if cu_seqlens is None else _groups_of(cu_seqlens)
     attended = torch.empty(q_BSHD.shape, dtype=q_BSHD.dtype, device=q_BSHD.device)
     for group in groups:
         picked = [x if group.rows is None else x.index_select(1, group.rows) for x in (q_BSHD, k_BSHD, v_BSHD)]
-        # Every window becomes a row of a batch, and SDPA wants heads before positions.
+        # Each window becomes an element of the batch; SDPA expects heads before positions.
         q, k, v = (x.reshape(-1, group.length, *x.shape[2:]).transpose(1, 2) for x in picked)
         part = scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=enable_gqa)
         part_BSHD = part.transpose(1, 2).reshape(batch_size, -1, *q_BSHD.shape[2:])
@@ -69,7 +70,7 @@ def _groups_of(cu_seqlens: Tensor) -> list[WindowGroup]:
 
 
 def group_windows(cu_seqlens: Tensor) -> list[WindowGroup]:
-    """Windows by length, shortest first, on the device of their bounds."""
+    """Group windows by length, shortest first; tensors are on the device of `cu_seqlens`."""
     bounds = cu_seqlens.cpu().long()
     starts, lengths = bounds[:-1], bounds.diff()
     distinct = sorted(set(lengths.tolist()) - {0})

@@ -1,1 +1,1 @@
-"""The learner: from groups of episodes to weights. Knows the contracts of replay and inference, imports neither."""
+"""Learner: trains the policy on groups of episodes and publishes its weights to the inference replicas."""

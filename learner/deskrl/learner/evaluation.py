@@ -1,79 +1,97 @@
-"""What an evaluation found, from its episodes. Pure; knows nothing of how they were played.
+"""Evaluates the policy before and after training on fresh sampled episodes.
 
-An evaluation is of one policy version. The learner waits while it is played, so that no other one should act; an
-episode in which one did all the same, if for a single token, tells nothing of the policy and is counted apart.
+An evaluation concerns one policy version, as the learner does not train meanwhile. An episode in which another version
+sampled even one token says nothing about the evaluated policy and is counted separately.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from deskrl.core.trajectory import Span
+from deskrl.core.config import RunConfig
+from deskrl.learner.batch_builder import collect_groups
 from deskrl.learner.batches.packing import Row, pack
-from deskrl.learner.trajectories import TaskGroup, Trajectory
+from deskrl.learner.checkpoint.checkpoint_commit import CheckpointCommitter
+from deskrl.learner.components import Components
+from deskrl.learner.curriculum import eval_queue
+from deskrl.learner.episode_types import TaskGroup, Trajectory
+from deskrl.learner.grpo import measure_mismatch
+from deskrl.learner.metrics.metric_records import evaluation_record
+from deskrl.learner.policy_versions import StalenessOf
+from deskrl.proto.v1 import common_pb2
 
-COMPARED_PER_GROUP = 1
-"""Episodes of each group whose behaviour logprobs are compared with the learner's own."""
+NUM_COMPARED_PER_GROUP = 1
+"""Episodes of each group whose behaviour logprobs are compared with the learner's logprobs."""
+
+_log = logging.getLogger(__name__)
 
 
-def count_successes(trajectories: Sequence[Trajectory], success_above: float) -> dict[str, dict[str, int]]:
-    """Episodes and successes of each task: {task: {"n": …, "success": …}}."""
-    counts: dict[str, dict[str, int]] = {}
-    for trajectory in trajectories:
-        count = counts.setdefault(trajectory.task_id, {"n": 0, "success": 0})
-        count["n"] += 1
-        count["success"] += trajectory.reward > success_above
-    return counts
-
-
-def of_one_version(groups: Sequence[TaskGroup], distance: Callable[[Span], int | None]) -> tuple[list[TaskGroup], int]:
-    """The groups without those episodes in which another version than the evaluated one acted, and their number.
+class Evaluator:
+    """Runs the evaluations of a training run on one rank.
 
     Args:
-        groups: all of them.
-        distance: versions between a span's policy and the one that is evaluated; None: not even of its lineage.
+        config: run configuration.
+        components: components of this rank.
+        committer: waits for the checkpoint that a resumed learner would continue from.
     """
 
-    def is_pinned(episode: Trajectory) -> bool:
-        return all(distance(span) == 0 for step in episode.steps for span in step.spans)
+    def __init__(self, config: RunConfig, components: Components, committer: CheckpointCommitter) -> None:
+        self._config = config
+        self._components = components
+        self._committer = committer
 
-    kept = [replace(group, members=tuple(filter(is_pinned, group.members))) for group in groups]
+    def evaluate(self, when: str, version: common_pb2.PolicyVersion, staleness: StalenessOf) -> None:
+        """Evaluate the published policy and write the result; an evaluation that is complete is not repeated.
+
+        Args:
+            when: `before` or `after` training.
+            version: published policy version.
+            staleness: staleness of a span's policy.
+        """
+        if self._config.learner.eval.num_episodes == 0:
+            return
+        queue = eval_queue(when)
+        if when not in self._components.results.evaluations():
+            self._run(when, queue, version.step, staleness)
+        if self._components.is_rank_0:
+            self._components.replay.commit(queue, queue, [], version)
+
+    def _run(self, when: str, queue: str, version_step: int, staleness: StalenessOf) -> None:
+        components = self._components
+        components.metrics.write_phase(queue)
+        plans = components.curriculum.eval_groups(when)
+        collected = collect_groups(components.replay, queue, plans, components.is_rank_0, components.processor_hash)
+        groups, num_other = exclude_other_versions(collected, staleness)
+        if num_other:
+            _log.error("%s: %d episodes do not count because another policy version acted in them", queue, num_other)
+        temperature = self._config.learner.grpo.temperature
+        mismatch = measure_mismatch(components.engine, components.loader, mismatch_rows(groups), temperature)
+        record = evaluation_record(groups, num_other, self._config.replay.success_threshold, mismatch)
+        # A learner that resumes must continue from the policy that was evaluated.
+        self._committer.poll(wait=True)
+        components.metrics.write_evaluation(when, version_step, record)
+
+
+def exclude_other_versions(groups: Sequence[TaskGroup], staleness: StalenessOf) -> tuple[list[TaskGroup], int]:
+    """Return the groups without episodes in which another policy version acted, and the number of these episodes.
+
+    Args:
+        groups: groups of the evaluation.
+        staleness: staleness of a span's policy; 0 for the evaluated version.
+    """
+
+    def is_current(episode: Trajectory) -> bool:
+        return all(staleness(span) == 0 for step in episode.steps for span in step.spans)
+
+    kept = [replace(group, members=tuple(filter(is_current, group.members))) for group in groups]
     return kept, sum(len(group.members) for group in groups) - sum(len(group.members) for group in kept)
 
 
-def evaluation_record(
-    groups: Sequence[TaskGroup],
-    num_other_version: int,
-    success_above: float,
-    mismatch: tuple[float | None, float | None],
-) -> dict[str, Any]:
-    """One evaluation as it is kept.
-
-    Args:
-        groups: all of them, with the episodes that count.
-        num_other_version: episodes that do not, because another version acted in them.
-        success_above: rewards above this are successes.
-        mismatch: mean and maximum of |behaviour logprob - the learner's|.
-    """
-    episodes = [member for group in groups for member in group.members]
-    counts = count_successes(episodes, success_above)
-    return {
-        "episodes": len(episodes),
-        "successes": sum(count["success"] for count in counts.values()),
-        "average_reward": sum(episode.reward for episode in episodes) / len(episodes) if episodes else None,
-        "per_task": counts,
-        "num_faulted": sum(group.num_faulted for group in groups),
-        "num_other_version": num_other_version,
-        "mismatch_mean": mismatch[0],
-        "mismatch_max": mismatch[1],
-    }
-
-
 def mismatch_rows(groups: Sequence[TaskGroup]) -> list[Row]:
-    """Rows of the episodes that are compared with the learner's forward pass."""
-    episodes = [member for group in groups for member in group.members[:COMPARED_PER_GROUP]]
+    """Return the rows of the episodes whose behaviour logprobs are compared with the learner's logprobs."""
+    episodes = [member for group in groups for member in group.members[:NUM_COMPARED_PER_GROUP]]
     return [
         row
         for index, episode in enumerate(episodes)

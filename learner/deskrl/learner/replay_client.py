@@ -1,62 +1,42 @@
-"""The learner's side of the replay contract: plans, groups, commits, screenshots. Knows gRPC; decides nothing.
-
-A replay service that restarts, or whose disk is full, is waited for; while waiting, a stop is noticed at once.
-"""
+"""The learner's client of the replay service: plans, groups, commits and screenshots."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import grpc
 
 from deskrl.core import rpc
-from deskrl.core.byte_cache import ByteCache
 from deskrl.core.errors import UserError
-from deskrl.core.lifetime import StopEvent
-from deskrl.learner import stopping
+from deskrl.core.lru_cache import SharedLRUCache
+from deskrl.core.process_lifecycle import StopEvent
+from deskrl.learner import cancellation, retrying_calls
+from deskrl.learner.retrying_calls import PendingCall, RetryingCalls
 from deskrl.proto.v1 import common_pb2, directory_pb2, directory_pb2_grpc, replay_pb2, replay_pb2_grpc
 
 WAIT_S = 2.0
-"""How long one TakeGroup waits on the server."""
-RESTART_S = 60.0
-"""How long a replay service may be away."""
-KEPT_IMAGE_BYTES = 1024**3
-"""Of screenshots, as they came: about what a batch of 256 episodes shows."""
-NUM_ASKED_AHEAD = 4
-"""Groups on their way at once: replay binds the next ones, on its disk, while one is decoded here."""
-FULL_S = 3600.0
-"""How long its disk may be full."""
-_POLL_S = 0.2
-_RETRY_S = 1.0
-_FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
-_REFUSALS = {grpc.StatusCode.FAILED_PRECONDITION, _FULL}
-"""Another protocol version, a store that contradicts this learner, a disk that stays full: a person sees to it."""
-
-_log = logging.getLogger("deskrl.learner")
-
-
-@dataclass
-class _Asked:
-    """A unary call under way."""
-
-    method: Any
-    request: Any
-    call: Any
+"""How long the service waits for a group before it answers a TakeGroup call without one."""
+IMAGE_CACHE_BYTES = 1024**3
+"""Size of the cache of encoded screenshots: about those of a batch of 256 episodes."""
+NUM_CALLS_AHEAD = 4
+"""TakeGroup calls in flight: the service prepares the next groups, on its disk, while one is decoded here."""
+_FATAL = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED}
+"""Errors that need the user: another protocol version, a store that contradicts this learner, a full disk."""
 
 
 class ReplayClient:
-    """Calls of one learner rank.
+    """Calls the replay service on behalf of one rank.
+
+    Unary calls are retried while the service restarts or its disk is full (see `retrying_calls`).
 
     Args:
-        address: of the replay service.
-        name: of this rank, for the service's log.
-        stop: ends any wait with `Stopped`.
+        address: address of the replay service, as host:port.
+        name: name of this rank, for the service's log.
+        stop: event on which waiting calls raise `Stopped`.
     """
 
     def __init__(self, address: str, name: str, stop: StopEvent) -> None:
@@ -66,16 +46,17 @@ class ReplayClient:
         self._directory = directory_pb2_grpc.DirectoryServiceStub(self._channel)
         self._peer = rpc.peer("learner", name)
         self._stop = stop
-        self._images: ByteCache[bytes] = ByteCache(KEPT_IMAGE_BYTES)
-        """The newest screenshots: rows of one batch show the same ones, micro-batches apart."""
+        self._calls = RetryingCalls("replay", stop)
+        self._images: SharedLRUCache[bytes] = SharedLRUCache(IMAGE_CACHE_BYTES, len)
+        """Recent screenshots by hash: several micro-batches of a batch show the same ones."""
 
     def plan(self, groups: Sequence[replay_pb2.GroupPlan]) -> None:
-        """Add work; groups that exist already stay as they are."""
-        if groups:
-            self._call(self._stub.PlanGroups, replay_pb2.PlanGroupsRequest(peer=self._peer, groups=groups))
+        """Plan groups; groups that exist already are unchanged."""
+        for part in rpc.split_by_size(groups):
+            self._call(self._stub.PlanGroups, replay_pb2.PlanGroupsRequest(peer=self._peer, groups=part))
 
     def set_policy_version(self, version: common_pb2.PolicyVersion, num_updates: int) -> None:
-        """Tell which version acts from now on."""
+        """Report the policy version that acts from now on."""
         request = replay_pb2.SetPolicyVersionRequest(version=version, num_updates=num_updates)
         self._call(self._stub.SetPolicyVersion, request)
 
@@ -87,17 +68,17 @@ class ReplayClient:
         dropped: Callable[[], Sequence[str]],
         while_waiting: Callable[[], None],
     ) -> Iterator[replay_pb2.Group]:
-        """The groups at places of a batch, in order; waits for each as long as it takes.
+        """Yield the groups of a batch in order, waiting for each without a limit.
 
         Args:
-            queue: to take from.
-            batch_id: of the batch.
-            ordinals: places in the batch, all of which will be needed: a few are asked for ahead.
-            dropped: groups of this batch that are known to be dropped by now, all of them.
-            while_waiting: called whenever the next group has not come for `WAIT_S`.
+            queue: queue to take the groups from.
+            batch_id: id of the batch.
+            ordinals: positions in the batch; a few are requested ahead, so all of them must be needed.
+            dropped: function that returns the ids of all groups of the batch that were dropped so far.
+            while_waiting: called whenever the next group has not arrived for `WAIT_S`.
         """
 
-        def ask(ordinal: int) -> tuple[int, _Asked]:
+        def start(ordinal: int) -> tuple[int, PendingCall]:
             request = replay_pb2.TakeGroupRequest(
                 peer=self._peer,
                 queue=queue,
@@ -106,24 +87,24 @@ class ReplayClient:
                 wait_s=WAIT_S,
                 dropped_group_ids=dropped(),
             )
-            return ordinal, self._begin(self._stub.TakeGroup, request)
+            return ordinal, self._calls.start(self._stub.TakeGroup, request)
 
-        places = iter(ordinals)
-        asked = deque(ask(ordinal) for ordinal in islice(places, NUM_ASKED_AHEAD))
+        remaining = iter(ordinals)
+        pending = deque(start(ordinal) for ordinal in islice(remaining, NUM_CALLS_AHEAD))
         try:
-            while asked:
-                ordinal, next_one = asked[0]
-                response: replay_pb2.TakeGroupResponse = self._result(next_one)
+            while pending:
+                ordinal, call = pending[0]
+                response: replay_pb2.TakeGroupResponse = self._result(call)
                 if not response.HasField("group"):
                     while_waiting()
-                    asked[0] = ask(ordinal)
+                    pending[0] = start(ordinal)
                     continue
-                asked.popleft()
+                pending.popleft()
                 yield response.group
-                asked.extend(ask(following) for following in islice(places, 1))
+                pending.extend(start(following) for following in islice(remaining, 1))
         finally:
-            for _, given_up in asked:
-                given_up.call.cancel()
+            for _, call in pending:
+                call.cancel()
 
     def commit(
         self,
@@ -132,99 +113,76 @@ class ReplayClient:
         verdicts: Sequence[replay_pb2.GroupVerdict],
         version: common_pb2.PolicyVersion,
     ) -> None:
-        """End a batch whose learning is on disk."""
+        """Commit a batch that is contained in a checkpoint on disk."""
         request = replay_pb2.CommitBatchRequest(
             peer=self._peer, queue=queue, batch_id=batch_id, verdicts=verdicts, version=version
         )
         self._call(self._stub.CommitBatch, request)
 
     def fetch_images(self, hashes: Iterable[str]) -> dict[str, bytes]:
-        """Bytes of screenshots by hash; each is asked for once, as long as there is room to keep it."""
+        """Return encoded screenshots by hash; those in the cache are not requested again."""
         wanted = set(hashes)
-        stopping.check(self._stop)
+        cancellation.check(self._stop)
         images = {name: data for name in wanted if (data := self._images.get(name)) is not None}
         if missing := sorted(wanted.difference(images)):
             self._fetch(missing, images)
         for name, data in images.items():
-            self._images.put(name, data, len(data))
+            self._images[name] = data
         return images
 
     def status(self) -> replay_pb2.GetReplayStatusResponse:
-        """Counters of the service."""
+        """Return the counters of the service."""
         response: replay_pb2.GetReplayStatusResponse = self._call(
             self._stub.GetReplayStatus, replay_pb2.GetReplayStatusRequest()
         )
         return response
 
     def num_closed_train_groups(self) -> int:
-        """Planned groups of the training queue that faults have closed: they will never be taken."""
+        """Return the number of planned training groups that faults have closed, which will never be taken."""
         return int(self.status().dropped.get("faults", 0))
 
     def joined_replicas(self) -> list[str]:
-        """Where the inference replicas are that have joined the job; raises grpc.RpcError where replay is away."""
+        """Return the addresses of the inference replicas that have joined the run.
+
+        Raises:
+            grpc.RpcError: the service is unavailable.
+        """
         request = directory_pb2.ListReplicasRequest(peer=self._peer)
         listed: directory_pb2.ListReplicasResponse = self._directory.ListReplicas(request, timeout=rpc.UNARY_TIMEOUT_S)
         return [replica.address for replica in listed.replicas]
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._channel.close()
 
     def _call(self, method: Any, request: Any) -> Any:
-        """A unary call that a restart of the service delays, and a stop ends."""
-        return self._result(self._begin(method, request))
+        return self._result(self._calls.start(method, request))
 
-    def _begin(self, method: Any, request: Any) -> _Asked:
-        return _Asked(method, request, method.future(request, timeout=RESTART_S, wait_for_ready=True))
+    def _result(self, call: PendingCall) -> Any:
+        try:
+            return self._calls.result(call)
+        except grpc.RpcError as error:
+            raise self._as_user_error(error) from error
 
-    def _result(self, asked: _Asked) -> Any:
-        """What a call gives; made again and again while replay cannot answer it."""
-        begun_s = time.monotonic()
-        is_told = False
-        while True:
-            try:
-                return asked.call.result(timeout=_POLL_S)
-            except grpc.FutureTimeoutError:
-                if self._stop.is_set():
-                    asked.call.cancel()
-                    raise stopping.Stopped from None
-            except grpc.RpcError as error:
-                if time.monotonic() - begun_s >= _patience_s(error):
-                    raise self._translated(error) from error
-                if not is_told:
-                    _log.warning("waiting for replay: %s", error.details())
-                    is_told = True
-                self._pause(_RETRY_S)
-                asked.call = self._begin(asked.method, asked.request).call
-
-    def _translated(self, error: grpc.RpcError) -> Exception:
-        """What a person is told of a call that failed for good."""
-        if error.code() in rpc.DISTRUST:
-            return rpc.distrust(error, self._address)
-        if error.code() not in _REFUSALS:
+    def _as_user_error(self, error: grpc.RpcError) -> Exception:
+        """Return a UserError for errors that need the user, otherwise the error itself."""
+        if (rejection := rpc.rejection_error(error, self._address)) is not None:
+            return rejection
+        if error.code() not in _FATAL:
             return error
-        mend = "see the log of replay; the newest checkpoint stands"
-        return UserError(f"replay refuses this learner: {error.details()}", mend)
+        hint = "see the log of replay; the newest checkpoint is kept"
+        return UserError(f"replay rejected this learner: {error.details()}", hint)
 
     def _fetch(self, hashes: Sequence[str], images: dict[str, bytes]) -> None:
-        """Add screenshots to `images`; when the connection breaks on their way, those that are missing come again."""
-        deadline_s = time.monotonic() + RESTART_S
+        """Add screenshots to `images`; after a broken connection, those that are still missing are requested again."""
+        timeout_s = retrying_calls.RESTART_TIMEOUT_S
+        deadline_s = time.monotonic() + timeout_s
         while missing := [name for name in hashes if name not in images]:
             request = replay_pb2.FetchImagesRequest(hashes=missing)
             try:
-                for response in self._stub.FetchImages(request, timeout=RESTART_S, wait_for_ready=True):
+                for response in self._stub.FetchImages(request, timeout=timeout_s, wait_for_ready=True):
                     images[response.image.hash] = response.image.data
             except grpc.RpcError as error:
-                if rpc.code_of(error) is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline_s:
+                if rpc.status_code(error) is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline_s:
                     raise
-                self._pause(_POLL_S)
-
-    def _pause(self, pause_s: float) -> None:
-        """Wait; a stop ends it."""
-        self._stop.wait(pause_s)
-        stopping.check(self._stop)
-
-
-def _patience_s(error: grpc.RpcError) -> float:
-    """How long a call that failed so is made again."""
-    return {_FULL: FULL_S, grpc.StatusCode.UNAVAILABLE: RESTART_S}.get(rpc.code_of(error), 0.0)
+                self._calls.pause(retrying_calls.POLL_INTERVAL_S)

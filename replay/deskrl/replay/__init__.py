@@ -1,1 +1,1 @@
-"""Replay: leases, the durable episode store, group assembly and the success cache. Knows no tensor."""
+"""Replay service: leases of rollouts, a durable store of episodes, assembly of groups, and the success buffer."""

@@ -1,6 +1,6 @@
-"""What happens around a write: clocks started and stopped, waiting actors and learners woken, metrics counted.
+"""Coordinator: state of the replay service around its writes: lease deadlines, waiting actors and learners, metrics.
 
-Knows the order of things (first on disk, then told to anyone); the rules are in `planning`, `rollouts` and `batches`.
+Every change is on disk before anyone is notified of it.
 """
 
 from __future__ import annotations
@@ -14,149 +14,160 @@ from functools import partial
 from deskrl.core import rpc
 from deskrl.core.config import RunConfig
 from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
-from deskrl.replay import batches, images, planning, reading, rollouts, successes
-from deskrl.replay.attendance import Attendance
-from deskrl.replay.bell import Bell
-from deskrl.replay.granting import GrantDesk
-from deskrl.replay.leases import LeaseClock
-from deskrl.replay.metrics import Metrics
-from deskrl.replay.pacing import Pacing
-from deskrl.replay.planning import Ask, Grant
-from deskrl.replay.refusals import LeaseLost, StoreFull
-from deskrl.replay.rounds import Rounds
+from deskrl.replay import batch_delivery, image_index, queries, rollout_scheduler, rollouts, success_buffer
+from deskrl.replay.lease_dispatcher import LeaseDispatcher
+from deskrl.replay.leases import LeaseDeadlines
+from deskrl.replay.lockstep import LockstepBarrier
+from deskrl.replay.metrics import ReplayMetrics
+from deskrl.replay.notifier import Notifier
+from deskrl.replay.peer_registry import PeerRegistry
+from deskrl.replay.rate_limiter import RateLimiter
+from deskrl.replay.rollout_scheduler import LeaseGrant, LeaseRequest
+from deskrl.replay.status_errors import LeaseNotFoundError, StoreFullError
 from deskrl.replay.store import Store
 
-_log = logging.getLogger("deskrl.replay")
+_log = logging.getLogger(__name__)
 
 
 class Coordinator:
-    """The replay service without its wire."""
+    """Replay service without its gRPC interface."""
 
-    def __init__(self, config: RunConfig, store: Store, metrics: Metrics) -> None:
+    def __init__(self, config: RunConfig, store: Store, metrics: ReplayMetrics) -> None:
         grpo = config.learner.grpo
         self.store = store
-        self.pacing = Pacing(grpo.max_staleness, grpo.groups_per_batch, config.tasks.rollouts)
+        self.rate_limiter = RateLimiter(grpo.max_staleness, grpo.groups_per_batch, config.tasks.num_rollouts)
         self.lease_ttl_s = config.replay.lease_ttl_s
         self.metrics = metrics
-        self.attendance = Attendance()
+        self.peers = PeerRegistry()
         self._max_faults = config.replay.max_faults
-        self._rules = successes.SuccessRules(
-            above=successes.threshold(config.replay.success_above),
-            capacity=config.replay.successes_per_task if grpo.replay_successes else 0,
+        self._success_buffer = success_buffer.SuccessBufferConfig(
+            threshold=config.replay.success_threshold,
+            capacity=config.replay.successes_per_task if grpo.use_success_buffer else 0,
             seed=config.seed,
-            when=grpo.replay_when,
-            choice=config.replay.success_choice,
+            failure_rule=grpo.replace_when,
+            sampling=config.replay.success_sampling,
         )
-        self._clock = LeaseClock(self.lease_ttl_s)
-        metrics.active.set_function(lambda: len(self._clock))
-        lock_step = config.replay.schedule == "lock_step"
-        self._rounds = Rounds(config.desktop.num_envs, self._clock) if lock_step else None
-        self._desk = GrantDesk(self._grant, self.release)
-        self._takers = Bell()  # rung when whoever waits for a group may find one
+        self._leases = LeaseDeadlines(self.lease_ttl_s)
+        metrics.active.set_function(lambda: len(self._leases))
+        is_lockstep = config.replay.schedule == "lock_step"
+        self._barrier = LockstepBarrier(config.desktop.num_envs, self._leases) if is_lockstep else None
+        self._dispatcher = LeaseDispatcher(self._grant, self.release)
+        self._group_ready = Notifier()  # wakes learners that wait for a group
+        self._has_lost_connections = False
         self._is_closed = False
         self._started_s = time.monotonic()
 
     async def open(self) -> None:
-        """Take up the leases that the last service granted: each lives for a whole time to live from now."""
+        """Restore the leases granted by the previous process, each with a full time to live."""
         now_s = time.monotonic()
-        for lease_id in await self.store.read(planning.active_leases):
-            self._clock.start(lease_id, now_s)
+        for lease_id in await self.store.read(rollout_scheduler.list_active_leases):
+            self._leases.start(lease_id, now_s)
+        await self._count_lost_connections()
 
     async def serve(self) -> None:
-        """Grant and expire leases for ever."""
+        """Grant and expire leases until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._desk.serve())
+            tasks.create_task(self._dispatcher.serve())
             tasks.create_task(self._expire())
 
     def close(self) -> None:
-        """Answer everyone who waits."""
+        """Answer all waiting calls."""
         self._is_closed = True
-        self._desk.close()
-        self._takers.ring()
+        self._dispatcher.close()
+        self._group_ready.notify()
 
-    async def acquire(self, ask: Ask, wait_s: float) -> Grant | None:
-        """A lease for an actor, after a wait if need be."""
-        return await self._desk.ask(ask, wait_s)
+    async def acquire(self, request: LeaseRequest, wait_s: float) -> LeaseGrant | None:
+        """Return a lease, after a wait of at most `wait_s` seconds; None if there is no work."""
+        return await self._dispatcher.acquire(request, wait_s)
 
     async def extend(self, lease_ids: Sequence[str]) -> list[str]:
-        """Those leases that are not lost: alive, or ended by their own result or fault."""
-        alive = self._clock.extend(lease_ids, time.monotonic())
-        others = set(lease_ids).difference(alive)
-        return (
-            alive + await self.store.read(partial(reading.own_endings, lease_ids=sorted(others))) if others else alive
-        )
+        """Extend leases; return those that are active, or that ended by their own result or fault."""
+        alive = self._leases.extend(lease_ids, time.monotonic())
+        others = sorted(set(lease_ids).difference(alive))
+        if not others:
+            return alive
+        return alive + await self.store.read(partial(queries.leases_ended_by_holder, lease_ids=others))
 
-    async def await_turn(self, lease_id: str, turn: int, wait_s: float) -> bool:
-        """Whether an episode may go on with a turn, after a wait if need be; out of lock-step it always may."""
-        if self._rounds is None:
+    async def await_step(self, lease_id: str, step: int, wait_s: float) -> bool:
+        """Return whether an episode may take a step, after waiting at most `wait_s`; always True unless in lockstep."""
+        if self._barrier is None:
             return True
-        if lease_id not in self._clock:
-            raise LeaseLost(f"{lease_id} is not held any more: abandon the episode")
-        return await self._rounds.wait(lease_id, turn, wait_s)
+        if lease_id not in self._leases:
+            raise LeaseNotFoundError(f"lease {lease_id} expired, was released or is unknown: abandon the episode")
+        return await self._barrier.wait(lease_id, step, wait_s)
 
     async def release(self, lease_ids: Iterable[str]) -> None:
-        """Give work back."""
-        names = list(lease_ids)
-        await self.store.write(partial(rollouts.release, lease_ids=names))
-        for lease_id in names:
-            self._clock.end(lease_id)
-        self._leases_ended()
+        """Release leases, whose rollouts are granted again."""
+        released = list(lease_ids)
+        await self.store.write(partial(rollouts.release, lease_ids=released))
+        for lease_id in released:
+            self._leases.end(lease_id)
+        self._notify_lease_ended()
 
     async def finish(
         self,
         lease_id: str,
         result: rollout_pb2.EpisodeResult,
-        received: Sequence[images.Received],
+        received: Sequence[image_index.ReceivedImage],
         named: Sequence[bytes],
     ) -> int:
-        """End an episode with its result; returns the number of its steps on disk."""
+        """End an episode with its result, and return the number of steps on disk."""
         num_steps = await self.store.write(
             lambda connection: rollouts.finish(
-                connection, self.store.segments, lease_id, result, received, named, self._rules.above
+                connection, self.store.blob_log, lease_id, result, received, named, self._success_buffer.threshold
             )
         )
-        self._ended(lease_id)
+        self._end_lease(lease_id)
         self.metrics.episodes.inc()
+        if self._has_lost_connections:
+            await self._count_lost_connections()
         return num_steps
 
     async def fault(self, lease_id: str, cause: rollout_pb2.EpisodeFault) -> None:
         """End an attempt by a fault."""
         await self.store.write(partial(rollouts.fault, lease_id=lease_id, cause=cause, max_faults=self._max_faults))
-        self._ended(lease_id)
+        self._end_lease(lease_id)
         kind = rollout_pb2.FaultKind.Name(cause.kind)
         self.metrics.faults.labels(kind=kind).inc()
-        _log.warning("%s ended by a fault, %s: %s", lease_id, kind, cause.message)
+        if cause.kind == rollout_pb2.FAULT_KIND_CONNECTION_LOST:
+            await self._count_lost_connections()
+        _log.warning("lease %s ended by a fault, %s: %s", lease_id, kind, cause.message)
 
-    async def plan(self, groups: Sequence[replay_pb2.GroupPlan]) -> int:
-        """Add work; returns how many groups are new."""
-        num_added = await self.store.write(partial(planning.plan, plans=groups))
-        self._desk.kick()
+    async def plan_groups(self, groups: Sequence[replay_pb2.GroupPlan]) -> int:
+        """Plan groups, and return the number of new ones."""
+        num_added = await self.store.write(partial(rollout_scheduler.plan_groups, plans=groups))
+        self._dispatcher.notify()
         return num_added
 
     async def set_policy(self, version: common_pb2.PolicyVersion, num_updates: int) -> None:
-        """Move the pacing."""
-        await self.store.write(partial(batches.set_policy, version=version, num_updates=num_updates))
-        self._desk.kick()
+        """Record the acting policy version, which moves the rate limit."""
+        await self.store.write(partial(batch_delivery.set_policy, version=version, num_updates=num_updates))
+        self._dispatcher.notify()
 
     async def take(
-        self, place: batches.Place, dropped_group_ids: Sequence[str], wait_s: float
+        self, slot: batch_delivery.BatchSlot, dropped_group_ids: Sequence[str], wait_s: float
     ) -> replay_pb2.Group | None:
-        """The group at a place in a batch, after a wait if need be."""
+        """Return the group in a slot of a batch, after waiting at most `wait_s`; None if there is none yet."""
         deadline_s = time.monotonic() + wait_s
         while True:
-            rung = self._takers.listen()
+            notified = self._group_ready.subscribe()
             position = await self.store.write(
-                partial(batches.bind, place=place, dropped_group_ids=dropped_group_ids, rules=self._rules)
+                partial(
+                    batch_delivery.bind,
+                    slot=slot,
+                    dropped_group_ids=dropped_group_ids,
+                    buffer_config=self._success_buffer,
+                )
             )
-            self._desk.kick()  # what was bound or dropped may have made room
+            self._dispatcher.notify()  # a bound or dropped group may have made room
             if position is not None:
-                self._takers.ring()  # who waits for the next place
-                return await self.store.read(partial(reading.group, position=position))
+                self._group_ready.notify()  # for waiters of the next slot
+                return await self.store.read(partial(queries.group, position=position))
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or self._is_closed:
                 return None
             try:
-                await asyncio.wait_for(rung.wait(), left_s)
+                await asyncio.wait_for(notified.wait(), left_s)
             except TimeoutError:
                 return None
 
@@ -167,59 +178,71 @@ class Coordinator:
         verdicts: Sequence[replay_pb2.GroupVerdict],
         version: common_pb2.PolicyVersion,
     ) -> None:
-        """Consume a batch."""
+        """Commit a batch, which consumes its groups."""
         is_new = await self.store.write(
-            partial(batches.commit, queue=queue, batch_id=batch_id, verdicts=verdicts, version=version)
+            partial(batch_delivery.commit, queue=queue, batch_id=batch_id, verdicts=verdicts, version=version)
         )
-        self._desk.kick()
+        self._dispatcher.notify()
         if is_new:
             self.metrics.batches.inc()
 
     async def status(self) -> replay_pb2.GetReplayStatusResponse:
-        """Everything that can be counted, and who is there."""
-        status = await self.store.read(reading.status)
-        status.num_actors = self.attendance.num_actors(self.lease_ttl_s)
-        status.peers.extend(self.attendance.peers())
+        """Return counters of the whole store, and the peers."""
+        status = await self.store.read(queries.status)
+        status.num_actors = self.peers.num_actors(self.lease_ttl_s)
+        status.peers.extend(self.peers.list_peers())
         status.service.CopyFrom(rpc.service_status(self._started_s))
         return status
 
-    async def _grant(self, asks: Sequence[Ask]) -> list[Grant | None]:
-        new_too = self._rounds is None or self._rounds.may_begin(len(asks))
-        grants = await self.store.write(partial(planning.grant, pacing=self.pacing, asks=asks, new_too=new_too))
+    async def _grant(self, requests: Sequence[LeaseRequest]) -> list[LeaseGrant | None]:
+        grant_new = self._barrier is None or self._barrier.can_start_round(len(requests))
+        grants = await self.store.write(
+            partial(
+                rollout_scheduler.grant_leases,
+                rate_limiter=self.rate_limiter,
+                requests=requests,
+                grant_new=grant_new,
+            )
+        )
         now_s = time.monotonic()
         for grant in grants:
             if grant is not None:
-                self._clock.start(grant.lease_id, now_s)
+                self._leases.start(grant.lease_id, now_s)
                 self.metrics.leases.inc()
         return grants
 
-    def _ended(self, lease_id: str) -> None:
-        self._clock.end(lease_id)
-        self._leases_ended()
-        self._takers.ring()
+    async def _count_lost_connections(self) -> None:
+        tasks = await self.store.read(queries.lost_connections)
+        self._has_lost_connections = bool(tasks)
+        self.metrics.observe_lost_connections(tasks)
 
-    def _leases_ended(self) -> None:
-        """Who waits for work, or for the others of a round, looks again."""
-        self._desk.kick()
-        if self._rounds is not None:
-            self._rounds.update()
+    def _end_lease(self, lease_id: str) -> None:
+        self._leases.end(lease_id)
+        self._notify_lease_ended()
+        self._group_ready.notify()
+
+    def _notify_lease_ended(self) -> None:
+        """Notify actors that wait for work, or for the other episodes of a lockstep round."""
+        self._dispatcher.notify()
+        if self._barrier is not None:
+            self._barrier.update()
 
     async def _expire(self) -> None:
-        """End leases as they run out. A lease granted while this sleeps cannot run out before it wakes."""
+        """End leases as they expire. A lease granted during the sleep cannot expire before its end."""
         while True:
             now_s = time.monotonic()
-            deadline_s = self._clock.next_deadline_s()
+            deadline_s = self._leases.next_deadline_s()
             await asyncio.sleep(self.lease_ttl_s if deadline_s is None else max(0.0, deadline_s - now_s))
-            expired = self._clock.take_expired(time.monotonic())
+            expired = self._leases.take_expired(time.monotonic())
             if not expired:
                 continue
             try:
                 num_expired = await self.store.write(partial(rollouts.expire, lease_ids=expired))
-            except StoreFull:
-                for lease_id in expired:  # still active on disk: try again one time to live from now
-                    self._clock.start(lease_id, time.monotonic())
+            except StoreFullError:
+                for lease_id in expired:  # still active on disk: retry after one time to live
+                    self._leases.start(lease_id, time.monotonic())
                 continue
             self.metrics.expired.inc(num_expired)
-            _log.warning("%d leases ran out and are granted again: %s", num_expired, ", ".join(expired))
-            self._leases_ended()
-            self._takers.ring()
+            _log.warning("%d leases expired and will be granted again: %s", num_expired, ", ".join(expired))
+            self._notify_lease_ended()
+            self._group_ready.notify()

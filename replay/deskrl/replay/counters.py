@@ -1,24 +1,30 @@
-"""Numbers that outlive a restart: sequences and totals, one row each. Knows their names, not what moves them."""
+"""Durable counters: sequence numbers and totals, one row each."""
 
 from __future__ import annotations
 
 import sqlite3
 
 UPDATES = "updates"
-"""Batches learnt from, as the learner tells it."""
-PACED_GROUPS_LEARNT = "paced_groups_learnt"
-"""Groups of the paced queue that a committed batch learnt from."""
+"""Number of batches trained on, as reported by the learner."""
+TRAINED_GROUPS = "paced_groups_learnt"
+"""Number of groups of the rate-limited queue that committed batches were trained on."""
 ENDINGS = "endings"
+"""Sequence number of the latest rollout that ended."""
 COMPLETIONS = "completions"
+"""Sequence number of the latest group that completed."""
 EXPIRED_LEASES = "expired_leases"
 FAULT = "fault/"
-"""Prefix: faults by kind name."""
+"""Prefix of the numbers of faults by kind."""
+LOST_CONNECTION = "lost_connection/"
+"""Prefix of the numbers of connections that were lost after the policy's first action, by task."""
 DROPPED = "dropped/"
-"""Prefix: groups not learnt from, by cause."""
+"""Prefix of the numbers of groups that were not trained on, by cause."""
+CREATED_BY = "created_by/"
+"""Prefix of the deskrl version that created the store; the value is 1."""
 
 
 def add(connection: sqlite3.Connection, name: str, amount: int = 1) -> int:
-    """Add to a counter, which starts at 0; returns its new value."""
+    """Add to a counter, which starts at 0, and return its new value."""
     (value,) = connection.execute(
         "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
         " RETURNING value",
@@ -33,13 +39,13 @@ def put(connection: sqlite3.Connection, name: str, value: int) -> None:
 
 
 def read(connection: sqlite3.Connection, name: str) -> int:
-    """Value of a counter; 0 if nothing has moved it."""
+    """Return the value of a counter; 0 if it was never set."""
     row = connection.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
     return 0 if row is None else int(row[0])
 
 
 def read_all(connection: sqlite3.Connection, prefix: str) -> dict[str, int]:
-    """All counters whose name starts with `prefix`, by the rest of their name."""
+    """Return all counters whose name starts with `prefix`, keyed by the rest of the name."""
     rows = connection.execute(
         "SELECT substr(name, ?), value FROM counters WHERE substr(name, 1, ?) = ? ORDER BY name",
         (len(prefix) + 1, len(prefix), prefix),

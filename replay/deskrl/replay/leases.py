@@ -1,23 +1,24 @@
-"""When leases run out. Pure: knows identifiers and times that it is told; the clock and the store are its caller's.
+"""Deadlines of active leases.
 
-Deadlines are kept in memory only: what is durable is that a lease is active. After a restart of replay every active
-lease starts with a fresh time to live, so that no actor loses a running episode because replay was away.
+Deadlines are kept in memory only; the store records which leases are active. After a restart of replay every active
+lease starts with a full time to live, so that no actor loses a running episode because replay was unavailable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-MAX_EXPIRIES = 10
-"""A rollout whose leases ran out this often is FAULTED: a task that kills its actors must not do so for ever."""
+MAX_EXPIRATIONS = 10
+"""Number of expired leases after which a rollout is FAULTED, so that a task that kills its actors is not retried for
+ever."""
 
 
-class LeaseClock:
-    """Deadlines of active leases."""
+class LeaseDeadlines:
+    """Deadlines of active leases. Callers pass the time, so that the class needs no clock."""
 
     def __init__(self, ttl_s: float) -> None:
         self.ttl_s = ttl_s
-        # Insertion order is deadline order, because every deadline is "now + ttl" of a clock that only goes forward.
+        # Insertion order is deadline order, because every deadline is "now + ttl" of a monotonic clock.
         self._deadlines_s: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -27,23 +28,23 @@ class LeaseClock:
         return iter(self._deadlines_s)
 
     def start(self, lease_id: str, now_s: float) -> None:
-        """A lease was granted, or found active at start: it lives for one time to live from now."""
+        """Start the time to live of a lease that was granted, or found active when the service started."""
         self._deadlines_s.pop(lease_id, None)
         self._deadlines_s[lease_id] = now_s + self.ttl_s
 
     def extend(self, lease_ids: Iterable[str], now_s: float) -> list[str]:
-        """Heartbeat: those of `lease_ids` that are alive, for a whole time to live from now."""
+        """Extend leases by a full time to live from now; return those that have not expired."""
         alive = [lease_id for lease_id in lease_ids if self._deadlines_s.get(lease_id, now_s) > now_s]
         for lease_id in alive:
             self.start(lease_id, now_s)
         return alive
 
     def end(self, lease_id: str) -> None:
-        """A lease ended by its result, its fault or its release."""
+        """Remove a lease that ended by its result, by a fault or by its release."""
         self._deadlines_s.pop(lease_id, None)
 
     def take_expired(self, now_s: float) -> list[str]:
-        """Leases whose time has run out; they are forgotten here."""
+        """Remove and return the leases whose deadline has passed."""
         expired = []
         for lease_id, deadline_s in self._deadlines_s.items():
             if deadline_s > now_s:
@@ -54,5 +55,5 @@ class LeaseClock:
         return expired
 
     def next_deadline_s(self) -> float | None:
-        """When the next lease runs out if nobody extends it."""
+        """Return the earliest deadline; None without active leases."""
         return next(iter(self._deadlines_s.values()), None)

@@ -1,4 +1,4 @@
-"""ReplayService: what the learner, reports and the status line call. Knows the wire and what a sound plan is."""
+"""ReplayService: gRPC interface of the learner, reports and status displays; also checks the plans of groups."""
 
 from __future__ import annotations
 
@@ -8,108 +8,112 @@ from functools import partial
 from typing import Any
 
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc, rollout_pb2
-from deskrl.replay import batches, images, reading
-from deskrl.replay.answers import admit, refusing, wait_within
+from deskrl.replay import batch_delivery, image_index, queries
 from deskrl.replay.coordinator import Coordinator
-from deskrl.replay.pacing import PACED_QUEUE
-from deskrl.replay.refusals import Malformed, Refused
+from deskrl.replay.rate_limiter import RATE_LIMITED_QUEUE
+from deskrl.replay.servicer_helpers import aborts_on_status_error, bounded_wait_s, check_names, check_protocol
+from deskrl.replay.status_errors import InvalidRequestError, StatusError
 
 _READ_AHEAD_BYTES = 4 * 1024**2
 
 
 class ReplayServicer(replay_pb2_grpc.ReplayServiceServicer):
-    """See replay.proto."""
+    """Implementation of replay.proto."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
 
-    @refusing
+    @aborts_on_status_error
     async def PlanGroups(self, request: replay_pb2.PlanGroupsRequest, context: Any) -> replay_pb2.PlanGroupsResponse:
-        """Add work."""
-        admit(request.peer)
-        self._coordinator.attendance.note(request.peer)
+        """Plan groups of rollouts."""
+        check_protocol(request.peer)
+        self._coordinator.peers.record_call(request.peer)
         for group in request.groups:
-            _check_plan(group, self._coordinator.pacing.rollouts)
-        return replay_pb2.PlanGroupsResponse(num_added=await self._coordinator.plan(list(request.groups)))
+            _check_plan(group, self._coordinator.rate_limiter.rollouts_per_group)
+        return replay_pb2.PlanGroupsResponse(num_added=await self._coordinator.plan_groups(list(request.groups)))
 
-    @refusing
+    @aborts_on_status_error
     async def SetPolicyVersion(
         self, request: replay_pb2.SetPolicyVersionRequest, context: Any
     ) -> replay_pb2.SetPolicyVersionResponse:
-        """Move the pacing."""
+        """Record the acting policy version, which moves the rate limit."""
         await self._coordinator.set_policy(request.version, request.num_updates)
         return replay_pb2.SetPolicyVersionResponse()
 
-    @refusing
+    @aborts_on_status_error
     async def TakeGroup(self, request: replay_pb2.TakeGroupRequest, context: Any) -> replay_pb2.TakeGroupResponse:
-        """Bind a complete group to its place in a batch."""
-        admit(request.peer)
+        """Bind a complete group to a slot of a batch and return it."""
+        check_protocol(request.peer)
         if not request.queue or not request.batch_id:
-            raise Malformed("a group is taken from a queue into a batch; name both")
-        place = batches.Place(request.queue, request.batch_id, request.ordinal)
-        wait_s = wait_within(request.wait_s, context)
-        with self._coordinator.attendance.present(request.peer):
-            group = await self._coordinator.take(place, list(request.dropped_group_ids), wait_s)
+            raise InvalidRequestError("TakeGroup: queue and batch_id must be set")
+        slot = batch_delivery.BatchSlot(request.queue, request.batch_id, request.ordinal)
+        wait_s = bounded_wait_s(request.wait_s, context)
+        with self._coordinator.peers.record_waiting(request.peer):
+            group = await self._coordinator.take(slot, list(request.dropped_group_ids), wait_s)
         return replay_pb2.TakeGroupResponse(group=group)
 
-    @refusing
+    @aborts_on_status_error
     async def CommitBatch(self, request: replay_pb2.CommitBatchRequest, context: Any) -> replay_pb2.CommitBatchResponse:
-        """Consume a batch."""
-        admit(request.peer)
-        self._coordinator.attendance.note(request.peer)
+        """Commit a batch, which consumes its groups."""
+        check_protocol(request.peer)
+        self._coordinator.peers.record_call(request.peer)
         await self._coordinator.commit(request.queue, request.batch_id, list(request.verdicts), request.version)
         return replay_pb2.CommitBatchResponse()
 
     async def FetchImages(
         self, request: replay_pb2.FetchImagesRequest, context: Any
     ) -> AsyncIterator[replay_pb2.FetchImagesResponse]:
-        """Send screenshots in the order in which they are named."""
+        """Stream screenshots in the order of the request."""
         try:
-            hashes = [images.parse_hash(text) for text in request.hashes]
-            reading_ahead = self._read_images(hashes)
+            hashes = [image_index.parse_hash(text) for text in request.hashes]
+            read_ahead = self._read_images(hashes)
             try:
                 while hashes:
-                    part = await reading_ahead
+                    part = await read_ahead
                     names, hashes = hashes[: len(part)], hashes[len(part) :]
-                    reading_ahead = self._read_images(hashes)  # while this part is sent
+                    read_ahead = self._read_images(hashes)  # while this part is sent
                     for name, data in zip(names, part, strict=True):
                         yield replay_pb2.FetchImagesResponse(image=common_pb2.Image(hash=name.hex(), data=data))
             finally:
-                reading_ahead.cancel()
-        except Refused as refusal:
-            await context.abort(refusal.code, str(refusal))
+                read_ahead.cancel()
+        except StatusError as error:
+            await context.abort(error.code, str(error))
 
     def _read_images(self, hashes: list[bytes]) -> asyncio.Task[list[bytes]]:
         store = self._coordinator.store
-        part = partial(images.read, segments=store.segments, hashes=hashes, max_bytes=_READ_AHEAD_BYTES)
+        part = partial(image_index.read, blob_log=store.blob_log, hashes=hashes, max_bytes=_READ_AHEAD_BYTES)
         return asyncio.create_task(store.read(part))
 
     async def ListEpisodes(
         self, request: replay_pb2.ListEpisodesRequest, context: Any
     ) -> AsyncIterator[replay_pb2.ListEpisodesResponse]:
-        """Send ended episodes, newest first."""
+        """Stream ended episodes, newest first."""
+        try:
+            check_names(request)
+        except StatusError as error:
+            await context.abort(error.code, str(error))
         store = self._coordinator.store
-        for rollout in await store.read(partial(reading.find_episodes, request=request)):
-            episode = await store.read(partial(reading.episode, rollout=rollout, with_steps=not request.envelope_only))
+        for rollout in await store.read(partial(queries.find_episodes, request=request)):
+            episode = await store.read(partial(queries.episode, rollout=rollout, with_steps=not request.envelope_only))
             yield replay_pb2.ListEpisodesResponse(episode=episode)
 
-    @refusing
+    @aborts_on_status_error
     async def GetReplayStatus(
         self, request: replay_pb2.GetReplayStatusRequest, context: Any
     ) -> replay_pb2.GetReplayStatusResponse:
-        """Count."""
+        """Return counters of the whole store, and the peers."""
         return await self._coordinator.status()
 
 
-def _check_plan(group: replay_pb2.GroupPlan, rollouts: int) -> None:
-    """Raise Malformed unless the plan says what to play, how often and by whom."""
-    name = group.group_id or "a group"
+def _check_plan(group: replay_pb2.GroupPlan, rollouts_per_group: int) -> None:
+    """Raise InvalidRequestError unless the plan is complete and its group is not too large."""
+    name = group.group_id or "group without group_id"
     if not (group.group_id and group.queue and group.task_id and group.seeds and group.max_steps):
-        raise Malformed(f"{name}: group_id, queue, task_id, seeds and max_steps must be set")
+        raise InvalidRequestError(f"{name}: group_id, queue, task_id, seeds and max_steps must be set")
     if group.acting_policy == rollout_pb2.ACTING_POLICY_UNSPECIFIED:
-        raise Malformed(f"{name}: acting_policy must be set")
-    if group.queue == PACED_QUEUE and len(group.seeds) > rollouts:
-        raise Malformed(
-            f"{name}: {len(group.seeds)} seeds on queue {PACED_QUEUE!r}, whose groups have {rollouts} at the most "
-            "(tasks.rollouts)"
+        raise InvalidRequestError(f"{name}: acting_policy must be set")
+    if group.queue == RATE_LIMITED_QUEUE and len(group.seeds) > rollouts_per_group:
+        raise InvalidRequestError(
+            f"{name}: {len(group.seeds)} seeds exceed the limit of {rollouts_per_group} (tasks.num_rollouts) "
+            f"on queue {RATE_LIMITED_QUEUE!r}"
         )

@@ -1,25 +1,28 @@
-"""Keeps the store within its size: removes steps and screenshots of consumed episodes, oldest first.
+"""Retention: keeps the store within its size by removing steps and screenshots of consumed episodes, oldest first.
 
-Knows what may go: an episode whose batch is committed (or whose group was closed), that is neither in the success
-cache nor a candidate of a batch not yet committed. Its envelope (who, when, reward, evidence) stays for reports.
-Episodes go roughly in the order in which they came, so segments empty as a whole; of one that a few keep alive (in
-the success cache) the few are written again elsewhere.
+An episode may be removed if its batch is committed (or its group was closed) and if it is neither in the success buffer
+nor the candidate of a batch that is not committed. Its envelope (times, reward, evidence) stays for reports. Episodes
+are removed roughly in the order in which they were stored, so segments of the blob log become unused as a whole. The
+few screenshots that keep an otherwise unused segment alive (those of the success buffer) are rewritten elsewhere.
 """
 
 from __future__ import annotations
 
 import sqlite3
 
-from deskrl.replay import images
-from deskrl.replay.segments import Segments
+from deskrl.replay import image_index
+from deskrl.replay.blob_log import BlobLog
 
-EPISODES_AT_ONCE = 8
-"""Removed in one transaction, so that an acknowledgement never waits for long."""
+MAX_EPISODES_PER_COMMIT = 8
+"""Maximum number of episodes removed in one transaction, which bounds the delay of acknowledgements."""
 
 
-def used_bytes(connection: sqlite3.Connection) -> int:
-    """Bytes that hold something. Freed pages are written over before the database grows, and a segment of which less
-    than half is wanted is given up: what lies on the disk is never much more than twice this."""
+def num_used_bytes(connection: sqlite3.Connection) -> int:
+    """Return the number of bytes in use.
+
+    SQLite reuses free pages before the file grows, and a segment that is less than half in use is compacted, so the
+    store takes hardly more than twice this on the disk.
+    """
     (num_pages,) = connection.execute("PRAGMA page_count").fetchone()
     (num_free,) = connection.execute("PRAGMA freelist_count").fetchone()
     (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
@@ -27,10 +30,10 @@ def used_bytes(connection: sqlite3.Connection) -> int:
     return int((num_pages - num_free) * page_bytes + live_bytes)
 
 
-def remove_oldest(connection: sqlite3.Connection, max_bytes: int) -> int:
-    """Remove the oldest removable episodes while the store is over `max_bytes`; returns how many went."""
+def remove_oldest_episodes(connection: sqlite3.Connection, max_bytes: int) -> int:
+    """Remove the oldest removable episodes while the store exceeds `max_bytes`; return the number removed."""
     num_removed = 0
-    while num_removed < EPISODES_AT_ONCE and used_bytes(connection) > max_bytes:
+    while num_removed < MAX_EPISODES_PER_COMMIT and num_used_bytes(connection) > max_bytes:
         row = connection.execute(
             "SELECT id FROM rollouts r WHERE removable"
             " AND NOT EXISTS (SELECT 1 FROM successes WHERE rollout = r.id)"
@@ -40,23 +43,26 @@ def remove_oldest(connection: sqlite3.Connection, max_bytes: int) -> int:
         if row is None:
             break
         connection.execute("DELETE FROM steps WHERE rollout = ?", row)
-        images.let_go(connection, row[0])
+        image_index.release(connection, row[0])
         connection.execute("UPDATE rollouts SET removable = 0, removed = 1 WHERE id = ?", row)
         num_removed += 1
     return num_removed
 
 
-def give_up_segments(connection: sqlite3.Connection, segments: Segments) -> list[int]:
-    """Take the segments that nothing wants any more out of the rows, after moving what is left of one that is mostly
-    unwanted; returns their numbers, whose files may go once this is committed."""
+def compact_segments(connection: sqlite3.Connection, blob_log: BlobLog) -> list[int]:
+    """Delete the rows of unused segments, after rewriting the contents of at most one sparsely used segment.
+
+    Returns:
+        The numbers of these segments, whose files may be removed after the commit.
+    """
     closed = [
         (number, live_bytes)
         for number, num_bytes, live_bytes in connection.execute("SELECT number, num_bytes, live_bytes FROM segments")
-        if live_bytes * 2 < num_bytes and not segments.is_written(number)
+        if live_bytes * 2 < num_bytes and not blob_log.is_open_segment(number)
     ]
-    unwanted = [number for number, live_bytes in closed if live_bytes == 0]
+    unused = [number for number, live_bytes in closed if live_bytes == 0]
     sparse = [number for number, live_bytes in closed if live_bytes > 0][:1]
     for number in sparse:
-        images.move(connection, segments, number)
-    connection.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in unwanted + sparse])
-    return unwanted + sparse
+        image_index.rewrite_segment(connection, blob_log, number)
+    connection.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in unused + sparse])
+    return unused + sparse

@@ -1,7 +1,4 @@
-"""The database file: its tables, how it is opened, and how a damaged or foreign one is told from ours.
-
-Knows SQLite and the layout; knows no rule by which rows change (`rollouts`, `batches`, `successes`, `retention`).
-"""
+"""SQLite schema of the store: creates the tables, opens the database, and rejects damaged or incompatible files."""
 
 from __future__ import annotations
 
@@ -12,20 +9,23 @@ import sqlite3
 from pathlib import Path
 
 from deskrl.core.errors import UserError
-from deskrl.replay.segments import SCREENSHOTS
+from deskrl.core.rpc import VERSION
+from deskrl.replay import counters
+from deskrl.replay.blob_log import BLOB_DIR
 
 FILE_NAME = "replay.sqlite"
 _APPLICATION_ID = 0x6465736B  # "desk"
 _SCHEMA_VERSION = 3
 _FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
-"""What SQLite says on a full disk, depending on which of its files it was about to write."""
-_MEND = "restore the file from a copy, or move its folder away and start the run anew"
+"""SQLite's error codes for a full disk, which depend on the file being written."""
+_RESTORE_HINT = "restore the file from a copy, or move its directory away to start with an empty store"
 
-# Screenshots are nearly all bytes and lie in segments (see `segments`); a row says where.
+# Screenshots are nearly all of the bytes and are stored in the blob log; `images` has their locations.
 # `groups.state`: open -> complete -> bound -> consumed, or open -> closed (too few members).
 # `rollouts.state`: planned, leased, finished, faulted. `leases.state`: active, finished, faulted, expired, released.
-# What episodes are looked up by stands beside the message that it comes from, and outlives it: `termination` of
-# `result`, `fault_kind` of `last_fault`, policy versions of the steps' tokens (`lineage` is that of the last token).
+# Values that episodes are searched by have columns of their own and outlive the messages that they come from:
+# `termination` (of `result`), `fault_kind` (of `last_fault`), policy versions of the tokens (`lineage` of the last).
+# Older names: `paced` means rate limited, `begun` means started, `num_expiries` counts expired leases.
 _TABLES = """
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE policy (lineage TEXT NOT NULL, step INTEGER NOT NULL);
@@ -141,54 +141,54 @@ CREATE TABLE success_uses (task_id TEXT PRIMARY KEY, num_used INTEGER NOT NULL) 
 """
 
 
-def lock_folder(folder: Path) -> int:
-    """Hold the store's folder for this process; the kernel lets go when the process ends.
+def lock_store(store_dir: Path) -> int:
+    """Lock the directory of the store and return the lock's descriptor. The kernel unlocks it when the process ends.
 
     Raises:
         UserError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    store_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(store_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise UserError(f"{folder} is served by another process", "stop that one first") from error
+        raise UserError(f"{store_dir} is in use by another replay service", "stop that one first") from error
     return descriptor
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Open the writer's connection; a new file gets its tables, an old one is checked whole.
+    """Open the connection of the writer: create the tables in a new file, or check the whole of an existing one.
 
     Raises:
-        UserError: the file is damaged, no database, of something else, or of another version, or it is missing and what
-            belongs to it is not. All is left as it is.
+        UserError: the file is damaged, not a replay database, or written by an incompatible version; or it is missing
+            although its write-ahead log or its screenshots exist. No file is changed.
     """
     is_empty = not path.exists() or path.stat().st_size == 0
     has_log = path.with_name(path.name + "-wal").exists()
     if is_empty and has_log:
-        raise UserError(f"{path} is empty, yet has a write-ahead log: it was cut short", _MEND)
-    if is_empty and any(path.parent.glob(f"{SCREENSHOTS}/*")):
-        raise UserError(f"{path} is missing, and screenshots of its are there", _MEND)
+        raise UserError(f"{path}: truncated; the file is empty but has a write-ahead log", _RESTORE_HINT)
+    if is_empty and any(path.parent.glob(f"{BLOB_DIR}/*")):
+        raise UserError(f"{path}: not found, but its screenshots exist", _RESTORE_HINT)
     connection = open_reader(path) if has_log else _connect(path)
     try:
         if has_log:
-            # The last writer to close moves the log into the file, even into a damaged one: look before there is one.
-            _check(connection, path)
+            # The last writer to close moves the log into the file, even into a damaged one. Check with a reader first.
+            _check_database(connection, path)
             connection.close()
             connection = _connect(path)
-        # A crash in the middle of the first start leaves a file that SQLite rolls back to an empty one.
+        # A crash during the first start leaves a file that SQLite rolls back to an empty one.
         elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
             _create(connection)
         else:
-            _check(connection, path)
+            _check_database(connection, path)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
     except sqlite3.DatabaseError as error:
         connection.close()
         if is_full_disk(error):
-            raise UserError(f"{path}: the disk is full", "free some space and start again; nothing is lost") from error
-        raise UserError(f"{path} cannot be opened as a replay database: {error}", _MEND) from error
+            raise UserError(f"{path}: the disk is full", "free some space and start again (no data is lost)") from error
+        raise UserError(f"{path}: cannot be opened as a replay database: {error}", _RESTORE_HINT) from error
     except UserError:
         connection.close()
         raise
@@ -200,44 +200,57 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Whether a write failed for want of space: SQLite's, or one beside it."""
+    """Return whether a write of SQLite or of the blob log failed because the disk is full."""
     if isinstance(error, sqlite3.OperationalError):
         return error.sqlite_errorcode in _FULL_CODES
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_reader(path: Path) -> sqlite3.Connection:
-    """A connection that only reads, for use by one thread at a time."""
-    # Even a reader makes files of the write-ahead log, where a run that was put away on a read-only disk lets it not.
-    is_put_away = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
-    options = "mode=ro&immutable=1" if is_put_away else "mode=ro"
+    """Open a read-only connection, to be used by one thread at a time."""
+    # Even a reader creates files for the write-ahead log, which fails for a run archived on a read-only disk.
+    is_archived = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
+    options = "mode=ro&immutable=1" if is_archived else "mode=ro"
     connection = sqlite3.connect(f"{path.as_uri()}?{options}", uri=True, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA query_only = 1")
     return connection
 
 
 def _create(connection: sqlite3.Connection) -> None:
-    # One transaction, so that a crash leaves a whole database or an empty file.
+    # One transaction, so that a crash leaves a complete database or an empty file.
     connection.executescript(
-        f"BEGIN; PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_SCHEMA_VERSION}; {_TABLES} COMMIT;"
+        f"BEGIN; PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_SCHEMA_VERSION}; {_TABLES}"
+        f" INSERT INTO counters VALUES ('{counters.CREATED_BY}{VERSION}', 1); COMMIT;"
     )
 
 
-def refuse_foreign(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise UserError unless the database is ours, and of the layout that this version knows."""
+def check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise UserError unless this is a replay database with the schema of this version of deskrl."""
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application_id != _APPLICATION_ID:
-        raise UserError(f"{path} is a database of something else", _MEND)
+        raise UserError(f"{path}: not a replay database of deskrl", _RESTORE_HINT)
     if version != _SCHEMA_VERSION:
         age = "a newer" if version > _SCHEMA_VERSION else "an older"
-        other = f"{path} is of {age} deskrl: its layout is {version}, and this one knows {_SCHEMA_VERSION}"
-        raise UserError(other, "use the deskrl that wrote it, or start the run anew under another name")
+        raise UserError(
+            f"{path}: created by {age} deskrl{_created_by(connection)} with store schema {version};"
+            f" deskrl {VERSION} reads schema {_SCHEMA_VERSION}",
+            "continue with the deskrl that created it, or start a new run under another name",
+        )
 
 
-def _check(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise UserError unless the whole database is ours and sound."""
-    refuse_foreign(connection, path)
+def _created_by(connection: sqlite3.Connection) -> str:
+    """Return " VERSION" of the deskrl that created the store; empty for a store that does not record it."""
+    try:
+        versions = counters.read_all(connection, counters.CREATED_BY)
+    except sqlite3.DatabaseError:  # a schema without this table
+        return ""
+    return "".join(f" {version}" for version in versions)
+
+
+def _check_database(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise UserError unless this is an undamaged replay database of this schema."""
+    check_schema(connection, path)
     findings = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
     if findings != ["ok"]:
-        raise UserError(f"{path} is damaged: {' '.join(findings[0].split())}", _MEND)
+        raise UserError(f"{path}: damaged: {' '.join(findings[0].split())}", _RESTORE_HINT)

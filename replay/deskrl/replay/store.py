@@ -1,8 +1,6 @@
-"""The store as the service uses it: one writer with group commit, readers beside it, retention in every commit.
+"""Durable store of one run: one writer with group commit, concurrent readers, and retention in every commit.
 
-What a commit names is on disk before it: first the screenshots' segments, then the database's log.
-
-Knows how operations reach the database, and nothing of what they do.
+The blob log is synced before the database commits, so that a committed row never names bytes that are not on disk.
 """
 
 from __future__ import annotations
@@ -16,90 +14,92 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from deskrl.replay import images, retention, schema
-from deskrl.replay.segments import Segments
+from deskrl.replay import image_index, retention, schema
+from deskrl.replay.blob_log import BlobLog
 from deskrl.replay.writer import Commit, Operation, T, Writer
 
-_log = logging.getLogger("deskrl.replay")
+_log = logging.getLogger(__name__)
 
 _NUM_READERS = 4
 
 
 class Store:
-    """The durable store of one run. One process at a time holds it."""
+    """Durable store of one run, held by one process at a time."""
 
     def __init__(
-        self, folder: Path, max_bytes: int, after_commit: Callable[[Commit], None] = lambda commit: None
+        self, store_dir: Path, max_bytes: int, after_commit: Callable[[Commit], None] = lambda commit: None
     ) -> None:
-        """Open it, or make it.
+        """Open the store, or create it.
 
         Args:
-            folder: the run's replay folder.
-            max_bytes: size above which consumed episodes are removed.
+            store_dir: replay directory of the run.
+            max_bytes: size in bytes above which consumed episodes are removed.
             after_commit: called after each commit, in the writer's thread.
 
         Raises:
-            UserError: another process holds it, or a file of it is damaged or not ours.
+            UserError: another process holds it, or a file is damaged, or not written by a compatible deskrl.
         """
-        self.path = folder.absolute() / schema.FILE_NAME
+        self.path = store_dir.absolute() / schema.FILE_NAME
         self._max_bytes = max_bytes
-        self._lock = schema.lock_folder(folder)
+        self._lock = schema.lock_store(store_dir)
         try:
             connection = schema.open_database(self.path)
-            self.segments = Segments(self.path.parent, images.extents(connection), max_bytes)
+            self.blob_log = BlobLog(self.path.parent, image_index.segment_sizes(connection), max_bytes)
         except BaseException:
             os.close(self._lock)
             raise
-        self._is_over = False
-        self._given_up: list[int] = []
+        self._is_over_limit = False
+        self._unused_segments: list[int] = []
         self._after_commit = after_commit
-        self._writer = Writer(connection, self._before_commit, self._committed, self.segments.roll_back)
+        self._writer = Writer(connection, self._before_commit, self._committed, self.blob_log.roll_back)
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="replay-reader")
-        self._of_thread = threading.local()
+        self._thread_local = threading.local()
         self._reader_connections: list[sqlite3.Connection] = []
 
     def submit(self, operation: Operation[T]) -> Future[T]:
-        """Queue a write; its future resolves once it is on disk."""
+        """Queue a write; the future resolves once it is on disk."""
         return self._writer.submit(operation)
 
     async def write(self, operation: Operation[T]) -> T:
-        """Write, and wait until it is on disk. Once queued it happens, even if the waiter is cancelled."""
+        """Write, and wait until it is on disk. The write is done even if the waiter is cancelled."""
         return await self._writer.run(operation)
 
     async def read(self, operation: Operation[T]) -> T:
-        """Read what is committed by now, in a thread."""
+        """Run a read of committed data in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, operation)
 
     def close(self) -> None:
-        """Finish the writes that are queued, and let go of the files."""
+        """Finish all queued writes, and close the files."""
         self._readers.shutdown()
         for connection in self._reader_connections:
             connection.close()
         self._writer.close()
-        self.segments.close()
+        self.blob_log.close()
         os.close(self._lock)
 
     def _read(self, operation: Operation[T]) -> T:
-        connection: sqlite3.Connection | None = getattr(self._of_thread, "connection", None)
+        connection: sqlite3.Connection | None = getattr(self._thread_local, "connection", None)
         if connection is None:
-            connection = self._of_thread.connection = schema.open_reader(self.path)
+            connection = self._thread_local.connection = schema.open_reader(self.path)
             self._reader_connections.append(connection)
         return operation(connection)
 
     def _before_commit(self, connection: sqlite3.Connection) -> None:
         self._retain(connection)
-        self._given_up = retention.give_up_segments(connection, self.segments)
-        self.segments.sync()
+        self._unused_segments = retention.compact_segments(connection, self.blob_log)
+        self.blob_log.sync()
 
     def _committed(self, commit: Commit) -> None:
-        self.segments.commit()
-        self.segments.remove(self._given_up)
+        self.blob_log.commit()
+        self.blob_log.remove(self._unused_segments)
         self._after_commit(commit)
 
     def _retain(self, connection: sqlite3.Connection) -> None:
-        """Keep to `max_bytes`, a few episodes at a time; say once when nothing more may go."""
-        num_removed = retention.remove_oldest(connection, self._max_bytes)
-        is_over = num_removed == 0 and retention.used_bytes(connection) > self._max_bytes
-        if is_over and not self._is_over:
-            _log.warning("the store is over replay.max_bytes (%d) and holds nothing that may go", self._max_bytes)
-        self._is_over = is_over
+        """Remove a few episodes if the store exceeds `max_bytes`; log once if nothing more may be removed."""
+        num_removed = retention.remove_oldest_episodes(connection, self._max_bytes)
+        is_over_limit = num_removed == 0 and retention.num_used_bytes(connection) > self._max_bytes
+        if is_over_limit and not self._is_over_limit:
+            _log.warning(
+                "the store exceeds replay.max_bytes (%d), but no episode in it may be removed", self._max_bytes
+            )
+        self._is_over_limit = is_over_limit

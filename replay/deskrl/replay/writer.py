@@ -1,7 +1,7 @@
-"""The one thread that writes: runs operations in order and commits as many of them together as have come in meanwhile.
+"""Writer thread with group commit: runs operations in order, and commits all that are queued in one transaction.
 
-Knows SQLite and nothing of what is written. An operation is a function of the connection; its future resolves only
-once its effects are on disk, so whoever acknowledges after it acknowledges what is durable.
+An operation is a function of the connection. Its future resolves once its effects are on disk, so that an
+acknowledgement sent afterwards is durable.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from deskrl.replay.refusals import Refused, StoreFull
 from deskrl.replay.schema import is_full_disk
+from deskrl.replay.status_errors import StatusError, StoreFullError
 
 T = TypeVar("T")
 Operation = Callable[[sqlite3.Connection], T]
 
-_log = logging.getLogger("deskrl.replay")
+_log = logging.getLogger(__name__)
 
 _MAX_COMMIT_OPERATIONS = 256
-_FULL_REPORT_PERIOD_S = 60.0
+_DISK_FULL_LOG_PERIOD_S = 60.0
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One transaction as it went, for metrics."""
+    """Size and duration of one transaction, for metrics."""
 
     num_operations: int
     duration_s: float
 
 
 @dataclass
-class _Entry:
+class _QueuedOperation:
     operation: Operation[Any]
     future: Future[Any]
     outcome: Any = None
-    refusal: Refused | None = None
+    error: StatusError | None = None
 
 
 class Writer:
-    """Owns the writing connection and its thread."""
+    """Owner of the writing connection and its thread."""
 
     def __init__(
         self,
@@ -56,46 +56,46 @@ class Writer:
         after_commit: Callable[[Commit], None],
         after_rollback: Callable[[], None],
     ) -> None:
-        """Start the thread, in which all of these are called.
+        """Start the thread, in which all callbacks are called.
 
         Args:
-            connection: in autocommit mode; closed by `close`.
-            before_commit: the last operation of every transaction.
+            connection: connection in autocommit mode; `close` closes it.
+            before_commit: last operation of every transaction.
             after_commit: called after each commit.
-            after_rollback: called after each transaction that came to nothing.
+            after_rollback: called after each transaction that was rolled back.
         """
         self._connection = connection
         self._before_commit = before_commit
         self._after_commit = after_commit
         self._after_rollback = after_rollback
-        self._entries: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
-        self._full_reported_s = -math.inf
+        self._entries: queue.SimpleQueue[_QueuedOperation | None] = queue.SimpleQueue()
+        self._disk_full_logged_s = -math.inf
         self._thread = threading.Thread(target=self._serve, name="replay-writer")
         self._thread.start()
 
     def submit(self, operation: Operation[T]) -> Future[T]:
-        """Queue an operation; it runs after all that were queued before it."""
+        """Queue an operation, which runs after all that were queued before it."""
         future: Future[T] = Future()
-        future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-        self._entries.put(_Entry(operation, future))
+        future.set_running_or_notify_cancel()  # it can no longer be cancelled
+        self._entries.put(_QueuedOperation(operation, future))
         return future
 
     async def run(self, operation: Operation[T]) -> T:
-        """Queue an operation and wait until it is on disk. Once queued it runs, even if the waiter is cancelled."""
+        """Queue an operation and wait until it is on disk. It runs even if the waiter is cancelled."""
         return await asyncio.wrap_future(self.submit(operation))
 
     def close(self) -> None:
-        """Finish what is queued, then close the database."""
+        """Run all queued operations, then close the database."""
         self._entries.put(None)
         self._thread.join()
         self._connection.close()
 
     def _serve(self) -> None:
-        while entries := self._next_entries():
+        while entries := self._next_batch():
             self._commit(entries)
 
-    def _next_entries(self) -> list[_Entry]:
-        """What one transaction takes: everything queued by now, after waiting for the first; empty at the end."""
+    def _next_batch(self) -> list[_QueuedOperation]:
+        """Wait for an operation and return it with all that are queued; empty after `close`."""
         first = self._entries.get()
         if first is None:
             return []
@@ -111,7 +111,7 @@ class Writer:
             entries.append(entry)
         return entries
 
-    def _commit(self, entries: list[_Entry]) -> None:
+    def _commit(self, entries: list[_QueuedOperation]) -> None:
         start_s = time.perf_counter()
         try:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -124,37 +124,39 @@ class Writer:
             return
         self._after_commit(Commit(len(entries), time.perf_counter() - start_s))
         for entry in entries:
-            if entry.refusal is not None:
-                entry.future.set_exception(entry.refusal)
+            if entry.error is not None:
+                entry.future.set_exception(entry.error)
             else:
                 entry.future.set_result(entry.outcome)
 
-    def _apply(self, entry: _Entry) -> None:
-        """Run one operation; a refused one leaves no trace and does not disturb the others."""
+    def _apply(self, entry: _QueuedOperation) -> None:
+        """Run one operation. If it raises StatusError it has no effect, and the others are not affected."""
         self._connection.execute("SAVEPOINT operation")
         try:
             entry.outcome = entry.operation(self._connection)
-        except Refused as refusal:
-            entry.refusal = refusal
+        except StatusError as error:
+            entry.error = error
             self._connection.execute("ROLLBACK TO operation")
         self._connection.execute("RELEASE operation")
 
-    def _fail(self, entries: list[_Entry], error: Exception) -> None:
-        """Nothing of these entries is kept, and each is told why."""
+    def _fail(self, entries: list[_QueuedOperation], error: Exception) -> None:
+        """Roll the transaction back, and fail all of its operations."""
         if self._connection.in_transaction:
             self._connection.execute("ROLLBACK")
         self._after_rollback()
         if is_full_disk(error):
-            self._report_full(error)
-            error = StoreFull("the replay store's disk is full; free some space, nothing acknowledged is lost")
+            self._log_disk_full(error)
+            error = StoreFullError(
+                "the disk of the replay store is full: free some space (nothing acknowledged is lost)"
+            )
         else:
-            _log.exception("a transaction failed")
+            _log.exception("transaction failed")
         for entry in entries:
             entry.future.set_exception(error)
 
-    def _report_full(self, error: Exception) -> None:
-        """Say it once in a while: small writes may still fit in between, so nothing marks the end of it."""
+    def _log_disk_full(self, error: Exception) -> None:
+        """Log at most once per period: small writes may still succeed, so the end of the condition is unknown."""
         now_s = time.monotonic()
-        if now_s - self._full_reported_s >= _FULL_REPORT_PERIOD_S:
-            self._full_reported_s = now_s
-            _log.error("the disk is full: what does not fit is refused until there is space (%s)", error)
+        if now_s - self._disk_full_logged_s >= _DISK_FULL_LOG_PERIOD_S:
+            self._disk_full_logged_s = now_s
+            _log.error("the disk is full: writes are rejected until there is space (%s)", error)

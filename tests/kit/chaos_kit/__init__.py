@@ -1,1 +1,1 @@
-"""Faults to a running job, from a seed: what is done, to what job, and what must be true afterwards."""
+"""Fault injection into running jobs: faults drawn from a seed, the job, and checks of its results."""

@@ -1,4 +1,4 @@
-"""What has to be true of a job whatever was done to it. Pure: from a record to what is wrong with it, in words."""
+"""Checks that the record of a job must pass whatever faults were injected: pure functions that yield violations."""
 
 from __future__ import annotations
 
@@ -8,126 +8,126 @@ from collections.abc import Callable, Iterator
 from chaos_kit.record import Record, StoredEpisode, StoredGroup
 
 MISMATCH = 1e-3
-"""Largest difference of a token's logprob between who acted and who learns from it under the same version."""
+"""Maximum difference between the logprobs of a token under inference and under the learner with the same weights."""
 
 Check = Callable[[Record], Iterator[str]]
 
 
-def nothing_acknowledged_is_lost(record: Record) -> Iterator[str]:
-    """Each result that an actor was told to be on disk is there, with its steps and their screenshots."""
-    for told in record.acknowledged:
-        stored = record.episodes.get(told.episode_id)
+def acknowledged_results_are_stored(record: Record) -> Iterator[str]:
+    """Every result acknowledged to an actor is stored, with all steps and their screenshots."""
+    for result in record.acknowledged:
+        stored = record.episodes.get(result.episode_id)
         if stored is None or stored.state != "finished":
-            yield f"{told.episode_id} was acknowledged, and is {stored.state if stored else 'not there'}"
+            yield f"{result.episode_id} was acknowledged, but is {stored.state if stored else 'missing'}"
             continue
-        if (round(stored.reward or 0.0, 2), stored.num_steps) != (told.reward, told.num_steps):
-            was, now = (told.reward, told.num_steps), (stored.reward, stored.num_steps)
-            yield f"{told.episode_id} was acknowledged with reward and steps {was}, and has {now}"
+        if (round(stored.reward or 0.0, 2), stored.num_steps) != (result.reward, result.num_steps):
+            was, now = (result.reward, result.num_steps), (stored.reward, stored.num_steps)
+            yield f"{result.episode_id} was acknowledged with reward and steps {was}, but has {now}"
     for stored in record.episodes.values():
         if stored.state == "finished":
-            yield from _gaps(stored)
+            yield from _missing_data(stored)
 
 
-def _gaps(stored: StoredEpisode) -> Iterator[str]:
+def _missing_data(stored: StoredEpisode) -> Iterator[str]:
     if stored.step_indices != tuple(range(stored.num_steps)):
-        yield f"{stored.episode_id} has {stored.num_steps} steps, of which {stored.step_indices} are there"
+        yield f"{stored.episode_id} has {stored.num_steps} steps, but only {stored.step_indices} are stored"
     if stored.lost_images:
-        yield f"{stored.episode_id} lacks {len(stored.lost_images)} of its screenshots"
+        yield f"{stored.episode_id}: {len(stored.lost_images)} of its screenshots are missing or damaged"
 
 
-def nothing_is_doubled(record: Record) -> Iterator[str]:
-    """No result is taken twice, and no group or episode is learnt from twice."""
-    told = Counter(one.episode_id for one in record.acknowledged)
-    yield from (f"{name} was acknowledged {times} times" for name, times in told.items() if times > 1)
-    groups = Counter(group_id for batch in record.learnt.values() for group_id in batch)
-    yield from (f"group {name} was learnt from in {times} batches" for name, times in groups.items() if times > 1)
-    learnt = Counter(name for batch in record.learnt.values() for group in batch.values() for name in group)
-    yield from (f"{name} was learnt from {times} times" for name, times in learnt.items() if times > 1)
+def nothing_is_duplicated(record: Record) -> Iterator[str]:
+    """No result is acknowledged twice, and no group or episode is trained on twice."""
+    acknowledged = Counter(result.episode_id for result in record.acknowledged)
+    yield from (f"{name} was acknowledged {times} times" for name, times in acknowledged.items() if times > 1)
+    groups = Counter(group_id for batch in record.trained.values() for group_id in batch)
+    yield from (f"group {name} was trained on in {times} batches" for name, times in groups.items() if times > 1)
+    episodes = Counter(name for batch in record.trained.values() for group in batch.values() for name in group)
+    yield from (f"{name} was trained on {times} times" for name, times in episodes.items() if times > 1)
 
 
-def groups_are_whole(record: Record) -> Iterator[str]:
-    """A group that was consumed has all members, finished or faulted for good, and the learner had those finished."""
+def groups_are_complete(record: Record) -> Iterator[str]:
+    """All members of a consumed group are finished or faulted, and the learner trained on the finished ones."""
     members: dict[str, list[StoredEpisode]] = {group.group_id: [] for group in record.groups}
     for episode in record.episodes.values():
         if episode.group_id in members:
             members[episode.group_id].append(episode)
     for group in record.groups:
         if group.state == "consumed":
-            yield from _not_whole(record, group, members[group.group_id])
-    for batch_id, groups in record.learnt.items():
-        for group_id, learnt in groups.items():
-            finished = {one.episode_id for one in members.get(group_id, []) if one.state == "finished"}
-            # A stored success takes one member's place.
-            if not learnt <= finished or len(finished - learnt) > 1:
-                yield f"{batch_id} learnt {sorted(learnt)} of {group_id}, which has {sorted(finished)}"
+            yield from _incomplete(record, group, members[group.group_id])
+    for batch_id, groups in record.trained.items():
+        for group_id, trained in groups.items():
+            finished = {member.episode_id for member in members.get(group_id, []) if member.state == "finished"}
+            # One member may have been replaced by an episode of the success buffer.
+            if not trained <= finished or len(finished - trained) > 1:
+                yield f"{batch_id} trained on {sorted(trained)} of {group_id}, of which {sorted(finished)} are finished"
 
 
-def _not_whole(record: Record, group: StoredGroup, members: list[StoredEpisode]) -> Iterator[str]:
+def _incomplete(record: Record, group: StoredGroup, members: list[StoredEpisode]) -> Iterator[str]:
     counts = f"{group.num_finished} finished and {group.num_faulted} faulted"
-    if group.num_finished + group.num_faulted != record.rollouts:
-        yield f"group {group.group_id} was consumed with {counts} of {record.rollouts} members"
+    if group.num_finished + group.num_faulted != record.num_rollouts:
+        yield f"group {group.group_id} was consumed with {counts} of {record.num_rollouts} members"
     if group.num_planned or group.num_leased:
         yield f"group {group.group_id} was consumed with {group.num_leased} of its members still leased"
     states = Counter(member.state for member in members)
     if (states["finished"], states["faulted"]) != (group.num_finished, group.num_faulted):
-        yield f"group {group.group_id} counts {counts}, and has {dict(states)}"
+        yield f"group {group.group_id} counts {counts}, but its episodes are {dict(states)}"
 
 
 def staleness_is_bounded(record: Record) -> Iterator[str]:
-    """Nothing older than the bound was learnt from."""
+    """The staleness of every token that was trained on is within the limit."""
     for update in (*record.history, *record.updates):
         if (update.get("staleness_max") or 0) > record.max_staleness:
-            yield f"update {update['update']} learnt tokens {update['staleness_max']} versions old"
+            yield f"update {update['update']} trained on tokens {update['staleness_max']} versions old"
 
 
 def weights_are_verified(record: Record) -> Iterator[str]:
-    """What acted had proven its weights, and no replica ever had others than it was sent."""
-    proven = {(entry["lineage"], entry["version"]) for entry in record.weights if entry["ok"]}
-    learnt = {name for batch in record.learnt.values() for group in batch.values() for name in group}
-    for name in sorted(learnt & record.episodes.keys()):
-        if strange := record.episodes[name].versions - proven:
-            yield f"{name} was learnt from, and acted by {sorted(strange)}, which no replica has proven"
+    """Every version that sampled actions was verified by a replica, and no replica had other weights than were sent."""
+    verified = {(entry["lineage"], entry["version"]) for entry in record.weights if entry["ok"]}
+    trained = {name for batch in record.trained.values() for group in batch.values() for name in group}
+    for name in sorted(trained & record.episodes.keys()):
+        if unverified := record.episodes[name].versions - verified:
+            yield f"{name} was trained on, but its versions {sorted(unverified)} were verified by no replica"
     for entry in record.weights:
         if "canary differs" in entry["error"] or "checksum" in entry["error"]:
-            yield f"version {entry['version']} arrived as another: {entry['error']}"
+            yield f"a replica received version {entry['version']} with wrong weights: {entry['error']}"
     for update in record.updates:
         if (update["mismatch_max"] or 0.0) > MISMATCH:
-            yield f"update {update['update']}: who acted and who learns differ by {update['mismatch_max']:.2g}"
+            yield f"update {update['update']}: logprobs of inference and learner differ by {update['mismatch_max']:.2g}"
 
 
-def all_is_learnt(record: Record) -> Iterator[str]:
-    """The run ends with the updates that it was to make, each once, and replay knows of them."""
-    wanted = list(range(1, record.num_updates + 1))
-    if (made := [entry["update"] for entry in record.history]) != wanted:
-        yield f"the newest checkpoint has behind it the updates {made}"
-    if missing := set(wanted) - {update["update"] for update in record.updates}:
+def all_updates_are_made(record: Record) -> Iterator[str]:
+    """The run made all of its updates, each once, and replay committed their batches."""
+    expected = list(range(1, record.num_updates + 1))
+    if (made := [entry["update"] for entry in record.history]) != expected:
+        yield f"the newest checkpoint contains the updates {made}"
+    if missing := set(expected) - {update["update"] for update in record.updates}:
         yield f"the metrics lack the updates {sorted(missing)}"
-    if wrong := record.committed ^ {f"train/{number:06d}" for number in wanted}:
+    if wrong := record.committed ^ {f"train/{number:06d}" for number in expected}:
         yield f"updates and consumed batches differ by {sorted(wrong)}"
 
 
-def only_who_is_hurt_ends(record: Record) -> Iterator[str]:
-    """A role ends by a fault that ends it, or at the end."""
-    yield from record.endings
+def only_faulted_roles_exit(record: Record) -> Iterator[str]:
+    """A role exits only because of a fault that terminates it, or at the end of the run."""
+    yield from record.unexpected_exits
 
 
 def nothing_is_orphaned(record: Record) -> Iterator[str]:
-    """No process, desktop or file outlives whom it belonged to."""
+    """No process, desktop or folder of a desktop outlives its owner."""
     yield from record.orphans
 
 
 CHECKS: tuple[Check, ...] = (
-    nothing_acknowledged_is_lost,
-    nothing_is_doubled,
-    groups_are_whole,
+    acknowledged_results_are_stored,
+    nothing_is_duplicated,
+    groups_are_complete,
     staleness_is_bounded,
     weights_are_verified,
-    all_is_learnt,
-    only_who_is_hurt_ends,
+    all_updates_are_made,
+    only_faulted_roles_exit,
     nothing_is_orphaned,
 )
 
 
-def find_wrong(record: Record) -> list[str]:
-    """All that is wrong, each with the name of its rule."""
-    return [f"{check.__name__}: {finding}" for check in CHECKS for finding in check(record)]
+def find_violations(record: Record) -> list[str]:
+    """Return all violations, each with the name of its check."""
+    return [f"{check.__name__}: {violation}" for check in CHECKS for violation in check(record)]

@@ -1,7 +1,7 @@
-"""Wall clocks of single processes, that jump when they are told to. Knows the library that shifts them (clock_shift.c).
+"""Wall clocks of single processes that can be shifted, by a preloaded library (clock_shift.c).
 
-Every process of a machine has the same clock, and setting that takes its administrator; so the processes of a job are
-started with a library before the C library's own, which adds to what the kernel says of the time of day.
+The system clock is shared by all processes and only root may set it. The library is therefore loaded before the C
+library and adds an offset to the time of day that the kernel returns.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 _SOURCE = Path(__file__).with_name("clock_shift.c")
 
 
-def why_no_clock() -> str:
-    """Why no clock can jump on this machine; empty if it can."""
+def clock_unavailable_reason() -> str:
+    """Return why clocks cannot be shifted on this machine; empty if they can."""
     return "gcc is not installed" if shutil.which("gcc") is None else ""
 
 
 class Clock:
-    """The clock of the processes that are started with `environment`.
+    """Wall clock of the processes that are started with `environment`.
 
     Args:
-        folder: of this clock's files.
+        folder: folder for the files of the clock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,10 +34,10 @@ class Clock:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process sees to be under this clock."""
+        """Environment variables with which a process uses this clock."""
         return {"LD_PRELOAD": str(self._library), "CLOCK_SHIFT": str(self._shift)}
 
     def shift(self, shift_s: int) -> None:
-        """Be so many seconds ahead of the machine's clock from now on."""
+        """Set the offset from the system clock in seconds."""
         with open(self._shift, "r+b") as file:
             file.write(struct.pack("=q", shift_s))

@@ -1,6 +1,7 @@
-"""A small disk of its own for one process, that can be filled and made slow. Knows mounts, and how strace delays calls.
+"""Small private disk for one process, which can be filled and slowed down.
 
-The disk is memory, mounted where only the processes that were started on it see it: nothing of it is left afterwards.
+The disk is a tmpfs in a mount namespace of its own, so it is visible only to processes that are started in the
+namespace, and disappears with them.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ _SLOW_CALLS = "fdatasync,fsync,pwrite64"
 _BALLAST_BYTES = 1024**2
 
 
-def why_no_disk() -> str:
-    """Why there is no small disk on this machine; empty if there can be."""
+def disk_unavailable_reason() -> str:
+    """Return why no private disk can be mounted on this machine; empty if one can."""
     if any(shutil.which(name) is None for name in ("unshare", "nsenter")):
         return "util-linux is not installed"
-    refused = subprocess.run([*_unshare(), "true"], capture_output=True).returncode
-    return "this machine grants no mount namespace" if refused else ""
+    status = subprocess.run([*_unshare(), "true"], capture_output=True).returncode
+    return "mount namespaces are not permitted on this machine" if status else ""
 
 
 class Disk:
-    """Mounted at a folder, for those whose commands begin with `prefix`.
+    """Disk mounted at a folder, visible to processes whose command starts with `prefix`.
 
     Args:
-        folder: where.
+        folder: mount point.
     """
 
     def __init__(self, folder: Path) -> None:
         self.lock = threading.Lock()
-        """Held by who fills it, or changes files on it."""
+        """Held while the disk is full or files on it are changed."""
         self._folder = folder.absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
-        # The first process in the namespace keeps it, and what is on the disk, when those that use it are killed.
+        # The first process in the namespace keeps the disk mounted while the processes that use it are killed.
         script = f'mount -t tmpfs -o size={_SIZE},mode=0777 tmpfs "{self._folder}" && echo up && exec cat'
-        # It reads until this process is gone, however it ends.
+        # Its `cat` reads a pipe from this process, so it exits with this process, however that ends.
         self._keeper = subprocess.Popen(
             [*_unshare(), "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -49,27 +50,27 @@ class Disk:
 
     @property
     def prefix(self) -> list[str]:
-        """What a command begins with to run on the disk."""
+        """Command prefix that runs a command in the namespace of the disk."""
         user = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
         return ["nsenter", "--target", str(self._keeper.pid), "--mount", *user, "--"]
 
     @property
     def path(self) -> Path:
-        """Where the disk's files are found from outside."""
+        """Path of the files of the disk outside of the namespace."""
         return Path(f"/proc/{self._keeper.pid}/root{self._folder}")
 
     def fill(self) -> None:
-        """Leave no byte free."""
+        """Fill the disk completely."""
         with suppress(OSError), open(self.path / "ballast", "ab", buffering=0) as ballast:
             while True:
                 ballast.write(bytes(_BALLAST_BYTES))
 
     def free(self) -> None:
-        """Give the space back."""
+        """Free the space that `fill` used."""
         (self.path / "ballast").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of it, and of all that is on it."""
+        """Unmount the disk and discard its files."""
         self._keeper.terminate()
         self._keeper.wait()
 
@@ -79,11 +80,11 @@ def _unshare() -> list[str]:
 
 
 class SlowCalls:
-    """Delays what a process writes and forces to disk, for as long as this is open.
+    """Delays the write and sync calls of a process until it is closed.
 
     Args:
-        pid: of the process.
-        delay_s: of each call.
+        pid: id of the process.
+        delay_s: delay of each call in seconds.
     """
 
     def __init__(self, pid: int, delay_s: float) -> None:
@@ -92,6 +93,6 @@ class SlowCalls:
         self._tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def close(self) -> None:
-        """Let the process go. The kernel sees to it: strace would wait for threads that were killed meanwhile."""
+        """Detach from the process; by SIGKILL, as strace would wait for threads that have been killed meanwhile."""
         self._tracer.kill()
         self._tracer.wait()

@@ -1,4 +1,4 @@
-"""What a job left behind, as plain values. Knows neither where they come from nor what they should be."""
+"""Record of a finished job: plain values for the checks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Acknowledged:
-    """A result that replay told an actor to be on disk."""
+class AcknowledgedResult:
+    """Result of an episode that replay acknowledged to an actor as stored on disk."""
 
     episode_id: str
     reward: float
     num_steps: int
     seen_s: float
-    """When the actor was seen to say so, on the monotonic clock."""
+    """Time at which the actor's log entry was read, on the monotonic clock."""
 
 
 @dataclass(frozen=True)
 class StoredEpisode:
-    """A rollout of the store."""
+    """Rollout in the replay store."""
 
     episode_id: str
     group_id: str
@@ -28,16 +28,16 @@ class StoredEpisode:
     reward: float | None
     num_steps: int
     step_indices: tuple[int, ...]
-    """Of the steps that are there."""
+    """Indices of the stored steps."""
     versions: frozenset[tuple[str, int]]
-    """Policies that sampled its tokens: lineage and step."""
+    """Policy versions that sampled its tokens: lineage and step."""
     lost_images: tuple[str, ...]
-    """Screenshots that its steps name, and that are not there whole."""
+    """Hashes of screenshots that its steps reference and that are missing or damaged."""
 
 
 @dataclass(frozen=True)
 class StoredGroup:
-    """A group of the store's training queue."""
+    """Group in the training queue of the replay store."""
 
     group_id: str
     state: str
@@ -49,26 +49,27 @@ class StoredGroup:
 
 @dataclass(frozen=True)
 class Record:
-    """A job that has ended."""
+    """Record of a finished job."""
 
     num_updates: int
-    """That it was to make."""
-    rollouts: int
-    """Members of a group."""
+    """Configured number of updates."""
+    num_rollouts: int
+    """Configured rollouts per group."""
     max_staleness: int
-    acknowledged: Sequence[Acknowledged]
+    acknowledged: Sequence[AcknowledgedResult]
     episodes: Mapping[str, StoredEpisode]
     groups: Sequence[StoredGroup]
     committed: frozenset[str]
-    """Batches."""
-    learnt: Mapping[str, Mapping[str, frozenset[str]]]
-    """Batch, group, episodes: what the learner says it has learnt from, stored successes left out."""
+    """Committed batches."""
+    trained: Mapping[str, Mapping[str, frozenset[str]]]
+    """Episodes that the learner trained on, by batch and group, without those of the success buffer."""
     history: Sequence[Mapping[str, Any]]
-    """What the newest checkpoint says of its updates, one entry each."""
+    """Updates contained in the newest checkpoint, one entry each."""
     updates: Sequence[Mapping[str, Any]]
-    """Its metrics, one entry each time an update was made."""
+    """Update metrics of the run, one entry per execution of an update."""
     weights: Sequence[Mapping[str, Any]]
-    """One entry for each update of a replica."""
-    endings: Sequence[str]
-    """Roles that ended though no fault had ended them."""
+    """Metrics of weight updates, one entry per update of a replica."""
+    unexpected_exits: Sequence[str]
+    """Exits of roles that no fault explains."""
     orphans: Sequence[str]
+    """Processes and folders that outlived their owner."""

@@ -1,1 +1,1 @@
-"""Who decides what is done next: the policy and its prompts, or a scripted solution. Knows no desktop."""
+"""The agent: prompts, action language and policies (served, external or scripted)."""

@@ -1,7 +1,6 @@
-"""What the policy is told and shown, and what its words mean: an `Agent` and the conversation of one episode.
+"""Agent and conversation: build the policy's prompts from screenshots, and parse its responses into actions.
 
-Knows prompts, context and coordinates. Knows no tokens (inference owns tokenisation; what was sampled is carried as
-ids), no desktop and no task beyond its instruction.
+Inference owns tokenisation: sampled responses are kept as token ids and never tokenised again.
 """
 
 from __future__ import annotations
@@ -13,134 +12,155 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from deskrl.actor.actions import Action
-from deskrl.actor.agent.grammar import FormatError, Turn, parse_turn, render_turn, with_marks
-from deskrl.actor.agent.prompts import opening, read_template
+from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.agent.action_language import ActionLanguage, FormatError, PolicyResponse
+from deskrl.actor.agent.language_registry import select_language
+from deskrl.actor.agent.prompts import initial_prompt, read_template
 from deskrl.core.config import AgentConfig
-from deskrl.core.families import FAMILIES
 from deskrl.core.ids import image_hash
 from deskrl.proto.v1 import common_pb2, inference_pb2
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What the policy is asked: the conversation, and the hashes of its screenshots in order."""
+class ChatPrompt:
+    """Prompt for one action."""
 
     messages: list[inference_pb2.ChatMessage]
     images: tuple[str, ...]
+    """Hashes of the screenshots in the messages, in order."""
 
 
 class Conversation(ABC):
-    """One episode as the policy experiences it: `observe`, `prompt`, `respond`, and again."""
+    """Conversation of one episode. Each step calls `observe`, `prompt` and `respond`."""
 
     @abstractmethod
     def observe(self, screenshot: Image.Image) -> common_pb2.Image:
-        """Add what is on the screen; returns it as the policy will see it, scaled, encoded and named."""
+        """Add a screenshot, and return the image that the policy sees: scaled, encoded as PNG, named by its hash."""
 
     @abstractmethod
-    def prompt(self) -> Prompt:
-        """The prompt for the next action, the last observation at its end."""
+    def prompt(self) -> ChatPrompt:
+        """Return the prompt for the next action. It ends with the last observation."""
 
     @abstractmethod
-    def respond(self, said: str | Sequence[int]) -> None:
-        """Add the policy's answer: token ids exactly as sampled, or text where a script or an external server spoke."""
+    def respond(self, response: str | Sequence[int]) -> None:
+        """Add the policy's response: token ids exactly as sampled, or the text of a script or an external server."""
 
     @abstractmethod
-    def parse(self, text: str) -> Turn:
-        """What an answer to the last observation means, in screen pixels; raises FormatError if nothing."""
+    def parse(self, text: str) -> PolicyResponse:
+        """Parse a response to the last observation; points are in screen pixels.
+
+        Raises:
+            FormatError: the text is not a response with one valid action.
+        """
 
     @abstractmethod
-    def render(self, turn: Turn) -> str:
-        """The answer that means `turn` (in screen pixels): a demonstration's text."""
+    def render(self, response: PolicyResponse) -> str:
+        """Return the text of a response whose points are in screen pixels, for a demonstration."""
 
 
-class Agent(ABC):
-    """A way of prompting and reading a policy. Holds no episode."""
+class Agent:
+    """Prompt format and action language of a policy. It holds no state of an episode.
 
-    @abstractmethod
-    def begin(self, instruction: str) -> Conversation:
-        """A fresh conversation about a task."""
+    Args:
+        config: section `agent` of the run configuration.
 
-
-def make_agent(config: AgentConfig) -> Agent:
-    """The agent that a configuration names; raises UserError for a prompt file that is none."""
-    return UiTarsAgent(config)
-
-
-def prompt_characters(config: AgentConfig) -> int:
-    """How long the prompt is before the first screenshot, in characters, a task's instruction not counted."""
-    opening = make_agent(config).begin("").prompt().messages
-    return sum(len(content.text) for message in opening for content in message.contents)
-
-
-class UiTarsAgent(Agent):
-    """UI-TARS of any family: thought and action as text."""
+    Raises:
+        UserError: the action language cannot be used, or `agent.prompt_file` is not a valid prompt template.
+    """
 
     def __init__(self, config: AgentConfig) -> None:
         if config.prompt_file is not None:
             read_template(config.prompt_file)
         self._config = config
+        self._language = select_language(config)
 
-    def begin(self, instruction: str) -> Conversation:
-        return _UiTarsConversation(self._config, instruction)
+    def start_conversation(self, instruction: str) -> Conversation:
+        """Return a new conversation about a task."""
+        return _LanguageConversation(self._language, self._config, instruction)
 
 
-class _UiTarsConversation(Conversation):
-    def __init__(self, config: AgentConfig, instruction: str) -> None:
-        told = opening(config, instruction)
+def num_prompt_characters(config: AgentConfig) -> int:
+    """Return the length in characters of the prompt before the first screenshot, without the task's instruction."""
+    messages = Agent(config).start_conversation("").prompt().messages
+    return sum(len(content.text) for message in messages for content in message.contents)
+
+
+class _LanguageConversation(Conversation):
+    """Conversation in an action language."""
+
+    def __init__(self, language: ActionLanguage, config: AgentConfig, instruction: str) -> None:
+        initial = initial_prompt(language, config, instruction)
         self._config = config
-        self._family = FAMILIES[config.family]
-        self._opening = [
-            _message(inference_pb2.MESSAGE_ROLE_SYSTEM, text=told.system),
-            _message(inference_pb2.MESSAGE_ROLE_USER, text=told.user),
+        self._language = language
+        self._initial = [
+            _message(inference_pb2.MESSAGE_ROLE_SYSTEM, text=initial.system),
+            _message(inference_pb2.MESSAGE_ROLE_USER, text=initial.user),
         ]
         self._images: list[str] = []
-        self._answers: list[inference_pb2.ChatMessage] = []
-        self._screen = (0, 0)
-        self._span = (0, 0)
+        self._responses: list[inference_pb2.ChatMessage] = []
+        self._screen_size = (0, 0)
+        self._coordinate_range = (0, 0)
+        self._pointer: tuple[int, int] | None = None
 
     def observe(self, screenshot: Image.Image) -> common_pb2.Image:
-        sent = (self._config.image_width or screenshot.width, self._config.image_height or screenshot.height)
-        self._screen = screenshot.size
-        self._span = self._family.span(*sent)
-        image = _encode(screenshot if sent == screenshot.size else screenshot.resize(sent, Image.Resampling.BICUBIC))
+        size = (self._config.image_width or screenshot.width, self._config.image_height or screenshot.height)
+        self._screen_size = screenshot.size
+        self._coordinate_range = self._language.coordinate_range(*size)
+        image = _encode(screenshot if size == screenshot.size else screenshot.resize(size, Image.Resampling.BICUBIC))
         self._images.append(image.hash)
         return image
 
-    def prompt(self) -> Prompt:
-        """All answers, each after its screenshot; under the context `window` only the last screenshots stay."""
+    def prompt(self) -> ChatPrompt:
+        """Return all responses, each after its screenshot; the context `window` keeps only the last screenshots."""
         num_images = len(self._images)
         first = max(0, num_images - self._config.window_images) if self._config.context == "window" else 0
-        messages = list(self._opening)
+        messages = list(self._initial)
         for index, name in enumerate(self._images):
             if index >= first:
                 messages.append(_message(inference_pb2.MESSAGE_ROLE_USER, image_hash=name))
-            if index < len(self._answers):
-                messages.append(self._answers[index])
-        return Prompt(messages, tuple(self._images[first:]))
+            if index < len(self._responses):
+                messages.append(self._responses[index])
+        return ChatPrompt(messages, tuple(self._images[first:]))
 
-    def respond(self, said: str | Sequence[int]) -> None:
+    def respond(self, response: str | Sequence[int]) -> None:
         role = inference_pb2.MESSAGE_ROLE_ASSISTANT
-        if isinstance(said, str):
-            self._answers.append(_message(role, text=with_marks(said, self._config.family)))
+        if isinstance(response, str):
+            self._responses.append(_message(role, text=self._language.restore_markup(response)))
         else:
-            self._answers.append(_message(role, token_ids=inference_pb2.TokenIds(ids=said)))
+            self._responses.append(_message(role, token_ids=inference_pb2.TokenIds(ids=response)))
 
-    def parse(self, text: str) -> Turn:
-        turn = parse_turn(text)
-        for x, y in ((turn.action.x, turn.action.y), (turn.action.end_x, turn.action.end_y)):
-            if not (0 <= x <= self._span[0] and 0 <= y <= self._span[1]):
-                frame = "coordinates" if self._family.relative else "the image"
-                raise FormatError(f"({x},{y}) is outside {frame} of {self._span[0]}×{self._span[1]}")
-        return replace(turn, action=_map_points(turn.action, self._span, self._screen))
+    def parse(self, text: str) -> PolicyResponse:
+        width, height = self._coordinate_range
+        response = self._language.parse(text, (width, height))
+        action = response.action
+        for x, y in ((action.x, action.y), (action.end_x, action.end_y)):
+            if not (0 <= x <= width and 0 <= y <= height):
+                frame = "the coordinate range" if self._language.has_relative_coordinates else "the image"
+                raise FormatError(f"({x},{y}) is outside {frame} of {width}×{height}")
+        action = _map_points(action, self._coordinate_range, self._screen_size)
+        if response.starts_at_pointer:
+            action = self._start_at_pointer(action)
+        if action.has_point:
+            self._pointer = (action.end_x, action.end_y) if action.kind is ActionKind.DRAG else (action.x, action.y)
+        return PolicyResponse(response.thought, action)
 
-    def render(self, turn: Turn) -> str:
-        action = _map_points(turn.action, self._screen, self._span)
-        return render_turn(replace(turn, action=action), self._config.family)
+    def _start_at_pointer(self, action: Action) -> Action:
+        """Return an action without a point at the position of the pointer, in screen pixels.
+
+        A scroll turns the wheel at the centre if no action has moved the pointer yet.
+        """
+        if self._pointer is None and action.kind is not ActionKind.SCROLL:
+            raise FormatError(f"{action.kind} has no point, and no earlier action has moved the pointer")
+        x, y = self._pointer or (self._screen_size[0] // 2, self._screen_size[1] // 2)
+        return replace(action, x=x, y=y)
+
+    def render(self, response: PolicyResponse) -> str:
+        action = _map_points(response.action, self._screen_size, self._coordinate_range)
+        return self._language.render(replace(response, action=action))
 
 
 def _map_points(action: Action, source: tuple[int, int], target: tuple[int, int]) -> Action:
-    """The same action in another frame; a point on the far edge stays inside it."""
+    """Scale the points of an action from one frame size to another. Points on the far edge are kept inside."""
     return replace(
         action,
         x=min(round(action.x * target[0] / source[0]), target[0] - 1),
@@ -151,7 +171,7 @@ def _map_points(action: Action, source: tuple[int, int], target: tuple[int, int]
 
 
 def _encode(image: Image.Image) -> common_pb2.Image:
-    """PNG at the fastest level: a screenshot is encoded for every step and read once or twice."""
+    """Encode as PNG at the fastest level, because a screenshot is encoded in each step but read only once or twice."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "PNG", compress_level=1)
     data = buffer.getvalue()

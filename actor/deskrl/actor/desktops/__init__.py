@@ -1,1 +1,1 @@
-"""Desktops and their providers. Each provider knows how one kind of desktop lives; none knows tasks or policies."""
+"""Desktops and their providers."""

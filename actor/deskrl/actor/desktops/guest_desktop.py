@@ -1,12 +1,14 @@
-"""A desktop behind deskrl's own guest server, wherever that runs: every operation is one of its fast routes.
+"""Desktop operations through deskrl's own guest server: each operation is one request to a native route.
 
-Knows no sandbox and no container: a provider brings the guest up and says where it listens.
+Providers add the lifecycle and the address of the guest server. The policy may control what the guest server answers:
+each operation limits the time and the size of its response, and checks its content.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -14,17 +16,32 @@ from PIL import Image
 
 from deskrl.actor.actions import Action
 from deskrl.actor.desktops.base import Address, CommandResult, Desktop, DesktopError
-from deskrl.actor.desktops.client import Reply, checked, request
+from deskrl.actor.desktops.guest_replies import Acknowledgement, CommandReply, WindowRecord
+from deskrl.actor.desktops.http_client import (
+    STATUS_BYTES,
+    GuestResponse,
+    ResponseTooLarge,
+    check_response,
+    send_request,
+)
+from deskrl.actor.guest.limits import COMMAND_REPLY_BYTES
+from deskrl.actor.image_decoding import ImageError, decode_off_loop
 from deskrl.core.config import DesktopConfig
 
-_OPEN_TIMEOUT_S = 20.0
+OPEN_TIMEOUT_S = 20.0
+"""Time in seconds that the guest waits for the window of a file."""
+MARGIN_S = 5.0
+"""Time in seconds that the host waits beyond a timeout which the guest itself observes."""
+_WINDOWS_BYTES = _BROWSER_BYTES = 1024**2
+_STOP_TIMEOUT_S = 30.0
+"""Time in seconds for the guest to kill processes, which a fork bomb can delay."""
 
 
 class GuestDesktop(Desktop):
-    """Operations of a running guest; its life is a provider's.
+    """Desktop operations on a running guest server.
 
     Args:
-        config: patience of the operations.
+        config: desktop configuration; gives the settle time and its timeout.
     """
 
     def __init__(self, config: DesktopConfig) -> None:
@@ -33,90 +50,167 @@ class GuestDesktop(Desktop):
     @property
     @abstractmethod
     def address(self) -> Address:
-        """Where the guest server listens; raises DesktopGone if there is none."""
+        """Address of the guest server; raises DesktopGone if it does not run."""
+
+    async def check_health(self, timeout_s: float) -> None:
+        """Raise DesktopError if the guest server does not respond within `timeout_s`."""
+        await self._operate("GET", "health", timeout_s=timeout_s)
 
     async def is_alive(self) -> bool:
-        """Whether it still exists and answers."""
+        """Return whether the desktop exists and responds."""
         try:
-            await self._call("GET", "health")
+            await self.check_health(self._config.step_timeout_s)
         except DesktopError:
             return False
         return True
 
     async def screenshot(self) -> Image.Image:
-        """What is on the screen now."""
-        return _image(await self._call("GET", "screenshot"))
+        """Return the current screen."""
+        return await self._screen("GET", "screenshot")
 
-    async def settle(self, rest_s: float = 0.0) -> Image.Image:
-        """Wait until the screen is quiet, then what is on it."""
-        rule = {"quiet_s": max(self._config.settle_quiet_s, rest_s), "limit_s": self._config.settle_limit_s}
-        return _image(await self._call("POST", "settle", rule))
+    async def settle(self, min_quiet_s: float = 0.0) -> Image.Image:
+        """Wait until the screen has stopped changing and return a screenshot."""
+        quiet_s = max(self._config.settle_quiet_s, min_quiet_s)
+        return await self._screen("POST", "settle", {"quiet_s": quiet_s, "limit_s": self._config.settle_timeout_s})
 
     async def act(self, action: Action) -> None:
-        """Do one action."""
+        """Execute one action."""
         if action.ends_episode:
             return
-        await self._call("POST", "act", action.to_record())
+        timeout_s = self._config.step_timeout_s + action.seconds + MARGIN_S
+        await self._operate("POST", "act", action.to_record(), timeout_s=timeout_s)
 
     async def execute(
         self, command: str | Sequence[str], *, shell: bool = False, timeout_s: float = 30.0
     ) -> CommandResult:
-        """Run a command to its end; raises DesktopError if it is not over after `timeout_s`."""
-        arguments = {"command": _words(command), "shell": shell, "timeout_s": timeout_s}
-        done = (await self._call("POST", "execute", arguments)).json()
-        return CommandResult(done["returncode"], done.get("output", ""), done.get("error", ""))
+        """Run a command to its end; raises DesktopError if it takes longer than `timeout_s`."""
+        arguments = {"command": _as_json(command), "shell": shell, "timeout_s": timeout_s}
+        response = await self._call("POST", "execute", arguments, COMMAND_REPLY_BYTES, timeout_s + MARGIN_S)
+        reply = response.decode(CommandReply)
+        return CommandResult(reply.returncode, reply.output, reply.error)
 
     async def launch(self, command: str | Sequence[str], *, shell: bool = False) -> None:
-        """Start an application; raises DesktopError if there is none of that name."""
-        await self._call("POST", "launch", {"command": _words(command), "shell": shell})
+        """Start an application; raises DesktopError if it cannot be started."""
+        arguments = {"command": _as_json(command), "shell": shell}
+        await self._operate("POST", "launch", arguments, timeout_s=self._config.setup_timeout_s)
 
     async def write_file(self, path: str, data: bytes) -> None:
-        """Write a file, making parent folders."""
-        await self._call("POST", f"write_file?path={quote(path)}", data)
+        """Write a file and create its parent folders."""
+        await self._operate("POST", f"write_file?path={quote(path)}", data, timeout_s=self._config.setup_timeout_s)
 
     async def read_file(self, path: str) -> bytes:
-        """Read a file."""
-        reply = await self._request("POST", f"/deskrl/read_file?path={quote(path)}")
-        if reply.status == 404:
+        """Return a file of the desktop."""
+        target = f"/deskrl/read_file?path={quote(path)}"
+        max_bytes, timeout_s = self._config.max_file_bytes, self._config.evaluate_timeout_s
+        try:
+            response = await self._request("POST", target, b"", max_bytes, timeout_s)
+        except ResponseTooLarge as error:
+            raise FileNotFoundError(f"{path}: larger than desktop.max_file_bytes") from error
+        if response.status == 404:
             raise FileNotFoundError(path)
-        return checked(reply).body
+        return check_response(response).body
 
     async def open_path(self, path: str) -> None:
-        """Open a file with its default application and wait for its window."""
-        await self._call("POST", "open_path", {"path": path, "timeout_s": _OPEN_TIMEOUT_S})
+        """Open a file in its default application and wait for the window."""
+        arguments = {"path": path, "timeout_s": OPEN_TIMEOUT_S}
+        await self._operate("POST", "open_path", arguments, timeout_s=OPEN_TIMEOUT_S + MARGIN_S)
 
     async def wait_for_window(self, name: str, *, timeout_s: float = 20.0) -> None:
         """Wait for a window by its title or class."""
-        await self._call("POST", "wait_for_window", {"name": name, "timeout_s": timeout_s})
+        arguments = {"name": name, "timeout_s": timeout_s}
+        await self._operate("POST", "wait_for_window", arguments, timeout_s=timeout_s + MARGIN_S)
 
     async def activate_window(self, name: str, *, strict: bool = False, by_class: bool = False) -> None:
-        """Bring a window to the front; without such a window nothing happens, as in OSWorld."""
-        await self._on_window("activate_window", name, strict=strict, by_class=by_class)
+        """Raise and focus a window. Does nothing if there is no such window, as in OSWorld."""
+        await self._window_operation("activate_window", name, strict=strict, by_class=by_class)
 
     async def close_window(self, name: str, *, strict: bool = False, by_class: bool = False) -> None:
-        """Close a window; without such a window nothing happens, as in OSWorld."""
-        await self._on_window("close_window", name, strict=strict, by_class=by_class)
+        """Close a window. Does nothing if there is no such window, as in OSWorld."""
+        await self._window_operation("close_window", name, strict=strict, by_class=by_class)
+
+    async def allow_terminal(self) -> None:
+        """Let Ctrl+Alt+T open a terminal."""
+        await self._operate("POST", "allow_terminal", timeout_s=self._config.step_timeout_s)
+
+    async def end_setup(self) -> None:
+        """Remember the processes of the setup."""
+        await self._operate("POST", "end_setup", timeout_s=self._config.step_timeout_s)
+
+    async def stop_policy_programs(self) -> None:
+        """Kill every process that the policy started."""
+        await self._operate("POST", "stop_policy_programs", timeout_s=_STOP_TIMEOUT_S)
+
+    async def stop_all_programs(self) -> None:
+        """Kill all processes of the session."""
+        await self._operate("POST", "stop_all_programs", timeout_s=_STOP_TIMEOUT_S)
+
+    async def redraw(self) -> None:
+        """Make every window repaint itself and wait until the screen has settled."""
+        await self._operate("POST", "redraw", timeout_s=self._config.step_timeout_s)
+        await self.settle()
 
     async def windows(self) -> list[dict[str, Any]]:
-        """The windows on the screen, oldest first: id, title, window_class, x, y, width, height."""
-        listed: list[dict[str, Any]] = (await self._call("GET", "windows")).json()
-        return listed
+        """Return the windows on the screen with their owners, oldest first."""
+        response = await self._call("GET", "windows", b"", _WINDOWS_BYTES, self._config.step_timeout_s)
+        return [dict(window) for window in response.decode(list[WindowRecord])]
 
-    async def _on_window(self, operation: str, name: str, *, strict: bool, by_class: bool) -> None:
+    async def start_browser(self, command: Sequence[str], events: Sequence[str]) -> None:
+        """Start a browser whose DevTools connection only the guest server holds."""
+        arguments = {"command": list(command), "events": list(events)}
+        await self._operate("POST", "start_browser", arguments, timeout_s=self._config.setup_timeout_s)
+
+    async def call_browser(
+        self, method: str, parameters: Mapping[str, Any], session_id: str | None = None
+    ) -> dict[str, Any]:
+        """Call a DevTools method and return its result."""
+        timeout_s = self._config.step_timeout_s
+        arguments = {"method": method, "parameters": parameters, "session_id": session_id, "timeout_s": timeout_s}
+        response = await self._call("POST", "call_browser", arguments, _BROWSER_BYTES, timeout_s + MARGIN_S)
+        return response.decode(dict[str, Any])
+
+    async def browser_events(self) -> list[dict[str, Any]]:
+        """Return the first requested events of the browser, oldest first."""
+        response = await self._call("GET", "browser_events", b"", _BROWSER_BYTES, self._config.step_timeout_s)
+        return response.decode(list[dict[str, Any]])
+
+    async def _window_operation(self, operation: str, name: str, *, strict: bool, by_class: bool) -> None:
         arguments = {"window_name": name, "strict": strict, "by_class": by_class}
-        checked(await self._request("POST", f"/setup/{operation}", arguments))
+        timeout_s = self._config.setup_timeout_s
+        check_response(await self._request("POST", f"/setup/{operation}", arguments, STATUS_BYTES, timeout_s))
 
-    async def _call(self, method: str, operation: str, body: bytes | dict[str, Any] = b"") -> Reply:
-        return checked(await self._request(method, f"/deskrl/{operation}", body))
+    async def _screen(self, method: str, operation: str, arguments: dict[str, Any] | None = None) -> Image.Image:
+        """Return the image of an operation that responds with the raw pixels of the whole screen."""
+        size = (self._config.width, self._config.height)
+        num_bytes = 4 * size[0] * size[1]
+        timeout_s = self._config.settle_timeout_s + self._config.step_timeout_s + MARGIN_S
+        response = await self._call(method, operation, arguments or b"", num_bytes, timeout_s)
+        reported = (response.headers.get("x-width", "?"), response.headers.get("x-height", "?"))
+        if reported != (str(size[0]), str(size[1])) or len(response.body) != num_bytes:
+            raise DesktopError(
+                f"the guest's screenshot has {reported[0]:.20} x {reported[1]:.20} pixels in {len(response.body)} "
+                f"bytes, not {size[0]} x {size[1]} in {num_bytes}"
+            )
+        try:
+            return await decode_off_loop(partial(Image.frombytes, "RGB", size, response.body, "raw", "BGRX"))
+        except ImageError as error:
+            raise DesktopError(f"the guest's screenshot: {error}") from error
 
-    async def _request(self, method: str, target: str, body: bytes | dict[str, Any] = b"") -> Reply:
-        return await request(self.address, method, target, body)
+    async def _operate(
+        self, method: str, operation: str, body: bytes | dict[str, Any] = b"", *, timeout_s: float
+    ) -> None:
+        """Request an operation that returns nothing."""
+        (await self._call(method, operation, body, STATUS_BYTES, timeout_s)).decode(Acknowledgement)
+
+    async def _call(
+        self, method: str, operation: str, body: bytes | dict[str, Any], max_bytes: int, timeout_s: float
+    ) -> GuestResponse:
+        return check_response(await self._request(method, f"/deskrl/{operation}", body, max_bytes, timeout_s))
+
+    async def _request(
+        self, method: str, target: str, body: bytes | dict[str, Any], max_bytes: int, timeout_s: float
+    ) -> GuestResponse:
+        return await send_request(self.address, method, target, body, max_bytes=max_bytes, timeout_s=timeout_s)
 
 
-def _image(reply: Reply) -> Image.Image:
-    size = (int(reply.headers["x-width"]), int(reply.headers["x-height"]))
-    return Image.frombytes("RGB", size, reply.body, "raw", "BGRX")
-
-
-def _words(command: str | Sequence[str]) -> str | list[str]:
+def _as_json(command: str | Sequence[str]) -> str | list[str]:
     return command if isinstance(command, str) else list(command)

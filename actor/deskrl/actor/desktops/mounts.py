@@ -1,4 +1,4 @@
-"""What a sandbox sees of the machine beyond /usr and /etc. Knows paths, starts nothing."""
+"""Paths of this machine that a sandbox sees in addition to /usr and /etc."""
 
 from __future__ import annotations
 
@@ -9,61 +9,72 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from deskrl.actor import guest
 from deskrl.actor.desktops.base import DesktopError
+from deskrl.actor.desktops.browser_programs import find_browser
 
-LIBRARY = Path("/opt/deskrl/lib")
-"""Where the guest server's modules lie inside."""
+GUEST_FOLDER = Path(guest.__path__[0]).resolve()
+"""Folder of the guest server's code on this machine."""
+GUEST_LIBRARY = Path("/opt/deskrl/lib")
+"""Folder inside the sandbox from which the guest server imports its modules."""
 _PYTHON = Path("/opt/deskrl/python")
-"""What the desktop's interpreter called `python` imports besides its own."""
+"""Folder inside the sandbox from which the desktop's interpreter `python` imports additional modules."""
 _CHROME = Path("/opt/deskrl/chrome")
-_BROWSERS = ("/usr/lib/chromium/chromium", "/usr/lib/chromium-browser/chromium-browser", "/opt/google/chrome/chrome")
 
 
 @cache
 def guest_sources() -> dict[Path, Path]:
-    """What the guest server needs beyond /usr, and where it appears: the interpreter, three libraries, our code."""
+    """Return files that the guest server needs besides /usr (interpreter, libraries, own code) and their destinations.
+
+    Raises:
+        DesktopError: a Python package is not installed.
+    """
     sources: dict[Path, Path] = {}
     if not Path(sys.base_prefix).is_relative_to("/usr"):
         sources[Path(sys.base_prefix).resolve()] = Path(sys.base_prefix)
     for module in ("Xlib", "six", "PIL"):
         found = importlib.util.find_spec(module)
         if found is None or found.origin is None:
-            raise DesktopError(f"the Python package {module} is not installed: install deskrl[actor]")
-        place = Path(found.origin).parent if found.submodule_search_locations else Path(found.origin)
-        sources[place] = LIBRARY / place.name
-        libraries = place.parent / "pillow.libs"  # Pillow's wheels find their C libraries beside the package
+            raise DesktopError(f"the Python package {module} is not installed (hint: install deskrl[actor])")
+        source = Path(found.origin).parent if found.submodule_search_locations else Path(found.origin)
+        sources[source] = GUEST_LIBRARY / source.name
+        compiled = Path(importlib.util.cache_from_source(found.origin))
+        if source.is_file() and compiled.is_file():  # beside the file, as in a package; compiling it takes 10 ms
+            sources[compiled] = GUEST_LIBRARY / compiled.parent.name / compiled.name
+        libraries = source.parent / "pillow.libs"  # Pillow's wheels have their C libraries beside the package
         if module == "PIL" and libraries.is_dir():
-            sources[libraries] = LIBRARY / libraries.name
-    guest = Path(__file__).resolve().parent.parent / "guest"
-    compileall.compile_dir(guest, quiet=2)  # inside it is read-only, and compiling would be half of a start
-    sources[guest] = LIBRARY / "deskrl" / "actor" / "guest"
+            sources[libraries] = GUEST_LIBRARY / libraries.name
+    compileall.compile_dir(GUEST_FOLDER, quiet=2)  # it is read-only inside; compiling would double the start time
+    sources[GUEST_FOLDER] = GUEST_LIBRARY / "deskrl" / "actor" / "guest"
     return sources
 
 
 def python_arguments() -> list[str]:
-    """Links that make up the folder of what `python` imports: OSWorld's commands import pyautogui."""
-    modules = {name: LIBRARY / name for name in ("Xlib", "six.py", "deskrl")}
-    modules["pyautogui.py"] = LIBRARY / "deskrl" / "actor" / "guest" / "pyautogui.py"
+    """Return bubblewrap arguments for the modules of `python`, because OSWorld's commands import pyautogui."""
+    modules = {name: GUEST_LIBRARY / name for name in ("Xlib", "six.py", "deskrl")}
+    modules["pyautogui.py"] = GUEST_LIBRARY / "deskrl" / "actor" / "guest" / "pyautogui.py"
     return [word for name, target in modules.items() for word in ("--symlink", str(target), str(_PYTHON / name))]
 
 
 @cache
 def chrome_arguments() -> tuple[str, ...]:
-    """Chromium's folder over again with its program named `chrome`: processes are called after the program's file,
-    and scripts look for them by that name."""
-    for program in map(Path, _BROWSERS):
-        if program.is_file():
-            links = [entry for entry in program.parent.iterdir() if entry != program]
-            arguments = ["--ro-bind", str(program), str(_CHROME / "chrome")]
-            for entry in links:
-                arguments += ["--symlink", str(entry), str(_CHROME / entry.name)]
-            return tuple(arguments)
-    return ()
+    """Return bubblewrap arguments for a copy of Chromium's folder in which the program is named `chrome`.
+
+    The process name is the program's file name, and OSWorld's scripts search for processes named `chrome`.
+    """
+    program = find_browser()
+    if program is None:
+        return ()
+    others = [entry for entry in program.parent.iterdir() if entry != program]
+    arguments = ["--ro-bind", str(program), str(_CHROME / "chrome")]
+    for entry in others:
+        arguments += ["--symlink", str(entry), str(_CHROME / entry.name)]
+    return tuple(arguments)
 
 
 @cache
 def top_level_arguments() -> tuple[str, ...]:
-    """/bin and its like, as the machine has them: links into /usr, or folders of their own."""
+    """Return bubblewrap arguments for /bin, /lib etc. as on this machine: links into /usr, or separate folders."""
     arguments: list[str] = []
     for name in ("bin", "lib", "lib32", "lib64", "libx32", "sbin"):
         folder = Path("/", name)

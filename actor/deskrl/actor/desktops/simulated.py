@@ -1,15 +1,14 @@
-"""The provider `simulated`: no desktop at all, but the time that one takes, a screen, and a reward by a rule.
+"""Provider `simulated`: no real desktop, but its latencies, a synthetic screen and a rule-based reward.
 
-For fleets larger than the machine, and for machines without desktops: what is measured or trained on it is deskrl, not
-a desktop. Nothing is started. The world is one text field: TYPE writes into it, whatever else is done changes nothing
-but the screen. Its one program, `simulated`, is what a task for it speaks to:
+For runs that are larger than the machine and for machines without desktops. No process is started. The state is one
+text field: TYPE appends to it, and every other action changes only the screen. Tasks use one program, `simulated`:
 
-    simulated begin SEED TEXT     in the setup: the episode is SEED's, and TEXT is what is to be typed
-    simulated score               in the evaluator: prints 1 if TEXT was typed, else 0
+    simulated begin SEED TEXT     setup step: seeds the episode, and TEXT is the text to be typed
+    simulated score               evaluator: prints 1 if TEXT was typed, else 0
 
-`luck` of all episodes print 1 whatever was typed, so that groups differ also under a policy that never gets it right.
-All that is drawn in an episode, and in the reset after it, follows from SEED: the same rollouts take the same time
-however they are scheduled. Knows no policy; when an episode ends is the policy's matter, or the step limit's.
+In a share `random_success_rate` of the episodes the score is 1 regardless of the text, so that groups have reward
+variance even under a policy that never succeeds. All random values of an episode and of the following reset derive from
+SEED: the same rollouts take the same time in any schedule.
 """
 
 from __future__ import annotations
@@ -17,82 +16,103 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
+from typing import Any, ClassVar
 
 from PIL import Image, ImageDraw, ImageFont
 
 from deskrl.actor import metrics
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops.base import CommandResult, Desktop, DesktopGone
-from deskrl.actor.tasks.files import Task
+from deskrl.actor.desktops.provider import DesktopDurations, DesktopProvider
+from deskrl.actor.task import Task
+from deskrl.actor.tasks.task_schema import SIMULATED_SUITE
 from deskrl.core.config import DesktopConfig, SimulatedConfig
 from deskrl.core.ids import derive_seed
 
 PROGRAM = "simulated"
 _NOT_FOUND = 127
-_BACKGROUND, _FIELD, _INK = (38, 70, 83), (240, 240, 235), (20, 20, 20)
-_PATTERN = 8
+_BACKGROUND_COLOUR, _FIELD_COLOUR, _TEXT_COLOUR = (38, 70, 83), (240, 240, 235), (20, 20, 20)
+_PATTERN_SIZE = 8
 
 
 class Latencies:
-    """How long things take, in seconds of the desktop's own time; drawn one after another."""
+    """Sampler of the simulated latencies, in seconds before time scaling.
+
+    Args:
+        config: latency distributions.
+        random: source of randomness; the latencies depend on the order of the calls.
+    """
 
     def __init__(self, config: SimulatedConfig, random: Random) -> None:
         self._config = config
         self._random = random
 
     def reset_s(self) -> float:
-        """From nothing, or from the last episode, to the first screen."""
+        """Sample the duration of a start or reset."""
         return self._random.lognormvariate(math.log(self._config.reset_median_s), self._config.reset_sigma)
 
     def action_s(self) -> float:
-        """An action with the screenshot after it; now and then it hangs."""
-        if self._random.random() < self._config.hang_share:
+        """Sample the duration of an action and the screenshot after it; at `hang_rate` it is `hang_s`."""
+        if self._random.random() < self._config.hang_rate:
             return self._config.hang_s
         return self._random.lognormvariate(math.log(self._config.action_median_s), self._config.action_sigma)
 
     def evaluation_s(self) -> float:
-        """An evaluator's work."""
+        """Sample the duration of an evaluation."""
         return self._random.uniform(self._config.evaluation_min_s, self._config.evaluation_max_s)
 
 
 class SimulatedDesktop(Desktop):
-    """One desktop that is none.
+    """One simulated desktop.
 
     Args:
-        config: size of the screen, and what its section `simulated` says.
-        name: its name; the first reset is drawn by it.
+        config: desktop configuration; gives the screen size and, in its section `simulated`, latencies and reward.
+        name: desktop name; seeds the latency of the first reset.
     """
 
     def __init__(self, config: DesktopConfig, name: str) -> None:
         self._config = config.simulated
         self._size = (config.width, config.height)
-        self._is_up = False
-        self._begin(derive_seed("desktop", name), "")
+        self._is_running = False
+        self._begin_episode(derive_seed("desktop", name), "")
+
+    @property
+    def can_observe_host(self) -> bool:
+        """True: the desktop is a part of this process."""
+        return True
 
     async def start(self) -> None:
+        """Start the desktop after the simulated latency of a reset."""
         await self.reset()
 
     async def reset(self) -> None:
-        await self._pass("reset", self._latencies.reset_s())
-        self._is_up = True
+        """Wait for the simulated latency of a reset."""
+        await self._simulate_delay("reset", self._latencies.reset_s())
+        self._is_running = True
 
     async def close(self) -> None:
-        self._is_up = False
+        """Mark the desktop as closed."""
+        self._is_running = False
 
     async def is_alive(self) -> bool:
-        return self._is_up
+        """Return whether the desktop is started and not closed."""
+        return self._is_running
 
     async def screenshot(self) -> Image.Image:
-        self._refuse_closed()
-        return await asyncio.to_thread(self._draw)
+        """Return the synthetic screen."""
+        self._check_running()
+        return await asyncio.to_thread(self._render)
 
-    async def settle(self, rest_s: float = 0.0) -> Image.Image:
+    async def settle(self, min_quiet_s: float = 0.0) -> Image.Image:
+        """Return the synthetic screen immediately, because it never changes by itself."""
         return await self.screenshot()
 
     async def act(self, action: Action) -> None:
-        self._refuse_closed()
-        await self._pass("action", self._latencies.action_s())
+        """Wait for the simulated latency and, for TYPE, append the text to the text field."""
+        self._check_running()
+        await self._simulate_delay("action", self._latencies.action_s())
         self._num_actions += 1
         if action.kind is ActionKind.TYPE:
             self._typed += action.text
@@ -100,71 +120,100 @@ class SimulatedDesktop(Desktop):
     async def execute(
         self, command: str | Sequence[str], *, shell: bool = False, timeout_s: float = 30.0
     ) -> CommandResult:
-        self._refuse_closed()
+        """Run the program `simulated`; the return code of every other command is 127."""
+        self._check_running()
         match command.split() if isinstance(command, str) else list(command):
             case [program, "begin", seed, *words] if program == PROGRAM:
-                self._begin(int(seed), " ".join(words))
+                self._begin_episode(int(seed), " ".join(words))
                 return CommandResult(0, "", "")
             case [program, "score"] if program == PROGRAM:
-                await self._pass("evaluation", self._latencies.evaluation_s())
+                await self._simulate_delay("evaluation", self._latencies.evaluation_s())
                 return CommandResult(0, f"{self._score()}\n", "")
-        return CommandResult(_NOT_FOUND, "", f"a simulated desktop has no program but `{PROGRAM}`: {command}")
+        return CommandResult(_NOT_FOUND, "", f"a simulated desktop has only the program `{PROGRAM}`: {command}")
 
     async def launch(self, command: str | Sequence[str], *, shell: bool = False) -> None:
-        self._refuse_closed()
+        """Do nothing."""
+        self._check_running()
 
     async def write_file(self, path: str, data: bytes) -> None:
-        self._refuse_closed()
+        """Do nothing."""
+        self._check_running()
 
     async def read_file(self, path: str) -> bytes:
-        raise FileNotFoundError(f"a simulated desktop holds no files: {path}")
+        """Raise FileNotFoundError, because a simulated desktop has no files."""
+        raise FileNotFoundError(f"a simulated desktop has no files: {path}")
 
     async def open_path(self, path: str) -> None:
-        self._refuse_closed()
+        """Do nothing."""
+        self._check_running()
 
     async def wait_for_window(self, name: str, *, timeout_s: float = 20.0) -> None:
-        self._refuse_closed()
+        """Do nothing."""
+        self._check_running()
 
     async def activate_window(self, name: str, *, strict: bool = False, by_class: bool = False) -> None:
-        self._refuse_closed()
+        """Do nothing."""
+        self._check_running()
 
     async def close_window(self, name: str, *, strict: bool = False, by_class: bool = False) -> None:
-        self._refuse_closed()
+        """Do nothing."""
+        self._check_running()
 
-    def _begin(self, seed: int, wanted: str) -> None:
+    def _begin_episode(self, seed: int, target_text: str) -> None:
         self._seed = seed
         self._latencies = Latencies(self._config, Random(derive_seed("latencies", seed)))
-        self._wanted = wanted
+        self._target_text = target_text
         self._typed = ""
         self._num_actions = 0
 
     def _score(self) -> int:
-        lucky = Random(derive_seed("luck", self._seed)).random() < self._config.luck
-        return int(lucky or (bool(self._wanted) and self._typed.strip() == self._wanted))
+        generator = Random(derive_seed("luck", self._seed))  # another label would change which episodes succeed
+        succeeds = generator.random() < self._config.random_success_rate
+        return int(succeeds or (bool(self._target_text) and self._typed.strip() == self._target_text))
 
-    def _draw(self) -> Image.Image:
-        """The screen: a pattern that no other moment of any episode has, and the text field."""
+    def _render(self) -> Image.Image:
+        """Render the text field and a pattern that is unique to the episode and the number of actions."""
         width, height = self._size
-        screen = Image.new("RGB", self._size, _BACKGROUND)
-        pixels = Random(derive_seed("screen", self._seed, self._num_actions)).randbytes(3 * _PATTERN**2)
-        pattern = Image.frombytes("RGB", (_PATTERN, _PATTERN), pixels)
+        screen = Image.new("RGB", self._size, _BACKGROUND_COLOUR)
+        pixels = Random(derive_seed("screen", self._seed, self._num_actions)).randbytes(3 * _PATTERN_SIZE**2)
+        pattern = Image.frombytes("RGB", (_PATTERN_SIZE, _PATTERN_SIZE), pixels)
         screen.paste(pattern.resize((width // 4, height // 2), Image.Resampling.NEAREST), (width // 16, height // 4))
         pen = ImageDraw.Draw(screen)
         field = (width * 3 // 8, height // 4, width * 15 // 16, height // 4 + height // 8)
-        pen.rectangle(field, fill=_FIELD)
-        pen.text((field[0] + 4, field[1] + 4), self._typed, fill=_INK, font=ImageFont.load_default(height / 20))
+        pen.rectangle(field, fill=_FIELD_COLOUR)
+        pen.text((field[0] + 4, field[1] + 4), self._typed, fill=_TEXT_COLOUR, font=ImageFont.load_default(height / 20))
         return screen
 
-    async def _pass(self, part: str, seconds: float) -> None:
+    async def _simulate_delay(self, part: str, seconds: float) -> None:
         metrics.SIMULATED_SECONDS.labels(part).inc(seconds)
         await asyncio.sleep(seconds * self._config.time_scale)
 
-    def _refuse_closed(self) -> None:
-        if not self._is_up:
+    def _check_running(self) -> None:
+        if not self._is_running:
             raise DesktopGone("the simulated desktop is closed")
 
 
-def judges(task: Task) -> bool:
-    """Whether a simulated desktop can judge this task: its evaluator asks for the score and for nothing else."""
-    items = [check.result for check in task.evaluator.checks]
-    return all(item is not None and item.parameters.get("command") == [PROGRAM, "score"] for item in items)
+class SimulatedProvider(DesktopProvider):
+    """Provider `simulated`."""
+
+    task_suite: ClassVar = SIMULATED_SUITE
+
+    def make(self, config: DesktopConfig, options: Any, name: str, run_root: Path) -> SimulatedDesktop:
+        """Create a desktop without starting it."""
+        return SimulatedDesktop(config, name)
+
+    def find_unmet(self, task: Task) -> str | None:
+        """Return why a simulated desktop cannot run a task: it uses more than the program `simulated`."""
+        items = [check.result for check in task.evaluator.checks]
+        if not all(item is not None and item.parameters.get("command") == [PROGRAM, "score"] for item in items):
+            return "a simulated desktop cannot evaluate it"
+        if any(step.parameters.get("command", [])[:1] != [PROGRAM] for step in task.config):
+            return "a simulated desktop cannot set it up (tasks.noise needs real desktops)"
+        return None
+
+    def durations(self, config: DesktopConfig, options: Any) -> DesktopDurations:
+        """Return the configured medians in real seconds."""
+        times = config.simulated
+        evaluation_s = (times.evaluation_min_s + times.evaluation_max_s) / 2
+        scale = times.time_scale
+        return DesktopDurations(times.reset_median_s * scale, times.action_median_s * scale, evaluation_s * scale)

@@ -1,6 +1,6 @@
-"""VMware's command line, `vmrun`: calls of it, and what it says as errors. Knows no desktop and no guest.
+"""Calls of VMware's command line tool `vmrun`.
 
-It says what is wrong on its output, as `Error: …`, and ends with a status other than 0.
+On failure vmrun prints `Error: ...` to standard output and exits with a non-zero status.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deskrl.actor.desktops.base import DesktopError
-from deskrl.actor.desktops.programs import output_of
+from deskrl.actor.desktops.subprocesses import read_output
 from deskrl.core.config import VMwareConfig
 
-_LIMIT_S = 60.0
-"""Of a call that nobody else puts a deadline around."""
+_TIMEOUT_S = 600.0
+_BLOCKING_TIMEOUT_S = 60.0
 
 
 async def vmrun(config: VMwareConfig, *words: str | Path) -> list[str]:
-    """The lines that a command prints; raises DesktopError if it fails. Cancelled, it is ended."""
+    """Run a vmrun command and return the lines of its output. It is killed if the caller is cancelled.
+
+    Raises:
+        DesktopError: the command cannot be started, fails, or takes longer than ten minutes.
+    """
     try:
         process = await asyncio.create_subprocess_exec(
             *_command(config, words),
@@ -29,26 +33,30 @@ async def vmrun(config: VMwareConfig, *words: str | Path) -> list[str]:
             stderr=asyncio.subprocess.STDOUT,
         )
     except OSError as error:
-        raise DesktopError(f"{config.vmrun} cannot be run: {error.strerror}") from error
-    written = await output_of(process)
-    return _lines(words, process.returncode, written)
+        raise DesktopError(f"cannot run {config.vmrun}: {error.strerror}") from error
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            output = await read_output(process)
+    except TimeoutError as error:
+        raise DesktopError(f"vmrun {words[0]} did not finish within {_TIMEOUT_S:g} s") from error
+    return _lines(words, process.returncode, output)
 
 
-def vmrun_now(config: VMwareConfig, *words: str | Path) -> list[str]:
-    """The same for those who may wait."""
+def vmrun_blocking(config: VMwareConfig, *words: str | Path) -> list[str]:
+    """Run a vmrun command outside an event loop, with a timeout of one minute; otherwise like `vmrun`."""
     try:
         done = subprocess.run(
             _command(config, words),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=_LIMIT_S,
+            timeout=_BLOCKING_TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise DesktopError(f"vmrun {words[0]} was not over in {_LIMIT_S:g} s") from error
+        raise DesktopError(f"vmrun {words[0]} did not finish within {_BLOCKING_TIMEOUT_S:g} s") from error
     except OSError as error:
-        raise DesktopError(f"{config.vmrun} cannot be run: {error.strerror}") from error
+        raise DesktopError(f"cannot run {config.vmrun}: {error.strerror}") from error
     return _lines(words, done.returncode, done.stdout)
 
 
@@ -57,9 +65,9 @@ def _command(config: VMwareConfig, words: Sequence[str | Path]) -> list[str]:
     return [config.vmrun, "-T", product, *map(str, words)]
 
 
-def _lines(words: Sequence[str | Path], status: int | None, written: bytes) -> list[str]:
-    text = written.decode("utf-8", "replace").strip()
+def _lines(words: Sequence[str | Path], status: int | None, output: bytes) -> list[str]:
+    text = output.decode("utf-8", "replace").strip()
     if status != 0:
-        told = " ".join(text.split()).removeprefix("Error: ")[-300:] or f"it ended with status {status}"
-        raise DesktopError(f"vmrun {words[0]}: {told}")
+        reason = " ".join(text.split()).removeprefix("Error: ")[-300:] or f"exit status {status}"
+        raise DesktopError(f"vmrun {words[0]}: {reason}")
     return text.splitlines()

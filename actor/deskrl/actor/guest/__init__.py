@@ -1,5 +1,5 @@
-"""What runs inside a desktop: a session (X server, window manager, message bus) and the server that drives it.
+"""Guest server: the desktop session (X server, window manager, message bus) and the HTTP server that controls it.
 
-Started by the host's interpreter inside the sandbox with the standard library, python-xlib and, for PNG only, Pillow;
-nothing of this package imports another part of deskrl, so that it starts in a few dozen milliseconds.
+Runs inside the desktop as `python -m deskrl.actor.guest`, with the standard library, python-xlib and, for PNG only,
+Pillow. No module of this package imports another part of deskrl, so that it starts within tens of milliseconds.
 """

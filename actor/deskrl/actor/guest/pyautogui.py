@@ -1,8 +1,9 @@
-"""What OSWorld's client and task files use of pyautogui, on `Hands`: for the desktop's interpreter called `python`.
+"""Subset of the pyautogui API that OSWorld's client and task files use, implemented on `InputDevice`.
 
-Commands such as `python -c "import pyautogui; pyautogui.hotkey('ctrl', 's')"` find this module by that name and start
-in a third of the time. It presses what it is asked to, as pyautogui does, and types any text as written, which
-pyautogui does not. No fail-safe corner, no pauses but those asked for.
+The desktop's interpreter called `python` imports this module for commands such as
+`python -c "import pyautogui; pyautogui.hotkey('ctrl', 's')"`, because it starts in a third of the time and, unlike
+pyautogui, types any text as written. There is no fail-safe corner and no implicit pause. The module must keep the name
+`pyautogui`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from Xlib import X
 from Xlib.display import Display
 from Xlib.ext import xtest
 
-from deskrl.actor.guest.hands import Hands
-from deskrl.actor.guest.keys import keysym_of_name
+from deskrl.actor.guest.input_device import InputDevice
+from deskrl.actor.guest.keysyms import keysym_of_name
 
 FAILSAFE = False
 PAUSE = 0.0
@@ -31,39 +32,39 @@ def _display() -> Display:
 
 
 @cache
-def _hands() -> Hands:
+def _input_device() -> InputDevice:
     width, height = size()
-    return Hands(_display(), width, height)
+    return InputDevice(_display(), width, height)
 
 
 def size() -> tuple[int, int]:
-    """The screen's width and height."""
+    """Return the width and height of the screen in pixels."""
     screen = _display().screen()
     return screen.width_in_pixels, screen.height_in_pixels
 
 
 def position() -> tuple[int, int]:
-    """Where the pointer is."""
-    return _hands().position()
+    """Return the position of the pointer in pixels."""
+    return _input_device().position()
 
 
 def hotkey(*keys: str | Sequence[str], interval: float = 0.0) -> None:
-    """Press keys in order and release them in reverse; a list counts as its keys."""
-    _hands().hotkey([key for group in keys for key in ([group] if isinstance(group, str) else group)])
+    """Press keys in order and release them in reverse order; a list is replaced by its items."""
+    _input_device().hotkey([key for group in keys for key in ([group] if isinstance(group, str) else group)])
 
 
 def press(keys: str | Sequence[str], presses: int = 1, interval: float = 0.0) -> None:
-    """Press and release a key, or one after the other."""
+    """Press and release a key, or several keys one after the other."""
     for _ in range(presses):
         for key in [keys] if isinstance(keys, str) else keys:
-            _hands().hotkey([key])
+            _input_device().hotkey([key])
             time.sleep(interval)
 
 
 def write(message: str | Sequence[str], interval: float = 0.0) -> None:
-    """Type a text."""
+    """Type a text, or press the keys of a list."""
     if isinstance(message, str):
-        _hands().type_text(message)
+        _input_device().type_text(message)
     else:
         press(message, interval=interval)
 
@@ -72,7 +73,7 @@ typewrite = write
 
 
 def keyDown(key: str) -> None:
-    """Press a key and keep it down."""
+    """Press a key without releasing it."""
     _key(X.KeyPress, key)
 
 
@@ -83,12 +84,12 @@ def keyUp(key: str) -> None:
 
 def moveTo(x: Any = None, y: Any = None, duration: float = 0.0, **_: Any) -> None:
     """Move the pointer."""
-    _hands().move(*_point(x, y))
+    _input_device().move(*_point(x, y))
 
 
 def click(x: Any = None, y: Any = None, clicks: int = 1, interval: float = 0.0, button: str = "left", **_: Any) -> None:
-    """Click where the pointer is, or at a point."""
-    _hands().click(*_point(x, y), button=_BUTTONS[button], times=clicks)
+    """Click at a point, by default at the pointer's position."""
+    _input_device().click(*_point(x, y), button=_BUTTONS[button], times=clicks)
 
 
 def doubleClick(x: Any = None, y: Any = None, interval: float = 0.0, button: str = "left", **_: Any) -> None:
@@ -112,7 +113,7 @@ def middleClick(x: Any = None, y: Any = None, **_: Any) -> None:
 
 
 def mouseDown(x: Any = None, y: Any = None, button: str = "left", **_: Any) -> None:
-    """Press a button and keep it down."""
+    """Press a button without releasing it."""
     moveTo(x, y)
     _button(X.ButtonPress, button)
 
@@ -124,18 +125,18 @@ def mouseUp(x: Any = None, y: Any = None, button: str = "left", **_: Any) -> Non
 
 
 def dragTo(x: Any, y: Any, duration: float = 0.0, button: str = "left", **_: Any) -> None:
-    """Drag from where the pointer is to a point."""
-    _hands().drag(*position(), *_point(x, y))
+    """Drag from the pointer's position to a point."""
+    _input_device().drag(*position(), *_point(x, y))
 
 
 def scroll(clicks: float, x: Any = None, y: Any = None, **_: Any) -> None:
-    """Turn the wheel: positive is up."""
-    _hands().scroll(*_point(x, y), 0, -round(clicks))
+    """Turn the wheel; positive values scroll up."""
+    _input_device().scroll(*_point(x, y), 0, -round(clicks))
 
 
 def hscroll(clicks: float, x: Any = None, y: Any = None, **_: Any) -> None:
-    """Turn the wheel sideways: positive is right."""
-    _hands().scroll(*_point(x, y), round(clicks), 0)
+    """Turn the wheel sideways; positive values scroll right."""
+    _input_device().scroll(*_point(x, y), round(clicks), 0)
 
 
 def _point(x: Any, y: Any) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""Tasks in OSWorld's format: found, checked, set up, judged, varied. Knows no policy."""
+"""Tasks in OSWorld's format: parsing, task lists, requirements, setup, evaluation and noisy variants."""

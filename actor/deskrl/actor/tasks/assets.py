@@ -1,12 +1,14 @@
-"""Local copies of what tasks download, found by address. Knows no network (`asset_fetch.py`) and no task but by its id.
+"""Asset cache: local copies of the files that tasks download, by URL.
 
-The folder `deskrl/assets` in the user's cache folder holds
+Layout of the directory `deskrl/assets` in the user's cache directory:
 
-    objects/<sha256>            what addresses serve, once, whatever their number
-    addresses/<uuid5>.json      {"url": …, "sha256": …, "num_bytes": …} for each address, whose uuid5 names the file
-    <task id>/<uuid5>_<name>    what a cache of OSWorld's held, where its folders were copied here
+    objects/<sha256>            content, stored once even if several URLs serve it
+    addresses/<uuid5>.json      {"url": ..., "sha256": ..., "num_bytes": ...}; the file name is the UUID5 of the URL
+    <task id>/                  directories copied from a cache of OSWorld: <uuid5>_<name> for the files that setup
+                                steps download, with the name in the guest, and <dest> for those of evaluators
+    partial/                    incomplete downloads
 
-and `partial/` while something is fetched. Whoever reads sees a whole copy or none.
+Readers see a complete copy or none.
 """
 
 from __future__ import annotations
@@ -16,39 +18,60 @@ import json
 import os
 import uuid
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from typing import Any
 
-from deskrl.core.runfolder import write_json
+from deskrl.actor.task import Task
+from deskrl.core.file_io import write_json
 
 _CHUNK_BYTES = 1024**2
 
 
-def asset_folder() -> Path:
-    """Where the copies lie."""
+def asset_dir() -> Path:
+    """Return the directory of the asset cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deskrl" / "assets"
 
 
-def address_key(url: str) -> str:
-    """What files about an address are called."""
+def url_key(url: str) -> str:
+    """Return the key that names files about a URL."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, url))
 
 
-def osworld_path(task_id: str, url: str) -> Path:
-    """Where OSWorld's own cache would have a copy for a task."""
-    return asset_folder() / task_id / f"{address_key(url)}_{PurePosixPath(urlsplit(url).path).name}"
+def cloud_file_names(task: Task) -> dict[str, str]:
+    """Return the names, by URL, under which OSWorld's cache stores the files that a task's evaluator fetches.
+
+    OSWorld stores what other getters read under names of the same directory. A name that two files share is left out,
+    because the copy may be either.
+    """
+    copies: list[tuple[str, str]] = []
+    names: list[str] = []
+    for item in (item for check in task.evaluator.checks for item in check.items):
+        paths, dests = (_as_list(item.parameters.get(key)) for key in ("path", "dest"))
+        if item.type == "cloud_file":
+            copies += zip(paths, dests, strict=False)
+        names += [] if item.type == "cloud_file" else dests
+    names += [name for _, name in dict.fromkeys(copies)]
+    return {url: name for url, name in copies if names.count(name) == 1 and ".." not in PurePosixPath(name).parts}
 
 
-def find_asset(task_id: str, url: str) -> Path | None:
-    """The local copy of what `url` serves, for a task that names it; None if there is none of the right size."""
+def find_asset(task_id: str, url: str, copied_as: str | None = None) -> Path | None:
+    """Return the local copy of a URL that a task uses; None if there is no complete copy.
+
+    Args:
+        task_id: id of the task.
+        url: address of the file.
+        copied_as: name of the copy in OSWorld's cache if an evaluator uses the file, see `cloud_file_names`.
+    """
     fetched = find_fetched(url)
     if fetched is not None:
         return fetched
-    copied = osworld_path(task_id, url)
-    return copied if copied.is_file() else None
+    copies = sorted((asset_dir() / task_id).glob(f"{url_key(url)}_*"))
+    if copied_as:
+        copies.append(asset_dir() / task_id / copied_as.lstrip("/"))
+    return next((copy for copy in copies if copy.is_file()), None)
 
 
 def find_fetched(url: str) -> Path | None:
-    """The copy that was fetched from `url`, unless it has lost bytes since."""
+    """Return the copy that was fetched from a URL; None if there is none or its size has changed since."""
     try:
         record = json.loads(_record_path(url).read_bytes())
         copy = _object_path(record["sha256"])
@@ -57,8 +80,8 @@ def find_fetched(url: str) -> Path | None:
         return None
 
 
-def keep(url: str, file: Path) -> Path:
-    """Take a file, which goes from where it is, as the copy of what `url` serves; where it is now."""
+def store_asset(url: str, file: Path) -> Path:
+    """Move a file into the cache as the copy of a URL; return its new path."""
     digest = hashlib.sha256()
     with open(file, "rb") as data:
         while chunk := data.read(_CHUNK_BYTES):
@@ -72,9 +95,13 @@ def keep(url: str, file: Path) -> Path:
     return copy
 
 
+def _as_list(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [item for item in value or () if isinstance(item, str)]
+
+
 def _object_path(sha256: str) -> Path:
-    return asset_folder() / "objects" / sha256
+    return asset_dir() / "objects" / sha256
 
 
 def _record_path(url: str) -> Path:
-    return asset_folder() / "addresses" / f"{address_key(url)}.json"
+    return asset_dir() / "addresses" / f"{url_key(url)}.json"

@@ -1,7 +1,7 @@
-"""Tabs of the desktop's browser, opened and closed from inside the desktop. Knows no task and no other setup step.
+"""Browser tabs: opens and closes tabs by a program that runs on the desktop.
 
-OSWorld's client does this from outside through the browser's debugging port; a program inside reaches the same port
-on every provider, and needs nothing but the standard library.
+OSWorld's client does this from outside through the browser's debugging port. A program on the desktop reaches the port
+with every provider, and needs only the standard library.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def browser(within_s):
             except (OSError, ValueError):
                 pass
         if time.monotonic() > deadline:
-            sys.exit("no browser answers on its debugging port")
+            sys.exit("no browser responds on its debugging port")
         time.sleep(0.1)
 
 def plain(url):
@@ -50,30 +50,30 @@ for url in job["close"]:
             ask(port, "close/" + tab["id"])
 """
 
-_WITHIN_S = 30.0
-_LIMIT_S = 60.0
+_BROWSER_START_S = 30.0
+_TIMEOUT_S = 60.0
 
 
 async def open_tabs(desktop: Desktop, urls: Sequence[str]) -> None:
-    """Open a tab for each address, in order, in place of the one that the browser started with.
+    """Open a tab for each URL, in order, and close the tab with which the browser started.
 
     Raises:
-        DesktopError: no browser runs with a debugging port.
+        DesktopError: no browser with a debugging port is running.
     """
-    await _do(desktop, {"open": list(urls), "close": []})
+    await _run_job(desktop, {"open": list(urls), "close": []})
 
 
 async def close_tabs(desktop: Desktop, urls: Sequence[str]) -> None:
-    """Close the tabs that show these addresses.
+    """Close the tabs that show these URLs.
 
     Raises:
-        DesktopError: no browser runs with a debugging port.
+        DesktopError: no browser with a debugging port is running.
     """
-    await _do(desktop, {"open": [], "close": list(urls)})
+    await _run_job(desktop, {"open": [], "close": list(urls)})
 
 
-async def _do(desktop: Desktop, job: dict[str, list[str]]) -> None:
-    request = json.dumps(job | {"within_s": _WITHIN_S})
-    done = await desktop.execute(["python3", "-c", _PROGRAM, request], timeout_s=_LIMIT_S)
-    if done.returncode != 0:
-        raise DesktopError((done.stderr.strip() or "the browser's tabs cannot be changed").splitlines()[-1])
+async def _run_job(desktop: Desktop, job: dict[str, list[str]]) -> None:
+    request = json.dumps(job | {"within_s": _BROWSER_START_S})
+    result = await desktop.execute(["python3", "-c", _PROGRAM, request], timeout_s=_TIMEOUT_S)
+    if result.returncode != 0:
+        raise DesktopError((result.stderr.strip() or "the tabs of the browser cannot be changed").splitlines()[-1])

@@ -1,9 +1,10 @@
-"""A window that is noise: a note kept above a corner of the screen, or a message that holds the focus.
+"""Noise window: a note above a corner of the screen, or a message that has the focus.
 
-This module's source goes into noisy task files, whose setup runs it on the desktop: it may use nothing but the
-interpreter's library and Xlib, which OSWorld's desktop has too. Its one argument is JSON: {"title", "lines", "place"}.
-The place `center` has the focus and goes when it is closed or clicked; any other, as `top-right`, never has the focus
-and stays. The program ends, successfully, once the window is shown.
+The source of this module is embedded in noisy task files, whose setup runs it on the desktop. It may therefore use
+only the standard library and Xlib, both of which OSWorld's desktop has. The only argument is a JSON object with
+`title`, `lines` and `place`. A window at the place `center` has the focus and disappears when it is closed or clicked.
+A window at another place, such as `top-right`, never has the focus and stays. The program exits with status 0 once the
+window is visible.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from Xlib.display import Display
 from Xlib.protocol.event import ClientMessage
 
 NOTE_SIZE, MESSAGE_SIZE, MARGIN, LINE_HEIGHT = (300, 90), (420, 160), 24, 20
-FOCUS_WITHIN_S = 10.0
-FRAMELESS = [2, 0, 0, 0, 0]  # of _MOTIF_WM_HINTS: decorations are stated, and none
+SHOW_TIMEOUT_S = 10.0
+FRAMELESS = [2, 0, 0, 0, 0]  # _MOTIF_WM_HINTS: flags for decorations, decorations 0
 
 
-class Noise:
-    """One such window."""
+class NoiseWindow:
+    """One window, which draws itself in the event loop of `serve`."""
 
     def __init__(self, title: str, lines: list[str], place: str) -> None:
         self._display = Display()
@@ -32,18 +33,18 @@ class Noise:
         self._focused = place == "center"
         screen = self._display.screen()
         width, height = MESSAGE_SIZE if self._focused else NOTE_SIZE
-        room_x, room_y = screen.width_in_pixels - width, screen.height_in_pixels - height
-        x = room_x // 2 if self._focused else MARGIN if "left" in place else room_x - MARGIN
-        y = room_y // 2 if self._focused else MARGIN if "top" in place else room_y - MARGIN
+        max_x, max_y = screen.width_in_pixels - width, screen.height_in_pixels - height
+        x = max_x // 2 if self._focused else MARGIN if "left" in place else max_x - MARGIN
+        y = max_y // 2 if self._focused else MARGIN if "top" in place else max_y - MARGIN
         events = X.ExposureMask | X.ButtonPressMask | X.FocusChangeMask
         self._window = screen.root.create_window(
             x, y, width, height, 1, screen.root_depth, background_pixel=0xF6E7B4, event_mask=events
         )
         self._ink = self._window.create_gc(foreground=0x202020, font=self._display.open_font("fixed"))
-        self._describe(title, x, y, width, height)
+        self._set_properties(title, x, y, width, height)
 
     def show(self) -> None:
-        """Map it, and return once it is drawn, and has the focus if it is to have it."""
+        """Map the window; return once it is drawn and, at the place `center`, has the focus."""
         self._window.map()
         self._await(X.Expose)
         if self._focused:
@@ -54,11 +55,11 @@ class Noise:
             self._await(X.FocusIn)
 
     def serve(self) -> None:
-        """Draw until it is closed."""
-        while not self._ends(self._display.next_event()):
+        """Handle events until the window is closed."""
+        while not self._handle(self._display.next_event()):
             pass
 
-    def _describe(self, title: str, x: int, y: int, width: int, height: int) -> None:
+    def _set_properties(self, title: str, x: int, y: int, width: int, height: int) -> None:
         window, atom = self._window, self._atom
         window.set_wm_name(title)
         window.set_wm_class("noise", "Noise")
@@ -76,18 +77,19 @@ class Noise:
         return self._display.intern_atom(name)
 
     def _await(self, kind: int) -> None:
-        deadline = time.monotonic() + FOCUS_WITHIN_S
+        deadline = time.monotonic() + SHOW_TIMEOUT_S
         while time.monotonic() < deadline:
             while self._display.pending_events():
                 event = self._display.next_event()
-                self._ends(event)
+                self._handle(event)
                 if event.type == kind:
                     self._display.sync()
                     return
             time.sleep(0.005)
-        raise TimeoutError("the window is not shown")
+        raise TimeoutError("the window did not become visible")
 
-    def _ends(self, event: Any) -> bool:
+    def _handle(self, event: Any) -> bool:
+        """Draw the window if necessary; return whether the event closes it."""
         if event.type == X.Expose:
             for number, line in enumerate(self._lines):
                 self._window.draw_text(self._ink, 16, 28 + LINE_HEIGHT * number, line.encode())
@@ -96,20 +98,20 @@ class Noise:
 
 
 def main() -> None:
-    """Show the window in a process of its own."""
+    """Show the window from a background process; exit once it is visible."""
     shown, show = os.pipe()
     if os.fork():
         os.close(show)
         sys.exit(0 if os.read(shown, 1) else 1)
     os.setsid()
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):  # whoever runs the command waits until nobody holds its output
-        os.dup2(nothing, stream)
-    noise = Noise(**json.loads(sys.argv[1]))
-    noise.show()
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):  # the caller waits until all copies of its output pipe are closed
+        os.dup2(null, stream)
+    window = NoiseWindow(**json.loads(sys.argv[1]))
+    window.show()
     os.write(show, b"1")
     os.close(show)
-    noise.serve()
+    window.serve()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Bringing a desktop to a task's first state: OSWorld's setup steps. Knows no evaluator and no policy.
+"""Setup steps: bring a desktop to the initial state of a task, as in OSWorld.
 
-Steps mean what they mean in OSWorld, with two differences. `upload_file` also takes its files inline, as `content`
-(text, or a list of its lines) or `base64`, in place of `local_path`, so that a task file stands alone. `download` reads
-the asset cache (`assets.py`), which `deskrl tasks fetch` fills, and never the network.
+Steps have OSWorld's meaning with two differences. `upload_file` also accepts file content inline, as `content` (a
+string, or an array of lines) or `base64`, instead of `local_path`, so that a task file needs no other file. `download`
+reads the asset cache (`assets.py`), which `deskrl tasks fetch` fills, and never the network. `setup_script` is the
+setup.sh of a task bundle, whose exit status must be 0 and in which nothing is replaced. `miniwob` starts a page of
+MiniWoB++, which gives the instruction of the episode.
 
-In commands {SCREEN_WIDTH}, {SCREEN_HEIGHT}, their halves {SCREEN_WIDTH_HALF}, {SCREEN_HEIGHT_HALF}, {CLIENT_PASSWORD}
-and {SEED}, the rollout's seed, are replaced.
+In commands, {SCREEN_WIDTH}, {SCREEN_HEIGHT}, {SCREEN_WIDTH_HALF}, {SCREEN_HEIGHT_HALF}, {CLIENT_PASSWORD} and {SEED},
+the seed of the rollout, are replaced by their values.
 """
 
 from __future__ import annotations
@@ -14,72 +16,133 @@ import asyncio
 import base64
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deskrl.actor.desktops.base import CommandResult, Desktop
+from deskrl.actor.miniwob.page_run import page_seed, start_page
+from deskrl.actor.task import Task, TypedItem
 from deskrl.actor.tasks.assets import find_asset
 from deskrl.actor.tasks.chrome_tabs import close_tabs, open_tabs
-from deskrl.actor.tasks.files import Task, TypedItem
+from deskrl.actor.tasks.setup_windows import note_setup_windows
+from deskrl.actor.tasks.window_wait import WindowWait
+from deskrl.core.config import DesktopConfig
+from deskrl.core.error_text import one_line
 
-_PASSWORD = "password"  # OSWorld's guest has this one; tasks spell it in their commands
+_PASSWORD = "password"  # the password of OSWorld's guest, which tasks contain in their commands
 _STREAMS = ("stdout", "stderr")
 _RETRY_S = 0.3
-_VERIFY_S = 10.0
-_VERIFY_EVERY_S = 0.03
+_VERIFY_TIMEOUT_S = 10.0
+_VERIFY_POLL_S = 0.03
+_SHOWN_CHARACTERS = 300
+_TERMINAL_APPLICATIONS = {"os", "terminal", "gnome-terminal"}  # in other tasks, no key opens a terminal
 
 
 class SetupError(RuntimeError):
-    """A task's first state was not reached: the infrastructure's fault, or the task file's."""
+    """The initial state of a task was not reached: a fault of the infrastructure or of the task file."""
+
+
+class UnmetConditionError(SetupError):
+    """A step did not reach the condition that it waits for, which depends on the state of the desktop."""
 
 
 @dataclass(frozen=True)
 class SetupContext:
-    """What steps need besides the desktop and their parameters."""
+    """Context of setup steps: desktop, task and seeds."""
 
     desktop: Desktop
     task_id: str
     seed: int
     placeholders: dict[str, str]
+    """Values of the placeholders in commands."""
     outputs: dict[str, str]
-    """What commands printed that their step keeps (`stdout`, `stderr`), by the file name that the step gives it."""
+    """Command output that steps save, by the file name that the step gives in `stdout` or `stderr`."""
+    group_seed: int = 0
+    """Seed of what all episodes of a training group have in common."""
+    instructions: list[str] = field(default_factory=list)
+    """Instructions that steps give in place of the task's; the last one is used."""
 
 
-async def setup_task(desktop: Desktop, task: Task, seed: int) -> None:
-    """Bring a freshly reset desktop to the task's first state; take a settled screenshot after it.
+async def setup_task(
+    desktop: Desktop, task: Task, seed: int, config: DesktopConfig | None = None, group_seed: int | None = None
+) -> str:
+    """Bring a freshly reset desktop to the initial state of a task, and announce that the policy acts next.
+
+    Args:
+        desktop: desktop on which the task is set up.
+        task: task to set up.
+        seed: seed of the rollout.
+        config: limits of the wait for the windows of the applications that the setup started; None: no wait.
+        group_seed: seed that all episodes of a training group have in common; None: `seed`.
+
+    Returns:
+        The instruction of the episode: the task's, unless a step gives another one.
 
     Raises:
-        SetupError: a step is of an unknown type, lacks what it needs or did not succeed.
+        SetupError: the type of a step is unknown, a parameter is missing, or a step failed.
         DesktopError: the desktop failed.
     """
-    await run_steps(desktop, task.id, task.config, seed)
+    if _TERMINAL_APPLICATIONS.intersection(name.lower() for name in task.related_apps):
+        await desktop.allow_terminal()
+    windows = None if config is None else WindowWait(desktop, task.id, task.config, config)
+    if windows is not None:
+        await windows.begin()
+    context = await _context(desktop, task.id, task.config, seed, seed if group_seed is None else group_seed)
+    await _run_steps(context, task.config)
+    if windows is not None:
+        await windows.wait()
+    await desktop.end_setup()
+    if any(item.type.startswith("setup_window_") for check in task.evaluator.checks for item in check.items):
+        await note_setup_windows(desktop)
+    return context.instructions[-1] if context.instructions else task.instruction
 
 
 async def run_steps(desktop: Desktop, task_id: str, steps: Sequence[TypedItem], seed: int = 0) -> dict[str, str]:
-    """Do setup steps in order, as `setup_task` does; an evaluator's postconfig is made of the same steps.
+    """Run setup steps in order; also used for the `postconfig` of evaluators.
+
+    Args:
+        desktop: desktop on which the steps run.
+        task_id: id of the task, for assets and errors.
+        steps: steps to run.
+        seed: seed of the rollout, the value of {SEED}.
 
     Returns:
-        What the steps' commands printed that they keep, by file name.
+        The command output that steps save, by file name.
+
+    Raises:
+        SetupError: as for `setup_task`.
+        DesktopError: the desktop failed.
     """
-    context = SetupContext(desktop, task_id, seed, await _placeholders(desktop, steps, seed), {})
-    for index, step in enumerate(steps):
-        do = STEPS.get(step.type)
-        if do is None:
-            raise SetupError(f"{task_id}: setup step {index} has the unknown type {step.type}")
-        try:
-            await do(context, step.parameters)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise SetupError(f"{task_id}: setup step {index} ({step.type}): {reason}") from error
+    context = await _context(desktop, task_id, steps, seed, seed)
+    await _run_steps(context, steps)
     return context.outputs
 
 
-def require_asset(task_id: str, url: str) -> Path:
-    """The local copy of what `url` serves; raises SetupError if there is none."""
-    path = find_asset(task_id, url)
+async def _context(
+    desktop: Desktop, task_id: str, steps: Sequence[TypedItem], seed: int, group_seed: int
+) -> SetupContext:
+    return SetupContext(desktop, task_id, seed, await _placeholders(desktop, steps, seed), {}, group_seed)
+
+
+async def _run_steps(context: SetupContext, steps: Sequence[TypedItem]) -> None:
+    task_id = context.task_id
+    for index, step in enumerate(steps):
+        run = STEPS.get(step.type)
+        if run is None:
+            raise SetupError(f"{task_id}: setup step {index} has the unknown type {step.type}")
+        try:
+            await run(context, step.parameters)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise SetupError(f"{task_id}: setup step {index} ({step.type}): {reason}") from error
+
+
+def require_asset(task_id: str, url: str, copied_as: str | None = None) -> Path:
+    """Return the local copy of a URL, see `find_asset`; raises SetupError if there is none."""
+    path = find_asset(task_id, url, copied_as)
     if path is None:
-        raise SetupError(f"{task_id}: no local copy of {url}: `deskrl tasks fetch` gets it")
+        raise SetupError(f"{task_id}: no local copy of {url}; `deskrl tasks fetch` downloads it")
     return path
 
 
@@ -111,17 +174,17 @@ async def _launch(context: SetupContext, parameters: dict[str, Any]) -> None:
 
 
 async def _execute(context: SetupContext, parameters: dict[str, Any]) -> None:
-    """Run to the end, whatever the exit status; with `until`, again and again until its condition holds."""
+    """Run a command to completion, whatever its exit status; with `until`, repeat it until the condition is met."""
     while True:
         result = await context.desktop.execute(_command(context, parameters), shell=_shell(parameters))
-        if _holds(parameters.get("until") or {}, result):
-            kept = {parameters[name]: getattr(result, name) for name in _STREAMS if parameters.get(name)}
-            context.outputs.update(kept)
+        if _is_met(parameters.get("until") or {}, result):
+            saved = {parameters[name]: getattr(result, name) for name in _STREAMS if parameters.get(name)}
+            context.outputs.update(saved)
             return
         await asyncio.sleep(_RETRY_S)
 
 
-def _holds(until: dict[str, Any], result: CommandResult) -> bool:
+def _is_met(until: dict[str, Any], result: CommandResult) -> bool:
     if not until:
         return True
     return (
@@ -131,23 +194,31 @@ def _holds(until: dict[str, Any], result: CommandResult) -> bool:
     )
 
 
+async def _setup_script(context: SetupContext, parameters: dict[str, Any]) -> None:
+    """Run the setup.sh of a task bundle to its end."""
+    result = await context.desktop.execute(parameters["command"], timeout_s=float(parameters["timeout_s"]))
+    if result.returncode != 0:
+        reason = one_line((result.stderr.strip() or result.stdout.strip() or "no output")[-_SHOWN_CHARACTERS:])
+        raise SetupError(f"{context.task_id}: setup.sh ended with the exit status {result.returncode}: {reason}")
+
+
 async def _execute_with_verification(context: SetupContext, parameters: dict[str, Any]) -> None:
-    """Run, then wait until a window exists and a command succeeds, as `verification` asks."""
-    within_s = float(parameters.get("max_wait_time", _VERIFY_S))
+    """Run a command, then wait until a window exists and a command succeeds, as given by `verification`."""
+    within_s = float(parameters.get("max_wait_time", _VERIFY_TIMEOUT_S))
     verification = parameters.get("verification") or {}
     await context.desktop.execute(_command(context, parameters), shell=_shell(parameters))
     if "window_exists" in verification:
         await context.desktop.wait_for_window(verification["window_exists"], timeout_s=within_s)
     if "command_success" in verification:
-        await _until_success(context, verification["command_success"], within_s)
+        await _wait_for_success(context, verification["command_success"], within_s)
 
 
-async def _until_success(context: SetupContext, command: str, within_s: float) -> None:
+async def _wait_for_success(context: SetupContext, command: str, within_s: float) -> None:
     deadline = time.monotonic() + within_s
     while (await context.desktop.execute(command, shell=True)).returncode != 0:
         if time.monotonic() > deadline:
-            raise SetupError(f"{context.task_id}: {command!r} did not succeed in {within_s:g} s")
-        await asyncio.sleep(_VERIFY_EVERY_S)
+            raise UnmetConditionError(f"{context.task_id}: {command!r} did not succeed within {within_s:g} s")
+        await asyncio.sleep(_VERIFY_POLL_S)
 
 
 async def _sleep(context: SetupContext, parameters: dict[str, Any]) -> None:
@@ -188,6 +259,13 @@ async def _download(context: SetupContext, parameters: dict[str, Any]) -> None:
         await context.desktop.write_file(file["path"], data)
 
 
+async def _miniwob(context: SetupContext, parameters: dict[str, Any]) -> None:
+    """Start a page of MiniWoB++ with a seed of the split, the same for all episodes of a training group."""
+    page = parameters["page"]
+    seed = page_seed(page, parameters["split"], context.group_seed)
+    context.instructions.append(await start_page(context.desktop, Path(parameters["html"]), page, seed))
+
+
 async def _chrome_open_tabs(context: SetupContext, parameters: dict[str, Any]) -> None:
     await open_tabs(context.desktop, parameters["urls_to_open"])
 
@@ -201,6 +279,8 @@ STEPS: dict[str, Callable[[SetupContext, dict[str, Any]], Awaitable[None]]] = {
     "execute": _execute,
     "command": _execute,
     "execute_with_verification": _execute_with_verification,
+    "miniwob": _miniwob,
+    "setup_script": _setup_script,
     "sleep": _sleep,
     "open": _open,
     "activate_window": _activate_window,
@@ -210,4 +290,4 @@ STEPS: dict[str, Callable[[SetupContext, dict[str, Any]], Awaitable[None]]] = {
     "chrome_open_tabs": _chrome_open_tabs,
     "chrome_close_tabs": _chrome_close_tabs,
 }
-"""The setup steps that are built in, by type."""
+"""Built-in setup steps by type."""

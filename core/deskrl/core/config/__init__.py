@@ -1,11 +1,11 @@
-"""The run configuration: one TOML file describes a run, for every role.
+"""The run configuration: one TOML file describes a run, for all of its roles.
 
-Precedence: preset (`preset = "arpo"`) < TOML file < environment (`DESKRL_LEARNER__SEED=1`) < command line
-(`--learner.seed 1`). Unknown keys are refused with their dotted path. Knows no role: a role reads its own section and
-those of the services it calls. Imports no engine, so that `deskrl --help` and a refused key answer at once.
+Sources by increasing precedence: preset (`preset = "arpo"`), TOML file, environment (`DESKRL_LEARNER__ZERO_STAGE=2`),
+command line (`--learner.zero_stage 2`). Unknown keys are rejected. The package imports no engine, so that
+`deskrl --help` and errors in a configuration are fast.
 """
 
-from deskrl.core.config.desktops import (
+from deskrl.core.config.desktop import (
     DesktopConfig,
     DockerConfig,
     EmbeddedConfig,
@@ -14,12 +14,29 @@ from deskrl.core.config.desktops import (
     SimulatedConfig,
     VMwareConfig,
 )
-from deskrl.core.config.learning import EvalConfig, GrpoConfig, LearnerConfig, WarmStartConfig
-from deskrl.core.config.loading import dotted, dump_config, load_config, load_values, overridden_keys, read_resolved
-from deskrl.core.config.playing import ActorConfig, AgentConfig, ModelConfig, TasksConfig
+from deskrl.core.config.key_values import value_problem
+from deskrl.core.config.learner import (
+    EvalConfig,
+    GrpoConfig,
+    KlEstimator,
+    LearnerConfig,
+    LoraConfig,
+    WarmStartConfig,
+)
+from deskrl.core.config.loading import (
+    dotted,
+    dump_config,
+    keys_of_file,
+    load_config,
+    load_values,
+    overridden_keys,
+    read_resolved,
+)
+from deskrl.core.config.reward import RewardConfig, RewardTermConfig
+from deskrl.core.config.rollout import ActorConfig, AgentConfig, ModelConfig, TasksConfig
 from deskrl.core.config.run import RunConfig
 from deskrl.core.config.services import InferenceConfig, ReplayConfig, SecurityConfig
-from deskrl.core.config.values import Section, refuse_no_address
+from deskrl.core.config.value_types import Section
 
 __all__ = [
     "ActorConfig",
@@ -30,11 +47,15 @@ __all__ = [
     "EvalConfig",
     "GrpoConfig",
     "InferenceConfig",
+    "KlEstimator",
     "LearnerConfig",
+    "LoraConfig",
     "ModelConfig",
     "OSWorldConfig",
     "RemoteConfig",
     "ReplayConfig",
+    "RewardConfig",
+    "RewardTermConfig",
     "RunConfig",
     "Section",
     "SecurityConfig",
@@ -44,9 +65,10 @@ __all__ = [
     "WarmStartConfig",
     "dotted",
     "dump_config",
+    "keys_of_file",
     "load_config",
     "load_values",
     "overridden_keys",
     "read_resolved",
-    "refuse_no_address",
+    "value_problem",
 ]

@@ -1,1 +1,1 @@
-"""Who may talk to whom: certificates, identities, and the door at which they are asked for."""
+"""Authentication and authorisation between roles: certificates, identities, interceptor."""

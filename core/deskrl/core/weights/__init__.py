@@ -1,1 +1,1 @@
-"""What learner and replicas do alike to move weights: buckets, checksums, communicators."""
+"""Weight transfer code shared by learner and replicas: buckets, checksums, communicators."""

@@ -1,7 +1,6 @@
-"""How a model's tensors are packed for a transfer: the plan that sender and receiver each make, and must make alike.
+"""Bucket layout of a weight transfer, which sender and receiver compute independently from the tensor sizes.
 
-Pure; knows sizes, no tensors and no transport. Every tensor begins at a row of its own, so that sums over rows are sums
-over tensors (`weight_sums`).
+Every tensor starts at a new row, so that checksums of tensors are sums over rows (`deskrl.core.weights.checksums`).
 """
 
 from __future__ import annotations
@@ -10,46 +9,52 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROW_BYTES = 512
-"""Tensors begin at multiples of this; it holds every dtype's alignment."""
+"""Row size: tensors start at multiples of it, which satisfies the alignment of every dtype."""
 BUCKET_BYTES = 512 * 1024**2
-"""What one bucket holds, unless a single tensor is larger: enough for full bandwidth, little beside a model."""
+"""Default bucket capacity: large enough for full bandwidth, small compared with a model."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor in its bucket."""
+    """Location of one tensor in its bucket."""
 
     tensor: int
-    """Its place in the announcement."""
+    """Index of the tensor in the announcement."""
     offset: int
+    """Offset in the bucket, in bytes."""
     num_bytes: int
 
     @property
     def first_row(self) -> int:
-        """Where it begins, in rows."""
+        """Index of the first row."""
         return self.offset // ROW_BYTES
 
     @property
     def num_rows(self) -> int:
-        """Rows that it takes; a tensor without elements takes one too."""
+        """Number of rows; an empty tensor occupies one."""
         return max(1, -(-self.num_bytes // ROW_BYTES))
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel together."""
+    """Tensors that are transferred together."""
 
     pieces: tuple[Piece, ...]
 
     @property
     def num_bytes(self) -> int:
-        """With the padding of each tensor's last row."""
+        """Size in bytes, including the padding of the last row of each tensor."""
         last = self.pieces[-1]
         return last.offset + last.num_rows * ROW_BYTES
 
 
 def plan_buckets(sizes_bytes: Sequence[int], capacity_bytes: int = BUCKET_BYTES) -> tuple[Bucket, ...]:
-    """Tensors in their order, as many to a bucket as fit; one that is larger than a bucket has one of its own."""
+    """Assign tensors to buckets in their order; a tensor larger than the capacity gets its own bucket.
+
+    Args:
+        sizes_bytes: sizes of the tensors.
+        capacity_bytes: capacity of a bucket.
+    """
     buckets: list[Bucket] = []
     pieces: list[Piece] = []
     end = 0

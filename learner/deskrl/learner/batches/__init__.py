@@ -1,1 +1,1 @@
-"""From episodes to tensors: rows, screenshots, micro-batches. Knows no loss."""
+"""Batches: packs episodes into rows and collates rows with their screenshots into micro-batches."""

@@ -1,1 +1,1 @@
-"""The policy network and the engine that trains it: built, loaded, run, saved. Knows no episode."""
+"""Policy network: construction, loading, forward pass, and training with DeepSpeed."""

@@ -1,8 +1,8 @@
-"""Builds a tiny Qwen2-VL or Qwen2.5-VL: the real architecture and processor at a few million random parameters.
+"""Tiny model: builds a model with the real architecture and a few million random parameters.
 
-For smoke runs, tests and ablations on a CPU. Screenshots cost few tokens (patches of 28 pixels merged 2 x 2) and every
-coordinate on such a screenshot is one token, so that a click is two decisions rather than six. Knows nothing of tasks:
-the words that deserve tokens of their own come in as a corpus.
+It serves smoke runs, tests and ablations on a CPU. Screenshots need few tokens (patches of 28 pixels merged 2 x 2), and
+every coordinate is one token, so that a click takes two token decisions instead of six. The words that become single
+tokens are taken from a corpus.
 """
 
 from __future__ import annotations
@@ -12,69 +12,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deskrl.core.families import Architecture
+from deskrl.learner.policy.architectures import (
+    TINY_MERGE,
+    TINY_PATCH_PIXELS,
+    ChatFormat,
+    LearnerArchitecture,
+    check_transformers,
+    load_learner_architecture,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PATCH_PIXELS = 28
-MERGE = 2
 VOCAB_SIZE = 3072
 MAX_LENGTH = 8192
 
-# The names and roles are those of the published tokenizers, so that its processor and chat format work.
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-
-TEXT: Mapping[str, Any] = {
-    "hidden_size": 192,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": MAX_LENGTH,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
-}
-_PATCHES = {"patch_size": PATCH_PIXELS, "temporal_patch_size": 1, "spatial_merge_size": MERGE}
-VISION: Mapping[Architecture, Mapping[str, Any]] = {
-    # Of this one embed_dim is the width, and hidden_size what comes out.
-    "qwen2_vl": _PATCHES
-    | {"depth": 2, "embed_dim": 128, "mlp_ratio": 2, "num_heads": 2, "hidden_size": TEXT["hidden_size"]},
-    "qwen2_5_vl": _PATCHES
-    | {"depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "out_hidden_size": TEXT["hidden_size"]}
-    | {"window_size": 4 * PATCH_PIXELS * MERGE, "fullatt_block_indexes": [0, 1]},
-}
-"""About two and a half million parameters, by transformers' names."""
-
-_PROCESSORS: Mapping[Architecture, str] = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
 _IMAGE_PROCESSOR = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
-    "patch_size": PATCH_PIXELS,
-    "temporal_patch_size": 1,
-    "merge_size": MERGE,
+    "patch_size": TINY_PATCH_PIXELS,
+    "merge_size": TINY_MERGE,
 }
-
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def build_tiny_model(
@@ -82,43 +40,53 @@ def build_tiny_model(
     seed: int,
     image_size: tuple[int, int],
     corpus: Iterable[str],
-    architecture: Architecture = "qwen2_5_vl",
+    architecture: str = "qwen2_5_vl",
     largest_number: int = 0,
 ) -> None:
-    """Write a model folder that transformers and vLLM load as any other of its architecture.
+    """Write a model folder that transformers and vLLM load like any other of its architecture.
 
     Args:
-        folder: made if absent; files of the same names are replaced.
-        seed: of the random weights.
-        image_size: (width, height) of screenshots as the policy sees them; multiples of 56.
-        corpus: texts of the kind that the policy reads and writes; their words become tokens.
-        architecture: which of the two.
-        largest_number: up to this one, or up to the longer side if that is larger, every number is one token.
+        folder: model folder; created if missing, files of the same names are replaced.
+        seed: seed of the random weights.
+        image_size: width and height of the model's input images in pixels; multiples of 56.
+        corpus: texts like those that the policy reads and writes; their words become tokens.
+        architecture: name or import path of the model's architecture.
+        largest_number: every number up to this or to the longer side of an image, whichever is larger, is one token.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of 56.
+        UserError: the architecture is unknown, or the installed transformers lacks it.
     """
     import torch
     from transformers import AutoModelForImageTextToText
 
     width, height = image_size
-    unit = PATCH_PIXELS * MERGE
+    unit = TINY_PATCH_PIXELS * TINY_MERGE
     if width % unit or height % unit:
         raise ValueError(f"image_size {image_size} is not a multiple of {unit}")
+    part = load_learner_architecture(architecture)
+    check_transformers(part.model_type)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(corpus, max(*image_size, largest_number), MAX_LENGTH)
+    tokenizer = build_tokenizer(corpus, max(*image_size, largest_number), MAX_LENGTH, part.chat_format)
     tokenizer.save_pretrained(folder)
-    # A screenshot of the expected size passes through unresized.
-    write_image_processor(folder, architecture, _IMAGE_PROCESSOR, min_pixels=width * height, max_pixels=width * height)
+    vision = part.tiny_config()["vision_config"]
+    settings = {**_IMAGE_PROCESSOR, "temporal_patch_size": vision.get("temporal_patch_size", 2)}
+    # Screenshots of the expected size are not resized.
+    write_image_processor(folder, part, settings, min_pixels=width * height, max_pixels=width * height)
     torch.manual_seed(seed)
-    model: Any = AutoModelForImageTextToText.from_config(_model_config(architecture, tokenizer))
+    model: Any = AutoModelForImageTextToText.from_config(_model_config(part, tokenizer))
     model.to(torch.float32).save_pretrained(folder)
 
 
-def build_tokenizer(corpus: Iterable[str], largest_number: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the corpus, with every number up to `largest_number` a token of its own."""
+def build_tokenizer(
+    corpus: Iterable[str], largest_number: int, max_length: int, chat_format: ChatFormat
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on a corpus; every number up to `largest_number` is a single token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # A call's opening and its close are pieces, so is a number: a click is its name and two coordinates.
+    # The opening of a call, its end, and each number are single pieces: a click is three pieces and two coordinates.
     pieces = Regex(r" ?[a-z_]+\([a-z_]+='(?:\(|<point>)?|(?:\)|</point>)?'\)| ?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -127,70 +95,84 @@ def build_tokenizer(corpus: Iterable[str], largest_number: int, max_length: int)
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    # The trainer merges by frequency: the numbers come often enough to be merged before the rarest words.
+    # The trainer merges by frequency: the numbers are repeated so that they are merged before rare words.
     numbers = " ".join(str(number) for number in range(largest_number + 1))
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - len(chat_format.special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([*corpus, *[numbers] * 8], trainer)
-    # Not Qwen2Tokenizer: that class brings its own pre-tokenizer back, which parts numbers into digits.
+    # Qwen2Tokenizer would restore its own pre-tokenizer, which splits numbers into digits.
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS),
+        eos_token=chat_format.eos_token,
+        pad_token=chat_format.pad_token,
+        additional_special_tokens=list(chat_format.special_tokens),
         model_max_length=max_length,
     )
-    fast.chat_template = _CHAT_TEMPLATE
+    fast.chat_template = chat_format.template
     return fast
 
 
 def write_image_processor(
-    folder: Path, architecture: Architecture, settings: Mapping[str, Any], min_pixels: int, max_pixels: int
+    folder: Path, architecture: LearnerArchitecture, settings: Mapping[str, Any], min_pixels: int, max_pixels: int
 ) -> None:
-    """The image half of a processor: what all of an architecture have, this model's settings, the bounds of scaling."""
-    image = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": _PROCESSORS[architecture],
+    """Write the configuration of the image processor, and that of a video processor if the architecture has one.
+
+    Args:
+        folder: model folder.
+        architecture: architecture, which determines the classes of the processor.
+        settings: settings of this model, by transformers' names.
+        min_pixels: smallest number of pixels; smaller images are enlarged.
+        max_pixels: largest number of pixels; larger images are reduced.
+    """
+    kept = {
+        "processor_class": architecture.processor_class,
         "do_convert_rgb": True,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
         **settings,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=2) + "\n")
+    num_frames = settings["temporal_patch_size"] if architecture.counts_frames else 1
+    kept["size"] = {"shortest_edge": num_frames * min_pixels, "longest_edge": num_frames * max_pixels}
+    image = {"image_processor_type": architecture.image_processor_type, **kept}
+    if not architecture.counts_frames:
+        image |= {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    _write_json(folder / "preprocessor_config.json", image)
+    if architecture.video_processor_type is not None:
+        video = {"video_processor_type": architecture.video_processor_type, **kept}
+        _write_json(folder / "video_preprocessor_config.json", video)
 
 
-def _model_config(architecture: Architecture, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """TEXT and VISION with this tokenizer's vocabulary."""
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _model_config(architecture: LearnerArchitecture, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Return transformers' configuration of the tiny model with a tokenizer's vocabulary."""
     from transformers import AutoConfig
 
-    token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    sizes, chat = architecture.tiny_config(), architecture.chat_format
+    ids = {
+        "bos_token_id": tokenizer.convert_tokens_to_ids(chat.pad_token),
+        "eos_token_id": tokenizer.convert_tokens_to_ids(chat.eos_token),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(chat.pad_token),
+    }
     text = {
-        **TEXT,
+        **sizes["text_config"],
+        **ids,
         "vocab_size": len(tokenizer),
         "tie_word_embeddings": True,
-        "bos_token_id": token["<|endoftext|>"],
-        "eos_token_id": token["<|im_end|>"],
-        "pad_token_id": token["<|endoftext|>"],
         "dtype": "float32",
     }
     return AutoConfig.for_model(
-        architecture,
+        architecture.model_type,
         text_config=text,
-        vision_config=dict(VISION[architecture]),
+        vision_config=dict(sizes["vision_config"]),
         tie_word_embeddings=True,
         dtype="float32",
-        vision_start_token_id=token["<|vision_start|>"],
-        vision_end_token_id=token["<|vision_end|>"],
-        image_token_id=token["<|image_pad|>"],
-        video_token_id=token["<|video_pad|>"],
-        bos_token_id=text["bos_token_id"],
-        eos_token_id=text["eos_token_id"],
-        pad_token_id=text["pad_token_id"],
+        **ids,
+        **{key: tokenizer.convert_tokens_to_ids(token) for key, token in chat.config_tokens.items()},
     )

@@ -1,1 +1,1 @@
-"""Weights on their way to replicas: announced, sent, proven. Knows nothing of what they were learnt from."""
+"""Weight publication: transfer of the weights to inference replicas, verified by checksums and a canary."""

@@ -1,0 +1,1 @@
+"""Analysis of runs: report, viewer, live status, explanation, environment checks, evaluation and sweeps."""

@@ -1,1 +1,0 @@
-"""A whole run on this machine: what is refused, started, watched, shown and judged."""

@@ -1,0 +1,1 @@
+"""One run on this machine: checked, sized, started, supervised, shown and judged."""

@@ -1,0 +1,1 @@
+"""Metrics of the learner: records, metrics.jsonl and trackers, Prometheus, result files."""
