@@ -4,12 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=(test)
-[[ " $* " == *" tests/long"* ]] && extras+=(suite)
+[[ " $* " == *" tests/long"* ]] && extras+=(suite notebooks)
 bash deploy/install.sh "${extras[@]}"
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check --quiet .
-mypy core actor inference replay learner launch analysis cli testing
+mypy core models actor inference replay learner launch env analysis cli testing
 lint-imports
 buf lint proto
 exec pytest "$@"

@@ -29,6 +29,11 @@ submit() { # ROLE [sbatch option ...]
     local role=$1 own="SBATCH_${1^^}" log=$1
     shift
     case $role in actor | inference) log=$role-%a ;; esac
+    # A store in replay.folder is on the disk of one node, to which the run directory has a link.
+    if [ "$role" = replay ] && [ -n "$replay_folder" ]; then
+        set -- --no-requeue "$@"
+        [ ! -L "$folder/replay" ] || [ ! -s "$folder/replay_node" ] || set -- --nodelist="$(<"$folder/replay_node")" "$@"
+    fi
     # shellcheck disable=SC2086 # the variable holds several options
     sbatch --parsable --job-name="deskrl-$name-$role" --output="$folder/logs/$log.log" --open-mode=append \
         "${options[@]}" ${!own-} "$@" "$here/role.sh" "$role" "$config"

@@ -22,6 +22,12 @@ prepare)
     exec deskrl prepare "$config"
     ;;
 replay)
+    node=${SLURMD_NODENAME:-$here}
+    if [ -L "$folder/replay" ] && [ -s "$folder/replay_node" ] && [ "$(<"$folder/replay_node")" != "$node" ]; then
+        echo "role.sh: the store of this run is on $(<"$folder/replay_node"), not on $node (hint: launch.sh start)" >&2
+        exit 2
+    fi
+    printf '%s\n' "$node" >"$folder/replay_node"
     export DESKRL_REPLAY__ADDRESS=$here:$replay_port
     publish "$DESKRL_REPLAY__ADDRESS"
     exec deskrl replay "$config"

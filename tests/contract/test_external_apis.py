@@ -33,7 +33,7 @@ from deskrl.actor.agent.conversation import Agent
 from deskrl.actor.agent.external_apis import policy_opener
 from deskrl.actor.agent.external_server import check_reachable
 from deskrl.actor.agent.inference_client import InferenceError
-from deskrl.actor.agent.language_checks import check_language
+from deskrl.actor.agent.model_fit import check_language
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.step_codec import Step

@@ -15,7 +15,7 @@ from Xlib.display import Display
 from deskrl.actor.guest.windows import Windows
 from deskrl.actor.guest.x_connection import XConnection
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("Xvfb") and shutil.which("openbox")), reason="Xvfb or openbox is not installed"

@@ -11,7 +11,7 @@ from pathlib import Path
 from inference_kit import build_model
 from weight_loader_kit import load_and_compare
 
-from deskrl.core.architectures import ARCHITECTURES
+from deskrl.models.architectures import ARCHITECTURES
 
 
 def test_each_parameter_equals_that_of_the_models_own_loader(tmp_path: Path) -> None:
@@ -25,6 +25,6 @@ def test_each_parameter_equals_that_of_the_models_own_loader(tmp_path: Path) -> 
     process.join()
     assert process.exitcode == 0
     for expected in folders:
-        name, num_buckets, problems = results.get(timeout=10)
+        name, num_buckets, problems = results.get(timeout=60)
         assert (name, problems) == (expected, [])
         assert num_buckets > 5, "the test needs several buckets"

@@ -11,22 +11,22 @@ import pytest
 import torch
 from deepspeed_kit import SHOTS, load, run_in_ranks
 from learner_kit import ToyPolicy, build_model
-from lora_kit import BOTH, build_padded_model, check_results, sample_rows, train_and_resume
+from lora_kit import BOTH, build_padded_model, check_results, sample_rows, train_and_resume, train_and_serve
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deskrl.core.config import LoraConfig, RunConfig
 from deskrl.core.errors import UserError
-from deskrl.core.model_checks import fingerprint_weights
 from deskrl.learner import components
 from deskrl.learner.batches.collator import Collator, MicroBatch
 from deskrl.learner.batches.packing import Row
 from deskrl.learner.checkpoint.checkpoint_files import CheckpointStore
 from deskrl.learner.checkpoint.merge_adapter import merge_adapter
-from deskrl.learner.policy import lora
+from deskrl.learner.policy import activation_checkpointing, lora
 from deskrl.learner.policy.fused_layers import AlignedLinear
 from deskrl.learner.policy.policy_model import Policy
 from deskrl.learner.policy.state_dict_names import checkpoint_tensors
+from deskrl.models.model_checks import fingerprint_weights
 
 LANGUAGE = LoraConfig(rank=4, alpha=8.0)
 
@@ -120,6 +120,42 @@ def test_published_weights_are_those_of_merge_and_unload_under_the_names_of_the_
         assert torch.equal(published[name], tensor), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_learner_computes_with_exactly_the_weights_that_are_published(
+    folder: Path, rows: list[Row], dtype: torch.dtype
+) -> None:
+    policy, collator = load_adapted(folder, BOTH)
+    served, _ = load(folder)
+    policy.to(dtype)
+    served.to(dtype)
+    assert policy.adapter is not None
+    micro = collator.collate(rows)
+    optimizer = torch.optim.AdamW(policy.adapter.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.autograd.backward(-policy(micro, 1.0, False).logprobs_N.mean())
+        optimizer.step()
+        live = checkpoint_tensors(served.model)
+        for name, tensor in checkpoint_tensors(policy.model).items():
+            live[name].data.copy_(policy.adapter.merged(tensor))
+        assert torch.equal(logprobs(policy, micro), logprobs(served, micro))
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_does_not_change_the_gradients_of_adapters(
+    folder: Path, rows: list[Row], mode: activation_checkpointing.Mode
+) -> None:
+    gradients = []
+    for each in ("off", mode):
+        policy, collator = load_adapted(folder, BOTH)
+        assert policy.adapter is not None
+        for part in (policy.architecture.language_model(policy.model), policy.architecture.vision_tower(policy.model)):
+            activation_checkpointing.enable(part, each)
+        torch.autograd.backward(policy(collator.collate(rows), 1.0, False).logprobs_N.sum())
+        gradients.append({name: tensor.grad for name, tensor in policy.adapter.tensors().items()})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
 def test_the_initial_policy_scores_while_the_adapter_is_disabled(folder: Path, rows: list[Row]) -> None:
     initial, collator = load(folder)
     policy, _ = load_adapted(folder, BOTH)
@@ -174,6 +210,19 @@ def test_two_ranks_save_resume_publish_and_merge_an_adapter_exactly(folder: Path
     run_in_ranks(train_and_resume, 2, folder, [{"zero_stage": 1}, {"zero_stage": 3}], tmp_path)
     whole, sharded = check_results(folder, tmp_path, 2)
     assert sharded == pytest.approx(whole, rel=1e-3)
+
+
+def test_ranks_that_shard_the_model_compute_with_exactly_the_weights_that_they_publish(
+    folder: Path, tmp_path: Path
+) -> None:
+    stages = [
+        {"zero_stage": 2},
+        {"zero_stage": 3, "activation_checkpointing": "off"},
+        {"zero_stage": 3, "activation_checkpointing": "full"},
+    ]
+    run_in_ranks(train_and_serve, 2, folder, [{"dtype": "bfloat16"} | stage for stage in stages], tmp_path)
+    whole, *others = json.loads((tmp_path / "norms.json").read_text())
+    assert others == [pytest.approx(whole, rel=0.02)] * len(others)
 
 
 # Checkpoints of other runs.

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 from chaos_kit.disk import Disk, disk_unavailable_reason
 from relay_kit import Relay
@@ -15,9 +14,10 @@ from replay_kit import ReplayProcess, StartReplay, begin, replay_config, result,
 from deskrl.core import rpc
 from deskrl.core.ids import image_hash
 from deskrl.core.process_lifecycle import StopEvent
+from deskrl.core.step_codec import decode_step
 from deskrl.launch.certificates import make_certificates
 from deskrl.learner import replay_client, retrying_calls
-from deskrl.learner.replay_client import ReplayClient
+from deskrl.learner.replay_client import EpisodesDamagedError, ReplayClient
 from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
 
@@ -39,10 +39,27 @@ def test_a_screenshot_in_the_cache_is_not_requested_again(
         replay.kill()
         monkeypatch.setattr(retrying_calls, "RESTART_TIMEOUT_S", 0.5)
         assert learner.fetch_images([third, first]) == {name: shots[name] for name in (first, third)}
-        with pytest.raises(grpc.RpcError):
+        with pytest.raises(RuntimeError, match="replay does not serve screenshots: DEADLINE_EXCEEDED"):
             learner.fetch_images([second])
     finally:
         learner.close()
+
+
+def test_a_damaged_screenshot_is_named_in_one_line_by_every_rank(start_replay: StartReplay) -> None:
+    replay = start_replay()
+    actor = replay.client()
+    actor.run_group("train/0", [0.0, 1.0])
+    name = image_hash(actor.fetch([decode_step(actor.episodes()[0].steps[0]).screenshot])[0])
+    for path in (replay.folder / "screenshots").iterdir():
+        path.unlink()
+    for rank in range(2):
+        learner = ReplayClient(replay.config.replay.address, f"rank-{rank}", StopEvent())
+        try:
+            with pytest.raises(EpisodesDamagedError, match=name) as error:
+                learner.fetch_images([name])
+            assert "\n" not in str(error.value)
+        finally:
+            learner.close()
 
 
 def test_groups_arrive_in_order_and_requests_report_the_groups_dropped_so_far(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepspeed_kit import load, make_rows, run_in_ranks, take_step
+from deepspeed_kit import load, make_rows, run_in_ranks, sharding_as_of_a_large_model, take_step
 from learner_kit import ToyPolicy, build_model, run_episode
 
 from deskrl.core.config import LearnerConfig
 from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
-from deskrl.learner.policy import deepspeed_engine as engine_module
 from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine
 from deskrl.learner.policy.state_dict_names import unsharded_shape
 
@@ -17,17 +16,8 @@ from deskrl.learner.policy.state_dict_names import unsharded_shape
 def gather_after_scoring(folder: Path) -> None:
     """In each rank: train, score a canary and gather all parameters, in the order of the learner."""
     policy, collator = load(folder)
-    # As with a large model: no parameter stays gathered, and the next ones are prefetched in small portions.
-    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0} | {
-        "stage3_max_live_parameters": 200_000,
-        "stage3_prefetch_bucket_size": 100_000,
-    }
-    whole = engine_module._deepspeed_config
-    engine_module._deepspeed_config = lambda config: {
-        **whole(config),
-        "zero_optimization": whole(config)["zero_optimization"] | zero,
-    }
-    engine = DeepSpeedEngine(policy, LearnerConfig.model_validate({"dtype": "float32", "zero_stage": 3}))
+    with sharding_as_of_a_large_model():
+        engine = DeepSpeedEngine(policy, LearnerConfig.model_validate({"dtype": "float32", "zero_stage": 3}))
     loader = MicroBatchLoader(collator, engine.rank, engine.world_size, 64, lambda: None)
     episode = run_episode(ToyPolicy(folder), "red", 0)
     shard = loader.shard(make_rows([episode, run_episode(ToyPolicy(folder), "blue", 1)]))

@@ -13,12 +13,12 @@ from learner_kit import build_model
 from model_folder_kit import TINY, UI_TARS_7B, model_config, rename_saved_by_transformers
 from safetensors.torch import load_file, save_file
 
-from deskrl.core.architectures import ConfigError, load_architecture
 from deskrl.core.errors import UserError
-from deskrl.core.model_checks import check_complete
 from deskrl.inference.weight_staging import checkpoint_shapes
 from deskrl.learner.policy.policy_model import load_policy
 from deskrl.learner.policy.state_dict_names import checkpoint_tensors, unsharded_shape
+from deskrl.models.architectures import ConfigError, load_architecture
+from deskrl.models.model_checks import check_complete
 
 
 def transformers_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -77,12 +77,12 @@ def test_replay_serves_its_clients(start_replay: StartReplay, host: str) -> None
     async def status() -> replay_pb2.GetReplayStatusResponse:
         async with rpc.connect(address) as channel:
             stub = replay_pb2_grpc.ReplayServiceStub(channel)
-            return await stub.GetReplayStatus(replay_pb2.GetReplayStatusRequest(), timeout=10)
+            return await stub.GetReplayStatus(replay_pb2.GetReplayStatusRequest(), timeout=60)
 
     assert asyncio.run(status()).service.version == rpc.VERSION
     with rpc.connect_sync(address) as channel:
         stub = replay_pb2_grpc.ReplayServiceStub(channel)
-        assert stub.GetReplayStatus(replay_pb2.GetReplayStatusRequest(), timeout=10).service.version == rpc.VERSION
+        assert stub.GetReplayStatus(replay_pb2.GetReplayStatusRequest(), timeout=60).service.version == rpc.VERSION
     assert scrape.read_all([f"127.0.0.1:{metrics_port}"])
 
 

@@ -14,11 +14,11 @@ from learner_kit import ToyPolicy, build_model, run_episode
 from published_model_kit import to_published_format
 
 from deskrl.core.ids import image_hash
-from deskrl.core.model_checks import check_complete
 from deskrl.core.prompt_rendering import processor_hash, read_image_sizing, read_vocab_size, suppressed_ids
 from deskrl.launch.sizing.model_shape import shape_from_config
 from deskrl.learner.batches.packing import pack
 from deskrl.learner.policy.policy_model import load_policy, load_processor, make_collator
+from deskrl.models.model_checks import check_complete
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_5_vl", "qwen3_vl", "glm4v"])

@@ -79,7 +79,7 @@ def test_the_slots_of_a_batch_are_filled_in_order_even_if_a_later_one_is_request
         client.run_group(group, [0, 1])
     assert client.take("train", "batch", 1) is None
     request = replay_pb2.TakeGroupRequest(peer=TEST_PEER, queue="train", batch_id="batch", ordinal=1, wait_s=10)
-    requested_early = client.replay.TakeGroup.future(request, timeout=20)
+    requested_early = client.replay.TakeGroup.future(request, timeout=60)
     assert members(client.take("train", "batch", 0)) == ["train/0.0", "train/0.1"]
     assert members(requested_early.result().group) == ["train/1.0", "train/1.1"]
 
@@ -87,7 +87,7 @@ def test_the_slots_of_a_batch_are_filled_in_order_even_if_a_later_one_is_request
 def test_taking_waits_for_a_group_to_complete(start_replay: StartReplay) -> None:
     client = start_replay().client()
     request = replay_pb2.TakeGroupRequest(peer=TEST_PEER, queue="train", batch_id="b", wait_s=20)
-    waiting = client.replay.TakeGroup.future(request, timeout=30)
+    waiting = client.replay.TakeGroup.future(request, timeout=60)
     client.run_group("train/0", [0, 1])
     assert members(waiting.result().group) == ["train/0.0", "train/0.1"]
 
@@ -392,5 +392,5 @@ def test_screenshots_of_a_removed_episode_stay_while_another_episode_uses_them(s
 def test_a_lease_request_without_a_request_id_is_rejected(start_replay: StartReplay) -> None:
     client = start_replay().client()
     with pytest.raises(grpc.RpcError) as rejected:
-        client.rollout.AcquireLease(rollout_pb2.AcquireLeaseRequest(peer=TEST_PEER), timeout=20)
+        client.rollout.AcquireLease(rollout_pb2.AcquireLeaseRequest(peer=TEST_PEER), timeout=60)
     assert status_code(rejected) == grpc.StatusCode.INVALID_ARGUMENT

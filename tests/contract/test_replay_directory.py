@@ -66,5 +66,5 @@ def test_a_replica_that_stops_announcing_itself_is_removed(monkeypatch: pytest.M
 def test_an_invalid_address_is_rejected(start_replay: StartReplay, address: str) -> None:
     with rpc.connect_sync(start_replay().config.replay.address) as channel, pytest.raises(grpc.RpcError) as rejected:
         request = directory_pb2.AnnounceRequest(peer=TEST_PEER, address=address)
-        directory_pb2_grpc.DirectoryServiceStub(channel).Announce(request, timeout=20)
+        directory_pb2_grpc.DirectoryServiceStub(channel).Announce(request, timeout=60)
     assert rejected.value.code() is grpc.StatusCode.INVALID_ARGUMENT

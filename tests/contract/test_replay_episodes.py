@@ -129,7 +129,7 @@ def test_without_work_a_lease_request_waits_until_work_is_planned(start_replay: 
     client = start_replay().client()
     assert not client.acquire().lease_id
     waiting = client.rollout.AcquireLease.future(
-        rollout_pb2.AcquireLeaseRequest(peer=TEST_PEER, request_id="r", wait_s=20), timeout=30
+        rollout_pb2.AcquireLeaseRequest(peer=TEST_PEER, request_id="r", wait_s=20), timeout=60
     )
     client.plan("eval/0", num=1)
     assert waiting.result().rollout.episode_id == "eval/0.0"
@@ -298,7 +298,7 @@ def test_a_caller_with_another_protocol_version_is_rejected_with_a_hint(start_re
         (client.replay.TakeGroup, replay_pb2.TakeGroupRequest(peer=old, queue="train", batch_id="b")),
     ]:
         with pytest.raises(grpc.RpcError) as rejected:
-            call(request, timeout=20)
+            call(request, timeout=60)
         assert rejected.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         assert "install the same version" in str(rejected.value.details())
     begin_old = rollout_pb2.StreamEpisodeRequest(begin=rollout_pb2.EpisodeBegin(peer=old, lease_id="l"))

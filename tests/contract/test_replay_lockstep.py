@@ -36,7 +36,7 @@ def start_round(client: ReplayClient, desktops: ThreadPoolExecutor) -> list[Leas
 
 def await_step(client: ReplayClient, lease: Lease, step: int, wait_s: float = 10) -> bool:
     request = rollout_pb2.AwaitTurnRequest(peer=TEST_PEER, lease_id=lease.lease_id, turn=step, wait_s=wait_s)
-    return bool(client.rollout.AwaitTurn(request, timeout=20).is_open)
+    return bool(client.rollout.AwaitTurn(request, timeout=60).is_open)
 
 
 def test_a_round_starts_when_all_desktops_ask_and_no_episode_runs(

@@ -17,7 +17,7 @@ from deskrl.core import rpc
 from deskrl.proto.v1 import rollout_pb2
 
 _UNDECODABLE = b"\x0a\xff\xff\xff\xff\xff"
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 60.0
 
 
 def _path(name: str) -> str:

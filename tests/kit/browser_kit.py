@@ -73,6 +73,28 @@ class Browser:
         for kind in ("rawKeyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key)
 
+    def click(self, x: float, y: float, *, num: int = 1, button: str = "left") -> None:
+        """Click a point of the window `num` times in a row."""
+        for count in range(1, num + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                self._mouse(kind, x, y, button=button, clickCount=count)
+
+    def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press the left button at a point of the window, and release it at another one."""
+        self._mouse("mousePressed", *start, button="left", clickCount=1)
+        self._mouse("mouseMoved", *end, button="left", buttons=1)
+        self._mouse("mouseReleased", *end, button="left", clickCount=1)
+
+    def scroll(self, x: float, y: float, pixels: float) -> None:
+        """Turn the wheel at a point of the window; positive values scroll down."""
+        self._mouse("mouseWheel", x, y, deltaX=0, deltaY=pixels)
+
+    def type_text(self, text: str) -> None:
+        """Press and release the key of each character."""
+        for character in text:
+            self._call("Input.dispatchKeyEvent", type="keyDown", key=character, text=character)
+            self._call("Input.dispatchKeyEvent", type="keyUp", key=character)
+
     def screenshot(self, path: Path) -> None:
         """Save a screenshot of the whole page as PNG."""
         data = self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
@@ -85,6 +107,9 @@ class Browser:
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(_TIMEOUT_S)
         shutil.rmtree(self._profile, ignore_errors=True)
+
+    def _mouse(self, kind: str, x: float, y: float, **arguments: Any) -> None:
+        self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **arguments)
 
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
         number = next(self._numbers)

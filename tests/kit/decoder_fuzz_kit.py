@@ -24,13 +24,13 @@ from vendor_api_kit import anthropic_reply, openai_reply
 from deskrl.actor import image_decoding
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.action_language import FormatError, PolicyResponse
-from deskrl.actor.agent.action_parser import parse_response
 from deskrl.actor.agent.anthropic_messages import read_reply as read_anthropic_reply
 from deskrl.actor.agent.external_policy import ExternalClient
 from deskrl.actor.agent.external_server import UnavailableError
 from deskrl.actor.agent.inference_client import InferenceError
 from deskrl.actor.agent.language_registry import select_language
 from deskrl.actor.agent.openai_responses import read_reply as read_openai_reply
+from deskrl.actor.agent.ui_tars_parser import parse_response
 from deskrl.actor.desktops.base import DesktopError
 from deskrl.actor.desktops.guest_replies import CommandReply, WindowRecord
 from deskrl.actor.desktops.http_client import GuestResponse
@@ -40,10 +40,10 @@ from deskrl.core.addresses import AddressError, HostPort
 from deskrl.core.config import AgentConfig, InferenceConfig
 from deskrl.core.errors import UserError
 from deskrl.core.ids import image_hash
-from deskrl.core.model_checks import check_complete
-from deskrl.core.model_checks.safetensors_header import read_header
 from deskrl.core.step_codec import CodecError, Step, VersionSpan, decode_step, encode_step
 from deskrl.inference.image_cache import ImageError, decode_image
+from deskrl.models.model_checks import check_complete
+from deskrl.models.model_checks.safetensors_header import read_header
 from deskrl.replay.image_index import parse_hash
 from deskrl.replay.status_errors import InvalidRequestError
 

@@ -9,11 +9,14 @@ import inspect
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
+from deskrl.core.config import LearnerConfig
 from deskrl.core.ids import image_hash
 from deskrl.core.prompt_rendering import read_vocab_size, suppressed_ids
 from deskrl.core.step_codec import Step
@@ -21,6 +24,7 @@ from deskrl.learner.batches.collator import Collator
 from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
 from deskrl.learner.batches.packing import Row, pack
 from deskrl.learner.losses import imitation_loss
+from deskrl.learner.policy import deepspeed_engine
 from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine, StepOutcome
 from deskrl.learner.policy.policy_model import Policy, load_policy, load_processor, make_collator
 
@@ -60,6 +64,25 @@ def take_step(
             scores = engine.forward(micro, temperature=1.0)
             engine.backward(imitation_loss(scores.logprobs_N, denominator))
     return engine.step()
+
+
+@contextmanager
+def sharding_as_of_a_large_model() -> Iterator[None]:
+    """Create engines within the context that release parameters of any size, and prefetch few (ZeRO 3)."""
+    whole = deepspeed_engine._deepspeed_config
+    zero = {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 200_000,
+        "stage3_prefetch_bucket_size": 100_000,
+    }
+
+    def config_of(config: LearnerConfig) -> dict[str, Any]:
+        settings = whole(config)
+        return {**settings, "zero_optimization": settings["zero_optimization"] | zero}
+
+    with patch.object(deepspeed_engine, "_deepspeed_config", config_of):
+        yield
 
 
 def run_in_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> str:

@@ -24,7 +24,7 @@ DESKTOP = "deskrl-desktop"
 SLEEPER = "deskrl-test-sleeper"
 """Image whose containers sleep until they are stopped. It declares a volume."""
 
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = 60.0
 _DESKTOP_PACKAGES = (
     *("bash", "coreutils", "dash", "findutils", "grep", "libc-bin", "login", "procps", "util-linux"),
     *("libpython3.11-minimal", "libpython3.11-stdlib", "python3.11-minimal", "python3-minimal"),

@@ -333,7 +333,7 @@ class Client:
 
     async def step(self) -> int:
         """Return the step of the weights that the replica has."""
-        status = await self.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=20)
+        status = await self.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=60)
         return int(status.version.step)
 
 

@@ -9,21 +9,23 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from deepspeed_kit import load, make_rows, take_step
+from deepspeed_kit import load, make_rows, sharding_as_of_a_large_model, take_step
 from learner_kit import ToyPolicy, build_model, run_episode
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deskrl.core.config import LearnerConfig, LoraConfig
-from deskrl.core.model_checks import check_complete
+from deskrl.learner.batches.collator import MicroBatch
 from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
 from deskrl.learner.batches.packing import Row
 from deskrl.learner.checkpoint.checkpoint_files import CheckpointStore
 from deskrl.learner.checkpoint.checkpoint_writer import CheckpointWriter
 from deskrl.learner.checkpoint.merge_adapter import merge_adapter
-from deskrl.learner.policy import lora
+from deskrl.learner.policy import activation_checkpointing, lora
 from deskrl.learner.policy.architectures.qwen2_vl import Qwen25VLLearner
 from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine
+from deskrl.learner.policy.state_dict_names import checkpoint_tensors
+from deskrl.models.model_checks import check_complete
 
 BOTH = LoraConfig(rank=4, alpha=6.0, vision_targets=("qkv", "proj", "gate_proj", "down_proj", "mlp.0"))
 """Adapters in both parts of the model, also in layers that are padded."""
@@ -52,6 +54,9 @@ class Training:
         config = LearnerConfig.model_validate({"dtype": "float32", "grpo": grpo, "lora": BOTH.model_dump()} | settings)
         policy = policy.to(getattr(torch, config.dtype))
         policy.add_adapter(config.lora, seed=0)
+        part = policy.architecture
+        for model in (part.language_model(policy.model), part.vision_tower(policy.model)):
+            activation_checkpointing.enable(model, config.activation_checkpointing)
         self.engine = DeepSpeedEngine(policy, config)
         self.loader = MicroBatchLoader(collator, self.engine.rank, self.engine.world_size, 64, lambda: None)
         self.probe = collator.collate(sample_rows(folder))
@@ -94,6 +99,32 @@ def train_and_resume(folder: Path, cases: list[dict[str, Any]], results: Path) -
             (results / f"norms-{number}.json").write_text(json.dumps([*norms, *after]))
         writer.close()
     engine.close()
+
+
+def train_and_serve(folder: Path, cases: list[dict[str, Any]], results: Path) -> None:
+    """In each rank and case: train, and compare the learner's logprobs with those of the weights that it publishes."""
+    norms = []
+    with sharding_as_of_a_large_model():
+        for settings in cases:
+            training = Training(folder, settings)
+            norms.append([training.step() for _ in range(3)])
+            weights, scored = training.engine.weights(), training.score()
+            if training.engine.rank == 0:
+                assert torch.equal(scored, served_logprobs(folder, weights, training.probe)), settings
+    if training.engine.rank == 0:
+        (results / "norms.json").write_text(json.dumps(norms))
+    training.engine.close()
+
+
+def served_logprobs(folder: Path, weights: dict[str, Tensor], probe: MicroBatch) -> Tensor:
+    """Return logprobs of a model without adapters that has the published weights."""
+    policy, _ = load(folder)
+    policy.to(next(iter(weights.values())).dtype)
+    for name, tensor in checkpoint_tensors(policy.model).items():
+        tensor.data.copy_(weights[name])
+    with torch.no_grad():
+        logprobs_N: Tensor = policy(probe, 1.0).logprobs_N
+    return logprobs_N
 
 
 def check_results(folder: Path, results: Path, num_cases: int) -> list[list[float]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deskrl.core.architectures import architecture_of
+from deskrl.models.architectures import architecture_of
 
 SIZING = {"patch_size": 14, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")

@@ -14,7 +14,7 @@ from deskrl.core import rpc
 from deskrl.core.ids import image_hash
 from deskrl.proto.v1 import common_pb2, directory_pb2, replay_pb2, rollout_pb2
 
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 60.0
 _VERSION = common_pb2.PolicyVersion(lineage="lineage", step=1)
 _PLAN = replay_pb2.GroupPlan(
     group_id="fuzz/0", queue="fuzz", task_id="task", task_json=b"{}", seeds=[1, 2], max_steps=3, temperature=1.0,

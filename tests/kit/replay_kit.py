@@ -19,7 +19,7 @@ from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.step_codec import Step, VersionSpan, encode_step
 from deskrl.proto.v1 import common_pb2, replay_pb2, replay_pb2_grpc, rollout_pb2, rollout_pb2_grpc
 
-_DEADLINE_S = 20.0
+_DEADLINE_S = 60.0
 TEST_PEER = rpc.peer("actor", "test-actor")
 
 Requests = Iterable[rollout_pb2.StreamEpisodeRequest]

@@ -28,7 +28,8 @@ from deskrl.launch.certificates import make_certificates
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "deploy" / "compose" / "launch.sh"
-SOURCES = ("proto", "core", "actor", "inference", "replay", "learner", "launch", "analysis", "cli", "testing")
+SOURCES = ("proto", "core", "models", "actor", "inference", "replay", "learner", "launch", "env", "analysis", "cli")
+SOURCES += ("testing",)
 IMAGE = "deskrl-test-machine"
 _TIMEOUT_S = 120.0
 pytestmark = pytest.mark.skipif(

@@ -112,6 +112,40 @@ def test_the_environment_names_the_calling_process_as_supervisor() -> None:
     assert supervised_environment() == {SUPERVISOR_VARIABLE: str(os.getpid())}
 
 
+def test_a_signal_that_interrupts_a_wait_at_any_instruction_sets_the_event() -> None:
+    program = textwrap.dedent(
+        """
+        import signal
+        from deskrl.core.process_lifecycle import stop_event
+        for index in range(500):
+            stop = stop_event()
+            signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGTERM))
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + index * 1e-7)
+            while not stop.wait(0):
+                pass
+        """
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("waiting", ["stop.wait()", "asyncio.run(stop.wait_async())"])
+def test_a_signal_that_another_thread_receives_ends_the_wait_of_the_main_thread(waiting: str) -> None:
+    program = textwrap.dedent(
+        f"""
+        import asyncio, signal, threading, time
+        from deskrl.core.process_lifecycle import stop_event
+        stop = stop_event()
+        def interrupt():
+            time.sleep(0.1)  # until the main thread waits
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            time.sleep(3600)  # the end of a thread would wake the main thread
+        threading.Thread(target=interrupt, daemon=True).start()
+        {waiting}
+        """
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_a_coroutine_can_wait_for_the_stop_event() -> None:
     async def scenario() -> None:
         event = StopEvent()

@@ -27,17 +27,19 @@ import grpc
 import pytest
 from ports_kit import free_port, free_ports
 from remote_guest_kit import serving_guest
+from target_game import KEY_OF_QUARTER, KEYS, TARGET_ID, quarter_of
 
 from deskrl.actor.desktops.orphan_cleanup import find_sandbox_processes
-from deskrl.actor.tasks.task_schema import load_tasks
+from deskrl.actor.tasks.task_schema import ENVIRONMENT_SUITE, load_tasks
 from deskrl.core import rpc
-from deskrl.core.ids import image_hash
+from deskrl.core.ids import derive_seed, image_hash
 from deskrl.core.latency_breakdown import PARTS
 from deskrl.core.process_lifecycle import supervised_environment
 from deskrl.core.step_codec import Step, VersionSpan, decode_step
 from deskrl.proto.v1 import common_pb2, inference_pb2, inference_pb2_grpc, replay_pb2, replay_pb2_grpc, rollout_pb2
 
 BOARD = Path(__file__).parents[2] / "examples" / "desktop"
+KIT = Path(__file__).parents[1] / "kit"
 TASK = "make-a-folder"
 MAKE_THE_FOLDER = (
     "Thought: Write the command.\nAction: type(content='mkdir amber')",
@@ -294,6 +296,61 @@ def test_rollouts_run_on_desktops_of_a_provider_outside_deskrl(run: Run, monkeyp
     run.start("actor", desktop__provider="drawing_board:BoardProvider")
     episode, steps = run.episode("demo")
     assert (episode.result.reward, len(steps)) == (1.0, 5)
+
+
+def start_actor_with_environments(run: Run, monkeypatch: pytest.MonkeyPatch, fault: str = "") -> None:
+    """Start an actor whose desktops are the target game; `fault` is that of its first step."""
+    monkeypatch.setenv("PYTHONPATH", str(KIT))
+    kwargs = {"fault": fault, "fault_file": str(run.folder / "fault")}
+    options = {"id": TARGET_ID, "actions": KEYS, "instruction": "Hit the white square.", "kwargs": kwargs}
+    provider = {"desktop__provider": "gymnasium", "desktop__provider_options": json.dumps(options)}
+    run.start("actor", desktop__width=320, desktop__height=240, desktop__step_timeout_s=2, **provider)
+
+
+def hit(group_seed: int) -> str:
+    """Return the response that hits the target of a group."""
+    key = KEY_OF_QUARTER[quarter_of(derive_seed("environment", group_seed) % 2**31)]
+    return f"Thought: It is there.\nAction: hotkey(key='{key}')"
+
+
+def test_whole_episodes_are_played_on_a_gymnasium_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (play,) = load_tasks(ENVIRONMENT_SUITE)
+    miss = "Thought: Hm.\nAction: hotkey(key='f5')"
+    policy = run.serve(PolicyDouble((miss, hit(derive_seed(f"train/{TASK}")))))
+    run.plan("train", rollout_pb2.ACTING_POLICY_SAMPLED, num_rollouts=3, task_json=play.data)
+    start_actor_with_environments(run, monkeypatch)
+    group = run.take("train")
+    steps = [[decode_step(data) for data in episode.steps] for episode in group.episodes]
+    assert [(episode.result.reward, episode.result.num_steps) for episode in group.episodes] == [(1.0, 2)] * 3
+    assert {episode.result.termination for episode in group.episodes} == {rollout_pb2.TERMINATION_FINISHED}
+    assert len({of_episode[0].screenshot for of_episode in steps}) == 1, "a group has one seed"
+    assert "Hit the white square." in str(policy.requests[0].messages)
+    evidence = json.loads(group.episodes[0].result.evidence_json)["checks"][0]["result"]
+    assert evidence == {"reward": 1.0, "return": 1.0, "end": "terminated", "num_steps": 1, "num_ignored_actions": 1}
+
+
+@pytest.mark.parametrize("fault", ["raise", "kill", "hang"])
+def test_a_fault_of_an_environment_has_no_reward_and_the_episode_is_granted_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    (play,) = load_tasks(ENVIRONMENT_SUITE)
+    run.serve(PolicyDouble((hit(0),)))
+    run.plan("eval", rollout_pb2.ACTING_POLICY_SAMPLED, task_json=play.data)
+    start_actor_with_environments(run, monkeypatch, fault)
+    episode, steps = run.episode("eval")
+    assert (episode.result.reward, len(steps), episode.num_faults) == (1.0, 1, 1)
+    assert dict(run.status().faults) == {"FAULT_KIND_DESKTOP_LOST": 1}
+    assert "fault desktop_lost: the environment" in run.log("actor")
+
+
+def test_an_actor_whose_environment_does_not_exist_ends_with_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(KIT))
+    options = json.dumps({"id": "target_game:Tarket-v0", "actions": KEYS})
+    actor = run.start("actor", desktop__provider="gymnasium", desktop__provider_options=options)
+    assert actor.wait(TIMEOUT_S) == 2
+    assert "desktop.provider_options: target_game:Tarket-v0 cannot be made: NameNotFound" in run.log("actor")
 
 
 def assert_demonstration(run: Run, episode: replay_pb2.Episode) -> None:

@@ -40,6 +40,7 @@ TASK = json.loads(
     next(Path(__file__).parents[2].glob("actor/deskrl/actor/suite/examples/*/make-a-folder.json")).read_text()
 )
 SMALL = {"image_width": 112, "image_height": 112}
+SCREEN = "[desktop]\nwidth = 280\nheight = 224\n"
 
 Rejected = Callable[..., str]
 
@@ -89,6 +90,42 @@ def rejected(tmp_path: Path, ports: list[str]) -> Rejected:
 def run_dir(tmp_path: Path) -> Path:
     """Run directory of `rejected("up", …)`."""
     return tmp_path / "runs" / "bad"
+
+
+# Environments.
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ('{ id = "Tarket-v0" }', "desktop.provider_options: Tarket-v0 cannot be made: NameNotFound"),
+        (
+            '{ id = "target_game:Target-v0" }',
+            "desktop.provider_options: target_game:Target-v0: the action space Discrete(4) needs a table of actions",
+        ),
+        ('{ id = "A-v0", actions = { left = 0 } }', "desktop.provider_options.actions: 'left' is no gesture"),
+        ("{}", "desktop.provider_options.id: "),
+    ],
+)
+def test_an_environment_that_cannot_be_played_is_rejected_before_the_run(
+    rejected: Rejected, tmp_path: Path, run_dir: Path, options: str, expected: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'{SCREEN}provider = "gymnasium"\nprovider_options = {options}\n')
+    kit = str(Path(__file__).parents[1] / "kit")
+    assert expected in rejected("up", path, environment={"PYTHONPATH": kit})
+    assert not run_dir.exists()
+
+
+def test_an_openenv_server_that_does_not_answer_is_rejected_before_the_run(
+    rejected: Rejected, tmp_path: Path, run_dir: Path
+) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    options = f'{{ address = "{address}", actions = {{ click = {{ x = "{{x}}" }} }} }}'
+    path = tmp_path / "run.toml"
+    path.write_text(f'{SCREEN}provider = "openenv"\nprovider_options = {options}\n')
+    assert f"the OpenEnv server at {address} cannot be reached" in rejected("up", path)
+    assert not run_dir.exists()
 
 
 # The configuration.
@@ -593,6 +630,6 @@ def test_a_call_with_another_protocol_version_changes_nothing(replay: ReplayProc
     stranger.protocol = 2
     with rpc.connect_sync(replay.config.replay.address) as channel, pytest.raises(grpc.RpcError) as error:
         request = rollout_pb2.AcquireLeaseRequest(peer=stranger, request_id="one")
-        rollout_pb2_grpc.RolloutServiceStub(channel).AcquireLease(request, timeout=10)
+        rollout_pb2_grpc.RolloutServiceStub(channel).AcquireLease(request, timeout=60)
     assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     assert replay.client().acquire().lease_id, "the rollout must still be available"

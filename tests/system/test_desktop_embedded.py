@@ -11,8 +11,8 @@ from desktop_kit import DEADLINE_S, running_desktop
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.action_language import PolicyResponse
-from deskrl.actor.agent.action_parser import parse_response
 from deskrl.actor.agent.ui_tars import UiTars10
+from deskrl.actor.agent.ui_tars_parser import parse_response
 from deskrl.actor.desktops.debian_packages import missing_packages
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
 from deskrl.core.config import DesktopConfig, EmbeddedConfig

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from openenv_kit import ACTIONS, OpenEnvServer
+from ports_kit import free_port
+from target_game import KEYS, TARGET_ID
 
 from deskrl.actor.desktops.debian_packages import missing_packages
 from deskrl.testing.desktops import DesktopSuite
@@ -23,3 +28,29 @@ class TestSimulated(DesktopSuite):
         "files": "a simulated desktop has no files",
         "windows": "a simulated desktop has no windows",
     }
+
+
+class TestGymnasium(DesktopSuite):
+    provider = "gymnasium"
+    options: ClassVar[dict[str, Any]] = {"id": TARGET_ID, "actions": KEYS}
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def importable_kit(cls) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "kit"))
+            yield
+
+
+class TestOpenEnv(DesktopSuite):
+    provider = "openenv"
+    port = free_port()
+    options: ClassVar[dict[str, Any]] = {"address": f"http://127.0.0.1:{port}", "actions": ACTIONS}
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def server(cls) -> Iterator[None]:
+        server = OpenEnvServer(port=cls.port)
+        server.start()
+        yield
+        server.stop()

@@ -185,6 +185,25 @@ def test_non_loopback_addresses_need_certificates(tmp_path: Path) -> None:
     assert "deskrl certificates" in found.hint
 
 
+def test_a_machine_with_only_the_certificate_of_its_role_checks_the_servers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "certificates"
+    make_certificates(folder, [], 365)
+    for path in folder.iterdir():
+        if path.name not in ("ca.pem", "token", "actor.pem", "actor-key.pem"):
+            path.unlink()
+    addresses = [f"--{role}.address=127.0.0.1:{free_port()}" for role in ("replay", "inference")]
+    try:
+        status = main(["doctor", str(SMOKE), "--role", "actor", f"--security.certificates_dir={folder}", *addresses])
+    finally:
+        rpc.set_identity(None)
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert "certificate of actor: valid until" in output
+    assert output.count("not started on its machine") == 2
+
+
 def test_a_certificate_that_expires_soon_is_a_warning(tmp_path: Path) -> None:
     make_certificates(tmp_path / "certificates", [], 5)
     config = config_of(tmp_path, security={"certificates_dir": tmp_path / "certificates"})

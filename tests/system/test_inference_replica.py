@@ -65,7 +65,7 @@ def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
         processes = running.descendants()
         yield running
     assert running.process.returncode == 0, "SIGTERM must end a replica gracefully"
-    _, left = psutil.wait_procs(processes, timeout=10)
+    _, left = psutil.wait_procs(processes, timeout=60)
     assert not left, "processes of the engine were left running"
 
 
@@ -112,7 +112,7 @@ def test_a_missing_screenshot_is_requested_once_and_then_cached(run: Any) -> Non
     messages = [user("What is this?", image)]
 
     async def scenario(client: Client) -> None:
-        without = await client.inference.Act(act_request(messages), timeout=20)
+        without = await client.inference.Act(act_request(messages), timeout=60)
         assert list(without.missing_images.hashes) == [image.hash]
         first = await client.act(act_request(messages, [image]))
         again, once_more = [await client.act(act_request(messages)) for _ in range(2)]
@@ -200,7 +200,7 @@ def test_temperature_zero_is_greedy(run: Any) -> None:
 def test_invalid_requests_are_rejected(run: Any, request_: pb.ActRequest, code: grpc.StatusCode) -> None:
     async def scenario(client: Client) -> grpc.StatusCode:
         with pytest.raises(grpc.aio.AioRpcError) as rejection:
-            await client.inference.Act(request_, timeout=20)
+            await client.inference.Act(request_, timeout=60)
         return rejection.value.code()
 
     assert run(scenario) == code
@@ -386,7 +386,7 @@ def test_a_learner_that_disconnects_at_the_commit_leaves_consistent_weights(run:
         call.cancel()
         status = weights_pb2.GetWeightStatusResponse(state="updating")
         while status.state == "updating":
-            status = await client.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=20)
+            status = await client.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=60)
         return status.version.step, await client.act(act_request(messages, [image]))
 
     step, action = run(scenario)
@@ -395,7 +395,7 @@ def test_a_learner_that_disconnects_at_the_commit_leaves_consistent_weights(run:
 
 
 def test_model_info_describes_the_served_model(run: Any, replica: Replica) -> None:
-    info = run(lambda client: client.inference.GetModelInfo(pb.GetModelInfoRequest(peer=LEARNER), timeout=20))
+    info = run(lambda client: client.inference.GetModelInfo(pb.GetModelInfoRequest(peer=LEARNER), timeout=60))
     assert info.model_path == str(replica.config.model_folder)
     assert info.max_model_len == 2048
     assert info.engine.startswith("vllm ")
@@ -404,9 +404,9 @@ def test_model_info_describes_the_served_model(run: Any, replica: Replica) -> No
 
 def test_the_openai_endpoint_serves_the_same_model(replica: Replica) -> None:
     base = f"http://127.0.0.1:{replica.config.inference.openai_port}"
-    with urllib.request.urlopen(f"{base}/health", timeout=20) as reply:
+    with urllib.request.urlopen(f"{base}/health", timeout=60) as reply:
         assert reply.status == 200
-    with urllib.request.urlopen(f"{base}/v1/models", timeout=20) as reply:
+    with urllib.request.urlopen(f"{base}/v1/models", timeout=60) as reply:
         assert [model["id"] for model in json.load(reply)["data"]] == [replica.config.name]
     image = base64.b64encode(screenshot(9).data).decode()
     content: Sequence[dict[str, Any]] = [
@@ -452,7 +452,7 @@ def test_a_replica_without_a_gpu_rejects_a_direct_update(run: Any, reference: Re
         with pytest.raises(grpc.aio.AioRpcError) as rejection:
             await send(client.weights, [begin, *rest])
         assert rejection.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-        status = await client.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=20)
+        status = await client.weights.GetWeightStatus(weights_pb2.GetWeightStatusRequest(peer=PEER), timeout=60)
         assert (status.version.step, list(status.gpu_uuids), status.communicator_id) == (1, [], b"")
         assert status.host == host_id()
 

@@ -15,12 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
-from learner_kit import TASKS, ToyPolicy, build_model
+from learner_kit import TASKS, ToyPolicy, build_model, screenshot
 from learner_peers_kit import ToyActor, ToyReplica
 from ports_kit import free_port
 from replay_kit import ReplayProcess
+from safetensors.torch import load_file
 
+from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.demonstration_rendering import render_demonstrations
+from deskrl.actor.demonstrations import (
+    Demonstration,
+    DemonstrationStep,
+    Player,
+    create_folder,
+    write_demonstration,
+    write_screenshot,
+)
 from deskrl.cli.main import main
 from deskrl.core import ids, rpc
 from deskrl.core.config import RunConfig, dump_config
@@ -110,7 +122,7 @@ class ToyRun:
             peer=rpc.peer("inference", "toy"), address=replica.address, is_leaving=is_leaving
         )
         with rpc.connect_sync(self.config.replay.address) as channel:
-            directory_pb2_grpc.DirectoryServiceStub(channel).Announce(request, timeout=20)
+            directory_pb2_grpc.DirectoryServiceStub(channel).Announce(request, timeout=60)
 
     def stop_actor(self) -> None:
         if self.actor is not None:
@@ -247,6 +259,51 @@ def test_every_group_that_fails_after_a_success_of_its_task_gets_a_stored_succes
     criterion = success_buffer_criterion(updates, expected_of(run.config))
     assert criterion.ok
     assert criterion.value == f"used {2 * len(TASKS)} times, never withheld"
+
+
+def test_recorded_demonstrations_are_imitated_and_the_checkpoint_is_a_model_folder(
+    start_run: Callable[..., ToyRun], tmp_path: Path
+) -> None:
+    source = tmp_path / "demonstrations"
+    for number, task_id in enumerate(TASKS):
+        write_toy_demonstration(source / str(number), task_id)
+    warm_start = {"demonstrations": source, "num_epochs": 8, "episodes_per_batch": 2, "learning_rate": 3e-3}
+    run = start_run(grpo={**GRPO, "num_updates": 0}, warm_start=warm_start)
+    render_demonstrations(run.config, source)
+    run.finish(run.start())
+    phases = [line["phase"] for line in run.metrics("phase")]
+    assert phases == ["loading", "imitation", "waiting for inference", "publishing", "training", "finished"]
+    imitation = run.metrics("imitation")
+    assert len(imitation) == 8 * -(-len(TASKS) // 2)
+    losses = [line["loss"] for line in imitation]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    newest = (run.folder.checkpoints / "latest").resolve()
+    before, after = (load_file(folder / "model.safetensors") for folder in (run.config.model_folder, newest))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def write_toy_demonstration(folder: Path, task_id: str) -> None:
+    """Write a demonstration of a toy task: a click, then the end."""
+    create_folder(folder)
+    actions = (Action(ActionKind.CLICK, x=56, y=56), Action(ActionKind.FINISHED))
+    steps = [
+        DemonstrationStep(action, Player.PERSON, write_screenshot(folder, index, screenshot(task_id, index)), 0.0)
+        for index, action in enumerate(actions)
+    ]
+    demonstration = Demonstration(
+        task_id=task_id,
+        instruction=str(TASKS[task_id]["instruction"]),
+        task={},
+        seed=0,
+        screen_size=(112, 112),
+        source="test",
+        deskrl_version="0",
+        steps=tuple(steps),
+        reward=1.0,
+        termination="finished",
+    )
+    write_demonstration(folder, demonstration)
 
 
 def test_a_loss_of_the_users_own_trains_and_its_metrics_are_logged_to_the_trackers(

@@ -192,7 +192,7 @@ def test_a_process_that_exits_while_idle_is_replaced(monkeypatch: pytest.MonkeyP
         evaluators = OSWorldEvaluatorClient()
         for _ in range(2):
             assert (await evaluators.evaluate({}, ("127.0.0.1", 1), {}, {})).reward == 0.5
-            await evaluators._idle[0].process.wait()
+            await evaluators._idle[0].wait()
         await evaluators.close()
 
     asyncio.run(evaluate())

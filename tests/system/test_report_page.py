@@ -96,9 +96,9 @@ class ReplayProcess:
             await replay.PlanGroups(replay_pb2.PlanGroupsRequest(peer=rpc.peer("learner", "test"), groups=[plan]))
             for episode in episodes:
                 ask = rollout_pb2.AcquireLeaseRequest(peer=PEER, request_id=ids.new_id("ask"), wait_s=5)
-                lease = await rollout.AcquireLease(ask, timeout=10)
+                lease = await rollout.AcquireLease(ask, timeout=60)
                 assert lease.lease_id, "no lease was granted"
-                call = rollout.StreamEpisode(iter(list(_events(lease, episode))), timeout=30)
+                call = rollout.StreamEpisode(iter(list(_events(lease, episode))), timeout=60)
                 assert [answer async for answer in call][-1].closed
 
     def stop(self) -> None:

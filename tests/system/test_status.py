@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,9 @@ def test_reachable_roles_are_healthy_and_the_others_have_a_hint(
     process = start_replay()
     client = process.client()
     ask = rollout_pb2.AcquireLeaseRequest(peer=rpc.peer("actor", "actor-0.4711"), request_id="ask")
-    client.rollout.AcquireLease(ask, timeout=10)
+    client.rollout.AcquireLease(ask, timeout=60)
     planned = replay_pb2.PlanGroupsRequest(peer=rpc.peer("learner", "rank-0"))
-    client.replay.PlanGroups(planned, timeout=10)
+    client.replay.PlanGroups(planned, timeout=60)
     code, rows = status(process, capsys)
     assert code == 1
     for part in ("healthy", process.config.replay.address, rpc.VERSION):
@@ -39,6 +40,16 @@ def test_reachable_roles_are_healthy_and_the_others_have_a_hint(
     assert "phase not started, last call" in rows["learner"]
     assert "unhealthy" in rows["inference-0"]
     assert "start it with: deskrl inference CONFIG --index 0" in rows["inference-0"]
+
+
+def test_roles_that_a_supervisor_is_starting_are_not_to_be_started_by_hand(
+    start_replay: StartReplay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = start_replay()
+    with open(RunDir(process.config.run_dir).lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _, rows = status(process, capsys)
+    assert "not reachable; its supervisor starts it, see `logs` in the run directory" in rows["inference-0"]
 
 
 def test_an_actor_that_has_not_called_replay_is_unhealthy(
@@ -66,7 +77,7 @@ def test_desktops_that_do_not_start_make_their_actor_unhealthy(
     report = rollout_pb2.ExtendLeasesRequest(
         peer=rpc.peer("actor", "actor-0.4711"), num_desktops_set_aside=1, start_error="no display"
     )
-    process.client().rollout.ExtendLeases(report, timeout=10)
+    process.client().rollout.ExtendLeases(report, timeout=60)
     code, rows = status(process, capsys)
     assert code == 1 and "unhealthy" in rows["actor-0"]
     assert "1 desktop does not start and is retried: no display" in rows["actor-0"]

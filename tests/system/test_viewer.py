@@ -1,14 +1,17 @@
-"""`deskrl view` of a run whose replay service is running: lists, filters, pages and errors.
+"""`deskrl view` and `deskrl watch` of a run whose replay service is running: lists, filters, pages and errors.
 
 The store is filled over gRPC, the viewer is a separate process, and the browser is Chromium.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -36,7 +39,7 @@ from deskrl.proto.v1 import replay_pb2, rollout_pb2
 
 EVIL = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>{{ 7*7 }}"
 CLICK = {"kind": "click", "x": 320, "y": 180}
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 
 
 def picture(colour: str) -> bytes:
@@ -78,11 +81,12 @@ def run_episode(
 
 
 class Viewer:
-    """Process of `deskrl view`."""
+    """Process of `deskrl view` or `deskrl watch`."""
 
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "deskrl.cli.main", "view", str(folder), "--port", "0"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    def __init__(self, folder: Path, name: str = "view") -> None:
+        command = [sys.executable, "-m", "deskrl.cli.main", name, str(folder), "--port", "0"]
+        environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         self.url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]  # type: ignore[index]
@@ -107,9 +111,13 @@ class Viewer:
             return error.code
 
     def close(self) -> int:
-        """Terminate the process; returns its exit status."""
+        """Terminate the process; returns its exit status. If it does not end, its stacks are written to stderr."""
         self.process.terminate()
-        self.process.communicate(timeout=TIMEOUT_S)
+        try:
+            self.process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            raise
         return self.process.returncode
 
 
@@ -303,6 +311,43 @@ def test_the_benchmark_runs() -> None:
 
 
 # Bad input: one line, exit status 2, and all files stay unchanged.
+
+
+def test_the_desktops_of_a_running_run_are_shown_live(tmp_path: Path, browser: Browser) -> None:
+    with contextlib.ExitStack() as stack:
+        process = ReplayProcess(replay_config(tmp_path))
+        stack.callback(process.close)
+        client = process.client()
+        client.plan("train/0", task_id="fold", num=2)
+        stream, lease = OpenStream(client), client.acquire()
+        stream.send(begin(lease), *step(0, "Action: click(1,1)", CLICK, 0))
+        stream.read_until(1)
+        waiting = client.acquire()
+        viewer = Viewer(process.config.run_dir, "watch")
+        stack.callback(viewer.close)
+        browser.open(f"{viewer.url}/live")
+        caption = "[...document.querySelectorAll('.live .caption')].map(it => it.innerText)"
+        first, second = browser.evaluate(caption)
+        assert "step 1 · train" in first and "click(1,1)" in first and lease.rollout.episode_id in first
+        assert waiting.rollout.episode_id in second and "step" not in second
+        assert browser.evaluate("document.querySelector('.live circle.mark').cx.baseVal.value") == CLICK["x"]
+        stream.send(*step(1, "Action: wait()", {"kind": "wait"}, version=0))
+        shows = f"while (!({caption}[0] ?? '').includes('step 2')) await new Promise(done => setTimeout(done, 50))"
+        browser.evaluate(f"(async () => {{ {shows} }})()")
+        assert browser.evaluate("document.querySelector('.live img').decode().then(() => true)")
+        stream.send(*step(2, "Action: finished()", {"kind": "finished"}, version=0), result(1.0, 3))
+        stream.read_until(3)
+        gone = f"while ({caption}.length > 1) await new Promise(done => setTimeout(done, 50))"
+        browser.evaluate(f"(async () => {{ {gone} }})()")
+        assert browser.page_errors == []
+
+
+def test_a_run_that_is_not_running_has_no_live_desktops(capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    assert main(["watch", str(run)]) == 2
+    line = f"deskrl: {run}: is not running here: no desktop is live (hint: see its episodes: deskrl view {run})\n"
+    assert capsys.readouterr().err == line
+    assert main(["watch", str(run / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
 
 
 def view_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

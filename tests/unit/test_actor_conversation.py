@@ -103,6 +103,13 @@ def test_prompts_of_the_context_episode_extend_one_another() -> None:
         conversation.respond([index])
 
 
+def test_a_screenshot_without_a_response_is_replaced_by_the_next_one() -> None:
+    conversation, hashes = converse(AgentConfig(context="episode"), 1)
+    newer = conversation.observe(screen(99)).hash
+    assert conversation.prompt().images == (hashes[0], newer)
+    assert len(conversation.prompt().messages) == 5
+
+
 def test_the_context_window_keeps_all_responses_and_the_last_screenshots() -> None:
     conversation, hashes = converse(AgentConfig(context="window", window_images=2), 4)
     prompt = conversation.prompt()

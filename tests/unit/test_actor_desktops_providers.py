@@ -62,7 +62,8 @@ def config_of(tmp_path: Path, provider: str, **keys: Any) -> RunConfig:
 
 
 def test_the_providers_of_deskrl_are_registered() -> None:
-    assert PROVIDERS.names() == ["docker", "embedded", "osworld", "remote", "simulated", "vmware"]
+    own = ["docker", "embedded", "gymnasium", "openenv", "osworld", "remote", "simulated", "vmware"]
+    assert PROVIDERS.names() == own
 
 
 def test_a_provider_needs_only_make(own: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -253,6 +253,30 @@ def test_a_step_contains_its_screenshots_action_and_durations() -> None:
     assert result.final_image_hash == sink.images[-1]
     assert first.timings_ms.keys() == {"reset", "setup", "act", "input", "settle"}
     assert first.timings_ms["reset"] == 7.0 and last.timings_ms.keys() == {"act"}
+
+
+def test_a_policy_can_decide_on_a_newer_screenshot_which_rewards_then_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = Image.new("RGB", (280, 280), "green")
+
+    class LateDouble(PolicyDouble):
+        async def decide(self, conversation: Conversation, screenshot: common_pb2.Image, index: int) -> Decision:
+            image = conversation.observe(newer)
+            return replace(await super().decide(conversation, image, index), screenshot=image)
+
+    def sees_newer(episode: EndedEpisode) -> float:
+        return float([picture.tobytes() for picture in episode.screenshots] == [newer.tobytes()] * 2)
+
+    sink = SinkDouble()
+    reward = reward_of(monkeypatch, sees_newer)
+    outcome = run_episode(DoubleDesktop(), LateDouble(CLICK, FINISHED), sink=sink, reward=reward)
+    assert outcome.reward == 1.0
+    assert {step.screenshot for step in sink.steps} == {outcome.final_image_hash} <= set(sink.images)
+
+
+def test_a_desktop_that_dies_while_the_policy_looks_at_it_after_an_action_is_a_failure_of_the_policy() -> None:
+    desktop = DoubleDesktop()
+    outcome = run_episode(desktop, PolicyDouble(CLICK, desktop.die))
+    assert outcome.termination == rollout_pb2.TERMINATION_DESKTOP_DESTROYED
 
 
 def test_a_desktop_that_dies_during_an_action_is_a_failure_of_the_policy() -> None:

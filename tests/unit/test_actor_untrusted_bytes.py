@@ -34,7 +34,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
-from deskrl.actor import image_decoding
+from deskrl.actor import helper_process, image_decoding
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.desktops import guest_desktop, http_client, osworld_guest
 from deskrl.actor.desktops.base import Address, Desktop, DesktopError, DesktopGone
@@ -414,7 +414,7 @@ def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str) -> No
     script.chmod(0o755)
     monkeypatch.setattr(evaluator_client, "interpreter_path", lambda: script)
     monkeypatch.setattr(evaluator_client, "_TIMEOUT_S", 2.0)
-    monkeypatch.setattr(evaluator_client, "_KILL_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(helper_process, "_KILL_TIMEOUT_S", 0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("proto", "core", "actor", "inference", "replay", "learner", "launch", "analysis", "cli", "testing")
+PACKAGES = (
+    "proto",
+    "core",
+    "models",
+    "actor",
+    "inference",
+    "replay",
+    "learner",
+    "launch",
+    "env",
+    "analysis",
+    "cli",
+    "testing",
+)
 MAX_LINES = 80
 USUAL_LINES = 35
 MIN_USUAL_SHARE = 0.95

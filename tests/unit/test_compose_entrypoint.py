@@ -27,7 +27,7 @@ def start(folder: Path, program: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(("status", "expected"), [(0, 0), (1, 1), (2, 0), (3, 3), (143, 143)])
 def test_only_the_status_of_rejected_input_is_changed(tmp_path: Path, status: int, expected: int) -> None:
     process = start(tmp_path, f'printf "%s|" "$@"; exit {status}')
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (expected, "replay|a b|")
     assert ("is not restarted" in errors) == (status == 2)
 
@@ -38,13 +38,13 @@ def test_a_role_ends_in_good_order_when_its_container_is_stopped(tmp_path: Path,
     process = start(tmp_path, program)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert (process.returncode, output) == (status, "saved\n")
 
 
 def test_a_killed_role_is_restarted(tmp_path: Path) -> None:
     process = start(tmp_path, "kill -KILL $$")
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
 
 

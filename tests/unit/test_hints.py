@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import pytest
 
-from deskrl.cli import role_commands, run_commands, runs_commands, task_commands
+from deskrl.cli import data_commands, role_commands, run_commands, run_management_commands, task_commands
 from deskrl.cli.arguments import Commands, Parser
 from deskrl.core.config.config_errors import known_keys
 from deskrl.launch.arpo.keys import rule_of
 
 ROOT = Path(__file__).parents[2]
-LAYERS = ("actor", "analysis", "cli", "core", "inference", "launch", "learner", "replay", "testing")
+LAYERS = ("actor", "analysis", "cli", "core", "env", "inference", "launch", "learner", "models", "replay", "testing")
 PLACEHOLDER = "\0"
 """Stands for a value that is inserted into a text."""
 
@@ -81,7 +81,7 @@ def all_hints() -> list[Hint]:
 def parser_of_commands() -> Parser:
     parser = Parser(prog="deskrl")
     commands = Commands(parser, "command")
-    for module in (run_commands, runs_commands, task_commands, role_commands):
+    for module in (run_commands, run_management_commands, data_commands, task_commands, role_commands):
         module.add_commands(commands)
     return parser
 

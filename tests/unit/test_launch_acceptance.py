@@ -17,6 +17,7 @@ EXPECTED = Expected(
     replace_when="all_failed",
     success_threshold=0.1,
     max_mismatch=1e-3,
+    num_updates=3,
 )
 ALL_DISABLED = replace(EXPECTED, eval_episodes=0, min_gain=None, success_buffer=False)
 
@@ -116,6 +117,15 @@ def test_each_criterion_can_fail_by_itself(change: dict[str, Any], criterion: st
     keys = [key for key in ("kind", "when", "update") if key in change]
     metrics = [line | change if all(line.get(key) == change[key] for key in keys) else line for line in good_run()]
     assert [name for name, ok in verdicts(metrics).items() if not ok] == [criterion]
+
+
+def test_a_run_that_ends_after_its_warm_start_is_not_judged_by_updates() -> None:
+    metrics = [{"kind": "weights", "ok": True, "canary_max_difference": 1e-6}, {"kind": "phase", "phase": "finished"}]
+    found = verdicts(metrics, expected=replace(ALL_DISABLED, num_updates=0))
+    assert found["the loss is finite and changes"] is None
+    assert found["behaviour policy and learner agree"] is None
+    assert found["every replica confirmed every weight update"]
+    assert False not in found.values()
 
 
 def test_a_task_that_got_worse_fails_the_run_even_if_the_mean_rose() -> None:

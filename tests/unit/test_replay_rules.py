@@ -137,7 +137,7 @@ def test_metrics_are_served_over_http() -> None:
     metrics.observe_commit(Commit(num_operations=3, duration_s=0.002))
     metrics.faults.labels(kind="FAULT_KIND_EVALUATOR").inc()
     serve_metrics("127.0.0.1", port, "replay.metrics_port", metrics.registry)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
         lines = page.read().decode().splitlines()
     assert "deskrl_replay_commit_seconds_count 1.0" in lines
     assert "deskrl_replay_operations_total 3.0" in lines

@@ -83,7 +83,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.connection = sqlite3.connect(":memory:", isolation_level=None)
-        schema._create(self.connection)
+        schema.create(self.connection)
         self.folder = tempfile.TemporaryDirectory()
         self.blob_log = BlobLog(Path(self.folder.name), {}, max_bytes=SEGMENT_BYTES * 32)
         self.leases: dict[str, int] = {}

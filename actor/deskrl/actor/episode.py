@@ -181,6 +181,8 @@ class Episode:
             self._enter(DesktopState.WAITING_FOR_MODEL)
             decision = await self._decide(index)
             timings_ms |= decision.timings_ms
+            if decision.screenshot is not None:
+                self._replace_screenshot(decision.screenshot)
             try:
                 response = self._conversation.parse(decision.step.text)
             except FormatError as error:
@@ -212,7 +214,7 @@ class Episode:
         """Let the policy decide on its next action."""
         try:
             return await self._policy.decide(self._conversation, self._image, index)
-        except InferenceError as error:
+        except (InferenceError, DesktopError) as error:
             raise await self._end(Phase.SAMPLING, one_line(error), error) from error
 
     async def _end_with_format_error(self, error: FormatError) -> tuple[rollout_pb2.Termination, float, str]:
@@ -252,6 +254,13 @@ class Episode:
         self._sink.add_image(self._image)
         if self._reward.reads_screenshots(self._task):
             self._png_files.append(self._image.data)
+
+    def _replace_screenshot(self, image: common_pb2.Image) -> None:
+        """Replace the last screenshot by a newer one that the policy decided on."""
+        self._image = image
+        self._sink.add_image(image)
+        if self._png_files:
+            self._png_files[-1] = image.data
 
     async def _act(self, action: Action, timings_ms: dict[str, float]) -> Image.Image:
         """Perform an action and wait until the screen has settled."""

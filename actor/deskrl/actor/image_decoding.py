@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from PIL import Image
+
+from deskrl.actor.thread_pool import ThreadPool
 
 MAX_PIXELS = 7680 * 4320
 """Largest number of pixels of an image that is decoded: a screen of 8K."""
@@ -28,7 +29,7 @@ _PNG_END = b"IEND\xaeB`\x82"
 
 _T = TypeVar("_T")
 
-_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="decode")
+_threads = ThreadPool(NUM_THREADS, "decode")
 
 
 class ImageError(ValueError):
@@ -73,6 +74,6 @@ async def decode_off_loop(decode: Callable[[], _T], timeout_s: float = 30.0) -> 
     """
     try:
         async with asyncio.timeout(timeout_s):
-            return await asyncio.get_running_loop().run_in_executor(_threads, decode)
+            return await _threads.run(decode)
     except TimeoutError as error:
         raise ImageError(f"the image was not decoded within {timeout_s:g} s") from error

@@ -3,7 +3,8 @@
 `tasks.json` maps task ids to task files, `applications.json` maps task ids to applications. `corpus.txt` contains the
 texts that the policy reads and writes in these tasks, separated by form feeds; the tokenizer of the tiny model is
 trained on it. `built_model.json` contains the architecture of the tiny model and its largest number. `left_out.json`
-lists the tasks that the run leaves out with reasons, if there are any.
+lists the tasks that the run leaves out with reasons, if there are any. `demonstrations/` contains the demonstrations of
+a warm start that imitates a folder (see `core.imitation_data`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from PIL import Image
 
 from deskrl.actor.agent.action_language import PolicyResponse
 from deskrl.actor.agent.conversation import Agent
-from deskrl.actor.agent.language_checks import built_architecture
 from deskrl.actor.agent.language_registry import select_language
+from deskrl.actor.agent.model_fit import built_architecture
+from deskrl.actor.demonstration_rendering import render_demonstrations
 from deskrl.actor.desktops.provider_registry import select_provider
 from deskrl.actor.task import Task
 from deskrl.actor.tasks.noise import highest_level, with_noise
@@ -51,12 +53,13 @@ def load(config: RunConfig) -> tuple[list[Task], dict[str, list[str]]]:
     kept = {variant.id for variant in variants}
     runnable = [task for task in tasks if task.id in kept]
     unsolved = [task.id for task in runnable if not task.solution]
-    if config.learner.warm_start is not None and unsolved:
+    warm_start = config.learner.warm_start
+    if warm_start is not None and warm_start.demonstrations is None and unsolved:
         raise UserError(
             f"learner.warm_start imitates scripted solutions, but {len(unsolved)} of {len(runnable)} tasks have none: "
             + ", ".join(unsolved[:3])
             + (", …" if len(unsolved) > 3 else ""),
-            "unset learner.warm_start, or choose other tasks",
+            "unset learner.warm_start, set learner.warm_start.demonstrations, or choose other tasks",
         )
     return runnable, left_out
 
@@ -91,6 +94,9 @@ def main(config: RunConfig) -> None:
     if config.model.build is not None:
         coordinate_range = select_language(config.agent).coordinate_range(*config.image_size)
         run_dir.write_built_model(built_architecture(config), max(coordinate_range))
+    warm_start = config.learner.warm_start
+    if warm_start is not None and warm_start.demonstrations is not None:
+        render_demonstrations(config, warm_start.demonstrations)
 
 
 def _texts(task: Task, config: RunConfig) -> list[str]:

@@ -149,7 +149,7 @@ class Worker:
 
     async def _prepare_next(self, end: End | None) -> None:
         """Prepare a desktop for the next episode. In the lock-step schedule the next round resets it."""
-        if not _is_desktop_reusable(end):
+        if not is_desktop_reusable(end):
             metrics.DESKTOPS_REPLACED.inc()
             self._discard()
         if not self._lock_step:
@@ -168,16 +168,7 @@ class Worker:
             await asyncio.wait({running, lease_ended})
 
     async def _run_episode(self, lease: Lease, sender: EpisodeSender) -> End:
-        try:
-            return await self._make_episode(lease, sender).run(self._reset_ms)
-        except Fault as fault:
-            kind, message = fault.kind, str(fault)
-        except UserError as error:
-            kind, message = rollout_pb2.FAULT_KIND_TASK_SETUP, str(error)
-        except Exception as error:  # a defect of the actor ends one episode with a fault; other desktops continue
-            _log.exception("%s: the episode failed", lease.rollout.episode_id)
-            kind, message = rollout_pb2.FAULT_KIND_ACTOR, typed_line(error)
-        return rollout_pb2.EpisodeFault(kind=kind, message=message)
+        return await run_to_end(partial(self._make_episode, lease, sender), lease.rollout.episode_id, self._reset_ms)
 
     def _make_episode(self, lease: Lease, sender: EpisodeSender) -> Episode:
         assert self._desktop is not None
@@ -284,7 +275,27 @@ class Worker:
             self._desktop = None
 
 
-def _is_desktop_reusable(end: End | None) -> bool:
+async def run_to_end(make_episode: Callable[[], Episode], episode_id: str, reset_ms: float) -> End:
+    """Run an episode and return its result, or the fault that ended it; every error is a fault.
+
+    Args:
+        make_episode: returns the episode; its errors are faults too.
+        episode_id: name of the episode in the log.
+        reset_ms: duration of the desktop's reset in milliseconds.
+    """
+    try:
+        return await make_episode().run(reset_ms)
+    except Fault as fault:
+        kind, message = fault.kind, str(fault)
+    except UserError as error:
+        kind, message = rollout_pb2.FAULT_KIND_TASK_SETUP, str(error)
+    except Exception as error:  # a defect of the actor ends one episode with a fault; other desktops continue
+        _log.exception("%s: the episode failed", episode_id)
+        kind, message = rollout_pb2.FAULT_KIND_ACTOR, typed_line(error)
+    return rollout_pb2.EpisodeFault(kind=kind, message=message)
+
+
+def is_desktop_reusable(end: End | None) -> bool:
     """Return whether the desktop can be reset after an episode; otherwise it may be dead or still be busy."""
     broken = (rollout_pb2.TERMINATION_DESKTOP_DESTROYED, rollout_pb2.TERMINATION_STATE_UNREADABLE)
     return isinstance(end, rollout_pb2.EpisodeResult) and end.termination not in broken

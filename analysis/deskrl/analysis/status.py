@@ -7,7 +7,7 @@ called it.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -22,6 +22,7 @@ from deskrl.core.console import table_console
 from deskrl.core.errors import UserError
 from deskrl.core.run_dir import RunDir
 from deskrl.core.run_identity import read_identity
+from deskrl.launch.run_control import find_holder
 from deskrl.launch.run_state import is_evaluation
 from deskrl.proto.v1 import inference_pb2, inference_pb2_grpc, replay_pb2, replay_pb2_grpc
 
@@ -45,6 +46,8 @@ class RoleStatus:
     version: str = ""
     address: str = ""
     uptime_s: float | None = None
+    start: str = ""
+    """Command that starts the role, if it is not running."""
 
 
 def status(root: Path) -> int:
@@ -75,13 +78,23 @@ def status(root: Path) -> int:
     if _is_finished(run_dir) and not any(row.is_healthy for row in rows):
         console.print(f"{run_dir.root} has finished; none of its roles is running", highlight=False, soft_wrap=True)
         return 0
-    console.print(_table(config.name, rows))
+    console.print(_table(config.name, [_with_start(row, find_holder(run_dir) is not None) for row in rows]))
     if replay_status is not None and replay_status.faults:
         faults = ", ".join(f"{name} {num}" for name, num in sorted_counts(replay_status.faults, "FAULT_KIND_"))
         console.print(f"faults so far, whose rollouts were granted again: {faults}", highlight=False, soft_wrap=True)
     if replay_status is not None and replay_status.lost_connections:
         console.print(lost_connections_text(replay_status), highlight=False, soft_wrap=True)
     return 0 if all(row.is_healthy is not False for row in rows) else 1
+
+
+def _with_start(row: RoleStatus, is_supervised: bool) -> RoleStatus:
+    """Return a row whose detail says how the role is started, if it is not running."""
+    if not row.start:
+        return row
+    how = f"start it with: {row.start}"
+    if is_supervised:
+        how = "its supervisor starts it, see `logs` in the run directory"
+    return replace(row, detail=f"{row.detail}; {how}")
 
 
 def lost_connections_text(replay_status: ReplayStatus) -> str:
@@ -116,7 +129,7 @@ def learner_status(run_dir: RunDir, replay_status: ReplayStatus | None) -> RoleS
         return RoleStatus("learner", None, f"{doing}; unknown without replay")
     ranks = [it for it in replay_status.peers if it.peer.role == "learner" and it.peer.name == "rank-0"]
     if not ranks:
-        return RoleStatus("learner", False, f"{doing}; has not called replay; start it with: deskrl learner CONFIG")
+        return RoleStatus("learner", False, f"{doing}; has not called replay", start="deskrl learner CONFIG")
     silent_s = ranks[0].silent_s
     last_call = f"last call {format_duration(silent_s)} ago"
     is_healthy = True if silent_s < _LEARNER_SILENCE_S else None
@@ -144,7 +157,7 @@ def actor_statuses(config: RunConfig, replay_status: ReplayStatus | None) -> lis
 def _actor_status(name: str, heard: replay_pb2.PeerStatus | None, config: RunConfig) -> RoleStatus:
     if heard is None:
         start = f"deskrl actor CONFIG --index {name.removeprefix('actor-')}"
-        return RoleStatus(name, False, f"has not called replay; start it with: {start}")
+        return RoleStatus(name, False, "has not called replay", start=start)
     is_healthy = heard.silent_s < config.replay.lease_ttl_s
     detail = f"last call {format_duration(heard.silent_s)} ago" + ("" if is_healthy else "; dead or disconnected")
     if num := heard.num_desktops_set_aside:
@@ -156,9 +169,8 @@ def _actor_status(name: str, heard: replay_pb2.PeerStatus | None, config: RunCon
 
 def _ask_replay(config: RunConfig) -> tuple[RoleStatus, ReplayStatus | None]:
     address = config.replay.address
-    problem = _problem(address, "deskrl replay CONFIG")
-    if problem:
-        return RoleStatus("replay", False, problem, address=address), None
+    if row := _not_serving("replay", address, "deskrl replay CONFIG"):
+        return row, None
     with rpc.connect_sync(address) as channel:
         stub = replay_pb2_grpc.ReplayServiceStub(channel)
         try:
@@ -173,9 +185,8 @@ def _ask_replay(config: RunConfig) -> tuple[RoleStatus, ReplayStatus | None]:
 
 def _ask_replica(index: int, config: RunConfig) -> RoleStatus:
     name, address = f"inference-{index}", config.inference.replica_address(index)
-    problem = _problem(address, f"deskrl inference CONFIG --index {index}")
-    if problem:
-        return RoleStatus(name, False, problem, address=address)
+    if row := _not_serving(name, address, f"deskrl inference CONFIG --index {index}"):
+        return row
     with rpc.connect_sync(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         request = inference_pb2.GetModelInfoRequest(peer=rpc.peer("operator", "status"))
@@ -187,12 +198,14 @@ def _ask_replica(index: int, config: RunConfig) -> RoleStatus:
     return RoleStatus(name, True, detail, reply.service.version, address, reply.service.uptime_s)
 
 
-def _problem(address: str, start: str) -> str:
-    """Return why a service is not healthy; empty if it is."""
+def _not_serving(name: str, address: str, start: str) -> RoleStatus | None:
+    """Return the status of a service that is not healthy; None if it is."""
     try:
-        return "" if rpc.check_health(address) else f"not reachable; start it with: {start}"
+        if rpc.check_health(address):
+            return None
     except UserError as error:
-        return error.message
+        return RoleStatus(name, False, error.message, address=address)
+    return RoleStatus(name, False, "not reachable", address=address, start=start)
 
 
 def _table(name: str, rows: list[RoleStatus]) -> Table:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from deskrl.cli import role_commands, run_commands, runs_commands, task_commands
+from deskrl.cli import data_commands, role_commands, run_commands, run_management_commands, task_commands
 from deskrl.cli.arguments import Commands, Parser, join_overrides
 from deskrl.core.errors import UserError, missing_package
 from deskrl.core.foreign_variables import drop_foreign_variables
@@ -57,7 +57,7 @@ def build_parser() -> tuple[Parser, Commands]:
         epilog="Every key of the configuration can be set as an option: deskrl up CONFIG --learner.grpo.num_updates 20",
     )
     commands = Commands(parser, "command")
-    for module in (run_commands, runs_commands, task_commands, role_commands):
+    for module in (run_commands, run_management_commands, data_commands, task_commands, role_commands):
         module.add_commands(commands)
     return parser, commands
 

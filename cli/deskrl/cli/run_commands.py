@@ -79,6 +79,13 @@ def _add_monitoring(commands: Commands) -> None:
         "view", "serve a web page with the episodes of a run, also while it is running", _view, takes_overrides=False
     )
     view.add_argument("--port", type=number(Port), default=7441, help="port on the loopback address; 0: a free port")
+    watch = commands.add(
+        "watch",
+        "serve a web page with the desktops of a running run, live and read-only",
+        _watch,
+        takes_overrides=False,
+    )
+    watch.add_argument("--port", type=number(Port), default=7442, help="port on the loopback address; 0: a free port")
     status = commands.add(
         "status",
         "print the status of each role of a run; exit status 0 if all are healthy",
@@ -92,7 +99,7 @@ def _add_monitoring(commands: Commands) -> None:
     top.add_argument(
         "--frames", type=number(PositiveInt), default=None, help="number of refreshes; unset: until Ctrl-C"
     )
-    for command in (report, view, status, top):
+    for command in (report, view, watch, status, top):
         add_run(command)
     reproduce = commands.add(
         "reproduce",
@@ -163,6 +170,12 @@ def _view(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from deskrl.analysis.viewer import view
 
     return view(options.run, options.port)
+
+
+def _watch(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from deskrl.analysis.viewer import watch
+
+    return watch(options.run, options.port)
 
 
 def _status(options: argparse.Namespace, overrides: Sequence[str]) -> int:

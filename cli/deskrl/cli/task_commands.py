@@ -1,4 +1,4 @@
-"""Commands for tasks and evaluation: check, validate and derive task lists, evaluate and compare policies."""
+"""Commands for tasks: check, validate and derive task lists, evaluate and compare policies, record demonstrations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from deskrl.cli.arguments import Commands, number, read_config
 from deskrl.core.config import RunConfig, keys_of_file, load_config, load_values, overridden_keys, read_resolved
-from deskrl.core.config.value_types import NonNegativeFactor, PositiveInt, Seed
+from deskrl.core.config.value_types import NonNegativeFactor, Port, PositiveInt, Seed
 from deskrl.core.errors import UserError
 
 
@@ -19,6 +19,7 @@ def add_commands(commands: Commands) -> None:
     """Add the commands."""
     _add_task_commands(commands.add_level("tasks", "check, validate, fetch and derive tasks"))
     _add_evaluation(commands)
+    _add_recording(commands)
     evaluators = commands.add(
         "evaluators",
         "manage OSWorld's evaluators, which have a Python environment of their own",
@@ -210,6 +211,24 @@ def _add_evaluation(commands: Commands) -> None:
     compare.add_argument("--json", action="store_true", help="print one JSON document")
 
 
+def _add_recording(commands: Commands) -> None:
+    record = commands.add(
+        "record", "play a task on a desktop in the browser, and save a demonstration", _record, role="actor"
+    )
+    record.add_argument("task", help="id of a task of the configuration, or path of a task file or task bundle")
+    record.add_argument(
+        "--config", type=Path, default=None, help="run configuration (TOML or resolved JSON); unset: the defaults"
+    )
+    record.add_argument("--out", type=Path, default=None, help="folder to create; unset: a new one in demonstrations/")
+    record.add_argument("--port", type=number(Port), default=0, help="port on the loopback address; 0: a free port")
+    record.add_argument(
+        "--policy",
+        default=None,
+        metavar="ADDRESS",
+        help="server of a policy that can play too: host:port of a replica, or URL as in inference.external_url",
+    )
+
+
 def _prove(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from deskrl.actor.tasks.prove import main as prove
 
@@ -277,6 +296,19 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     name = options.name or "-".join([config.name, policy, *(one.name for one in sets)])
     plan = EvaluationPlan(options.repeats, options.temperature or config.learner.grpo.temperature)
     return evaluate(evaluation_config(config, checkpoint, name), sets, plan, set_keys)
+
+
+def _record(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from deskrl.analysis.recorder import is_url, record
+
+    if options.policy is not None:
+        key = "inference.external_url" if is_url(options.policy) else "inference.address"
+        overrides = [*overrides, f"--{key}={options.policy}"]
+    if options.config is not None and options.config.suffix == ".json":
+        config = read_resolved(options.config, overrides)
+    else:
+        config = _optional_config(options, overrides)
+    return record(config, options.task, options.out, options.port, options.policy)
 
 
 def _compare(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -17,6 +17,8 @@ class UserError(Exception):
 
 _EXTRAS = {
     "actor": "'deskrl[actor]'",
+    "gymnasium": "'deskrl[gymnasium]'",
+    "data": "'deskrl[data]'",
     "inference": "'deskrl[inference]' (without a GPU: 'deskrl[inference-cpu]')",
     "learner": "'deskrl[learner]'",
     "mlflow": "'deskrl[mlflow]'",

@@ -10,10 +10,14 @@ ends between fork and the call, and reaches direct children only, which the rank
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import os
 import select
 import signal
 import threading
+import time
+import weakref
 from types import FrameType
 
 SUPERVISOR_VARIABLE = "DESKRL_SUPERVISOR_PID"
@@ -21,6 +25,13 @@ SUPERVISOR_VARIABLE = "DESKRL_SUPERVISOR_PID"
 
 GRACE_S = 15.0
 """Time between the SIGTERM and the SIGKILL that a role sends itself after its supervisor has ended, in seconds."""
+
+_SIGNAL_CHECK_S = 1.0
+"""Longest time that waiting for a stop blocks without running the handlers of signals that have arrived, in seconds.
+
+Python runs them on the main thread only, between two instructions. A signal that the kernel delivers to another thread
+does not interrupt a blocking call of the main thread.
+"""
 
 
 def supervised_environment() -> dict[str, str]:
@@ -53,33 +64,49 @@ def _terminate_after(descriptor: int | None, grace_s: float) -> None:
 
 
 class StopEvent:
-    """Event that is set once and never cleared, for threads (`is_set`, `wait`) and coroutines (`wait_async`)."""
+    """Event that is set once and never cleared, for threads (`is_set`, `wait`) and coroutines (`wait_async`).
+
+    It takes no lock, unlike threading.Event, whose `set` deadlocks in a signal handler that interrupts `wait` on the
+    same thread while that thread holds the event's lock.
+    """
 
     def __init__(self) -> None:
-        self._set = threading.Event()
+        self._is_set = False
+        self._descriptor = os.eventfd(0)  # readable once the event is set: nothing reads it
+        weakref.finalize(self, os.close, self._descriptor)
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
     def set(self) -> None:
         """Request the stop; safe in a signal handler and from any thread."""
-        self._set.set()
+        self._is_set = True
+        os.eventfd_write(self._descriptor, 1)
         for loop, waiter in tuple(self._waiters):
             loop.call_soon_threadsafe(waiter.set)
 
     def is_set(self) -> bool:
         """Return whether a stop was requested."""
-        return self._set.is_set()
+        return self._is_set
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until a stop is requested or `timeout_s` seconds have passed; return whether a stop was requested."""
-        return self._set.wait(timeout_s)
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._is_set:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                break
+            poll.poll(1000 * min(left_s, _SIGNAL_CHECK_S))
+        return self._is_set
 
     async def wait_async(self) -> None:
         """Wait until a stop is requested."""
         entry = (asyncio.get_running_loop(), asyncio.Event())
         self._waiters.add(entry)
         try:
-            if not self._set.is_set():  # a later `set` finds the waiter
-                await entry[1].wait()
+            while not self._is_set:  # a later `set` finds the waiter
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(entry[1].wait(), _SIGNAL_CHECK_S)
         finally:
             self._waiters.discard(entry)
 

@@ -38,7 +38,7 @@ class RunDir:
         checkpoint_proof: result of comparing the last checkpoint with the served weights.
         token_stats: directory of token statistics, one file per batch.
         logs: directory of one log file per role.
-        replay: directory of the replay service.
+        replay: directory of the replay service, or a link to it if `replay.folder` is set.
         supervisor: state and processes of the supervisor.
         lock: file that the supervisor of the run holds locked.
         id: random id of the run, by which its processes recognise one another.
@@ -46,6 +46,7 @@ class RunDir:
         applications: application of each task; see `write_tasks`.
         corpus: training text of a tokenizer; see `write_tasks`.
         built_model: what the agent requires of a built model; see `write_built_model`.
+        demonstrations: imitated demonstrations; see `core.imitation_data`. Missing unless the run imitates a folder.
         left_out: tasks that the run excludes, with the reasons; missing if there are none.
     """
 
@@ -70,12 +71,14 @@ class RunDir:
         self.applications = root / "applications.json"
         self.corpus = root / "corpus.txt"
         self.built_model = root / "built_model.json"
+        self.demonstrations = root / "demonstrations"
         self.left_out = root / "left_out.json"
 
     def create(self) -> None:
         """Create the directories that are missing, and the id of the run."""
         for folder in (self.root, self.checkpoints, self.results, self.task_results, self.logs, self.replay):
-            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.is_symlink():  # of `replay.folder`, which this machine may not have
+                folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError), open(self.id, "x", encoding="ascii") as file:
             file.write(uuid.uuid4().hex)
 

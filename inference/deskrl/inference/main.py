@@ -28,9 +28,9 @@ from deskrl.core.errors import UserError
 from deskrl.core.foreign_variables import check_engine_variables
 from deskrl.core.listening import bind_error, listen_error
 from deskrl.core.metrics_server import serve_metrics
-from deskrl.core.model_checks import check_complete
 from deskrl.core.socket_paths import check_socket_path
 from deskrl.inference.int4_quantization import check_processor, make_int4_copy
+from deskrl.models.model_checks import check_complete
 
 if TYPE_CHECKING:
     from deskrl.inference.inference_service import ModelProcessor

@@ -19,6 +19,7 @@ MAX_MISMATCH_FLOAT32 = 1e-3
 """Upper bound on the mean |logprob difference| between engine and learner at the same version, in float32."""
 MAX_MISMATCH_HALF = 3e-2
 """The same bound if either computes in 16 bits: two passes of vLLM over the same tokens differ by 0.02 in bfloat16."""
+_NO_UPDATES = "disabled by learner.grpo.num_updates = 0"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Expected:
     replace_when: FailureRule
     success_threshold: float
     max_mismatch: float
+    num_updates: int
+    """0: the run ends after its warm start."""
 
 
 def expected_of(config: RunConfig) -> Expected:
@@ -65,6 +68,7 @@ def expected_of(config: RunConfig) -> Expected:
         replace_when=config.learner.grpo.replace_when,
         success_threshold=config.replay.success_threshold,
         max_mismatch=MAX_MISMATCH_FLOAT32 if config.is_in_float32 else MAX_MISMATCH_HALF,
+        num_updates=config.learner.grpo.num_updates,
     )
 
 
@@ -81,8 +85,8 @@ def judge(metrics: Sequence[Mapping[str, Any]], facts: RunFacts, expected: Expec
         _finishes(metrics, facts),
         _learns(metrics, expected),
         _no_task_worse(metrics, expected),
-        _loss(updates),
-        _weights_confirmed(metrics, updates),
+        _loss(updates, expected),
+        _weights_confirmed(metrics, updates, expected),
         _mismatch(updates, expected),
         success_buffer_criterion(updates, expected),
         _checkpoint(facts.checkpoint, expected),
@@ -155,18 +159,24 @@ def _rate(count: Mapping[str, Any]) -> float:
     return float(count["success"] / count["n"]) if count["n"] else 0.0
 
 
-def _loss(updates: Sequence[Mapping[str, Any]]) -> Criterion:
+def _loss(updates: Sequence[Mapping[str, Any]], expected: Expected) -> Criterion:
+    name, how = "the loss is finite and changes", "loss of every update"
+    if expected.num_updates == 0:
+        return Criterion(name, None, _NO_UPDATES, how)
     losses = [line["loss"] for line in updates]
     ok = len(losses) > 1 and all(math.isfinite(loss) for loss in losses) and len(set(losses)) > 1
     value = f"{len(losses)} updates, {min(losses):.4f} to {max(losses):.4f}" if losses else "no update"
-    return Criterion("the loss is finite and changes", ok, value, "loss of every update")
+    return Criterion(name, ok, value, how)
 
 
-def _weights_confirmed(metrics: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]]) -> Criterion:
+def _weights_confirmed(
+    metrics: Sequence[Mapping[str, Any]], updates: Sequence[Mapping[str, Any]], expected: Expected
+) -> Criterion:
     weights = [line for line in metrics if line["kind"] == "weights"]
     confirmed = [line for line in weights if line["ok"]]
     worst = max((line["canary_max_difference"] for line in confirmed), default=math.nan)
-    ok = bool(updates) and len(confirmed) == len(weights) and len(confirmed) > len(updates)
+    has_updates = bool(updates) or expected.num_updates == 0
+    ok = has_updates and len(confirmed) == len(weights) and len(confirmed) > len(updates)
     value = f"{len(confirmed)} of {len(weights)} confirmed, canary difference at most {worst:.1e}"
     return Criterion(
         "every replica confirmed every weight update", ok, value, "checksums of all tensors and canary logprobs"
@@ -176,6 +186,8 @@ def _weights_confirmed(metrics: Sequence[Mapping[str, Any]], updates: Sequence[M
 def _mismatch(updates: Sequence[Mapping[str, Any]], expected: Expected) -> Criterion:
     name = "behaviour policy and learner agree"
     how = f"|logprob difference| at the same policy version; mean below {expected.max_mismatch:g}"
+    if expected.num_updates == 0:
+        return Criterion(name, None, _NO_UPDATES, how)
     seen = [line for line in updates if line.get("mismatch_mean") is not None]
     if not seen:
         return Criterion(name, False, "no token was compared", how)

@@ -46,6 +46,7 @@ def size(config: RunConfig) -> int:
     values = {
         "name": config.name,
         "folder": shlex.quote(str(config.run_dir)),
+        "replay_folder": shlex.quote(str(config.replay.folder or "")),
         "num_actors": config.num_actors,
         "num_replicas": config.inference.num_replicas,
     }

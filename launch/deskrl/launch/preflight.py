@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from deskrl.actor.extensions import check_extensions
-from deskrl.core import model_checks, rpc
+from deskrl.core import rpc
 from deskrl.core.config import LearnerConfig, RunConfig
 from deskrl.core.errors import UserError, missing_package
 from deskrl.core.foreign_variables import check_engine_variables
@@ -23,6 +23,8 @@ from deskrl.launch import gpu_assignment
 from deskrl.launch.sizing import batch_sizes, footprint, inputs
 from deskrl.launch.supervisor import temporary_folder
 from deskrl.learner.extensions import check_extensions as check_learner_extensions
+from deskrl.models import model_checks
+from deskrl.replay.store_folder import check_file_system
 
 MIN_FREE_BYTES = 64 * 1024**2
 """A run does not start, and a running one stops gracefully, if its disk has less free space than this."""
@@ -81,6 +83,7 @@ def check_tasks(config: RunConfig) -> None:
     check_socket_paths(config)
     check_ports(config)
     check_disk_not_full(RunDir(config.run_dir))
+    check_file_system(config)
     if served_here:
         _check_model(config)
     from deskrl.actor.agent import conversation
@@ -92,6 +95,10 @@ def check_tasks(config: RunConfig) -> None:
     from deskrl.actor.desktops import provider_registry
 
     provider_registry.check_usable(config.desktop)
+    if provider_registry.select_provider(config.desktop).provider.is_tried_before_run:
+        from deskrl.actor import desktop_check
+
+        desktop_check.try_desktop(config)
 
 
 def _check_model(config: RunConfig) -> None:
@@ -115,9 +122,9 @@ def check_consistency(config: RunConfig) -> None:
     """Check that the values of the configuration are consistent with one another; raises UserError."""
     for contradiction in (*_contradictions(config), *gpu_assignment.contradictions(config)):
         raise UserError(contradiction, "change one of these keys")
-    from deskrl.actor.agent import language_checks
+    from deskrl.actor.agent import model_fit
 
-    language_checks.check_language(config)
+    model_fit.check_language(config)
 
 
 def check_learner(config: RunConfig) -> None:

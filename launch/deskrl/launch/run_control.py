@@ -15,6 +15,7 @@ import psutil
 from deskrl.core.errors import UserError
 from deskrl.core.run_dir import RunDir
 from deskrl.launch.supervisor import Supervisor
+from deskrl.replay.schema import FILE_NAME
 
 _LOCKS = Path("/proc/locks")
 
@@ -30,7 +31,8 @@ class Holder:
 def is_run_directory(root: Path) -> bool:
     """Return whether a directory was created by deskrl for a run or an evaluation."""
     folder = RunDir(root)
-    return folder.config.is_file() and folder.replay.is_dir() and folder.results.is_dir()
+    has_store = folder.replay.is_dir() or folder.replay.is_symlink()  # the link of `replay.folder`
+    return folder.config.is_file() and has_store and folder.results.is_dir()
 
 
 def check_run_directory(root: Path) -> RunDir:
@@ -136,7 +138,9 @@ def check_not_running(folder: RunDir) -> None:
 
 
 def delete_run(root: Path) -> int:
-    """Delete a run directory; returns the number of bytes that this frees. Links in it are removed, not followed.
+    """Delete a run directory and its store; returns the number of bytes that this frees.
+
+    Links in it are removed, not followed, except that to a store in `replay.folder`.
 
     Raises:
         UserError: there is no run, it is running, or a file cannot be deleted.
@@ -146,6 +150,9 @@ def delete_run(root: Path) -> int:
     supervisor = Supervisor(folder)  # holds the lock, so that the run cannot start meanwhile; ends leftover processes
     try:
         num_bytes = disk_bytes(folder.root)
+        if folder.replay.is_symlink() and (folder.replay / FILE_NAME).is_file():
+            num_bytes += disk_bytes(folder.replay.resolve())
+            shutil.rmtree(folder.replay.resolve())
         shutil.rmtree(folder.root)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be deleted: {error.strerror}", "change its permissions") from error

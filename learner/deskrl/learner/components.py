@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
-from deskrl.core.model_checks import check_complete
+from deskrl.core.imitation_data import read_images
 from deskrl.core.process_lifecycle import StopEvent
 from deskrl.core.prompt_rendering import ImageSizing, processor_hash, read_image_sizing, read_vocab_size, suppressed_ids
 from deskrl.core.run_dir import RunDir
@@ -35,6 +35,7 @@ from deskrl.learner.replay_client import ReplayClient
 from deskrl.learner.weights.bucket_sender import BucketSender
 from deskrl.learner.weights.canary import CanaryProbe, make_canary
 from deskrl.learner.weights.publisher import TOLERANCE_FLOAT32, TOLERANCE_HALF, TOLERANCE_TF32, Publisher
+from deskrl.models.model_checks import check_complete
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def build_components(config: RunConfig, stop: StopEvent) -> Components:
         engine=engine,
         reference=reference,
         loader=MicroBatchLoader(
-            make_collator(policy, processor, replay.fetch_images),
+            make_collator(policy, processor, _screenshot_source(config, folder, replay)),
             engine.rank,
             engine.world_size,
             config.learner.micro_batch_tokens,
@@ -141,6 +142,22 @@ def build_components(config: RunConfig, stop: StopEvent) -> Components:
         results=results,
         metrics=metrics,
     )
+
+
+def _screenshot_source(
+    config: RunConfig, folder: RunDir, replay: ReplayClient
+) -> Callable[[Collection[str]], Mapping[str, bytes]]:
+    """Return the function that gets screenshots by their hashes, from imitated demonstrations or from replay."""
+    warm_start = config.learner.warm_start
+    if warm_start is None or warm_start.demonstrations is None:
+        return replay.fetch_images
+
+    def read_or_fetch(hashes: Collection[str]) -> Mapping[str, bytes]:
+        found = read_images(folder.demonstrations, hashes)
+        missing = set(hashes) - found.keys()
+        return {**found, **replay.fetch_images(missing)} if missing else found
+
+    return read_or_fetch
 
 
 def _load_policy(config: RunConfig, suppressed: tuple[int, ...]) -> Policy:

@@ -62,9 +62,9 @@ class Curriculum:
         return self._group(TRAIN, ordinal, task_id, num_members)
 
     def demo_groups(self) -> list[replay_pb2.GroupPlan]:
-        """Return one group for each task, in which its scripted solution acts; none without a warm start."""
+        """Return one group for each task, in which its scripted solution acts, if the warm start imitates them."""
         warm_start = self._config.learner.warm_start
-        if warm_start is None:
+        if warm_start is None or warm_start.demonstrations is not None:
             return []
         num_members = max(MIN_MEMBERS, warm_start.demos_per_task)
         scripted = rollout_pb2.ACTING_POLICY_SCRIPTED

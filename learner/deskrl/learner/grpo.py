@@ -14,6 +14,7 @@ from torch import Tensor
 from deskrl.core import ids
 from deskrl.core.config import GrpoConfig
 from deskrl.learner.advantages import group_advantages, select_advantage, shaped_reward
+from deskrl.learner.batch_agreement import check_agreement
 from deskrl.learner.batches.collator import MicroBatch
 from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
 from deskrl.learner.batches.packing import Row, pack, token_staleness
@@ -78,8 +79,13 @@ def train_on_groups(
         seed: seed of the run; shuffles rewards if `config.shuffle_rewards` is set.
         num_updates: number of updates so far.
         reference: reference policy of the KL penalty; None without one.
+
+    Raises:
+        BatchDamagedError: episodes of the batch are damaged; nothing was computed.
     """
     batch = build_training_batch(groups, staleness, config, seed if config.shuffle_rewards else None)
+    parts = _split_minibatches(batch, loader, config) if batch.rows else []
+    check_agreement(engine, loader, batch.rows, [part.shard for part in parts])
     return update(engine, loader, batch, config, num_updates, reference) if batch.rows else None
 
 

@@ -17,13 +17,17 @@ from deskrl.core.metrics_server import serve_metrics
 from deskrl.core.process_lifecycle import die_with_parent, stop_event
 from deskrl.core.step_codec import VersionSpan
 from deskrl.learner import cancellation
+from deskrl.learner.batch_agreement import BatchDamagedError
+from deskrl.learner.batch_builder import GroupBatch
 from deskrl.learner.batches.token_stats import write_token_stats
 from deskrl.learner.checkpoint.checkpoint_commit import CheckpointCommitter
 from deskrl.learner.components import Components, build_components
 from deskrl.learner.curriculum import DEMO
+from deskrl.learner.demonstration_imitation import imitate_demonstrations
 from deskrl.learner.evaluation import Evaluator
 from deskrl.learner.grpo import train_on_groups
 from deskrl.learner.metrics.metric_records import update_record
+from deskrl.learner.metrics.update_stats import UpdateReport
 from deskrl.learner.train_state import PendingCommit, TrainState
 from deskrl.learner.warm_start import run_warm_start
 from deskrl.learner.weights.manifest import WeightManifest, tensor_specs
@@ -120,9 +124,14 @@ class Learner:
 
     def _warm_start(self) -> None:
         """Train on demonstrations, if configured."""
-        if self._config.learner.warm_start is not None:
-            run_warm_start(self._components, self._config, self._config.learner.warm_start)
-            self._state.pending.append(PendingCommit(DEMO, DEMO, []))
+        warm_start = self._config.learner.warm_start
+        if warm_start is None:
+            return
+        if warm_start.demonstrations is not None:
+            imitate_demonstrations(self._components, self._config, warm_start)
+            return
+        run_warm_start(self._components, self._config, warm_start)
+        self._state.pending.append(PendingCommit(DEMO, DEMO, []))
 
     @contextmanager
     def _replicas(self) -> Iterator[None]:
@@ -139,20 +148,7 @@ class Learner:
     def _update(self) -> None:
         """Build a batch, train on it, publish the weights and start a checkpoint."""
         components, state, seconds = self._components, self._state, dict[str, float]()
-        with _timed(seconds, "wait"):
-            batch = components.batch_builder.build(state, self._staleness)
-        self._committer.poll()
-        with _timed(seconds, "learn"):
-            report = train_on_groups(
-                components.engine,
-                components.loader,
-                batch.kept,
-                self._staleness,
-                self._grpo,
-                self._config.seed,
-                state.num_updates,
-                components.reference,
-            )
+        batch, report = self._train(seconds)
         if report is None:
             _log.warning("batch %s has nothing to train on; no optimizer step was taken", batch.batch_id)
         state.num_updates += 1
@@ -173,6 +169,30 @@ class Learner:
         self._announce_version()
         self._metrics.write_update(record, seconds)
         self._write_results()
+
+    def _train(self, seconds: dict[str, float]) -> tuple[GroupBatch, UpdateReport | None]:
+        """Build a batch and train on it, again if episodes of it were damaged; add the durations to `seconds`."""
+        components, state = self._components, self._state
+        while True:
+            with _timed(seconds, "wait"):
+                batch = components.batch_builder.build(state, self._staleness)
+            self._committer.poll()
+            try:
+                with _timed(seconds, "learn"):
+                    report = train_on_groups(
+                        components.engine,
+                        components.loader,
+                        batch.kept,
+                        self._staleness,
+                        self._grpo,
+                        self._config.seed,
+                        state.num_updates,
+                        components.reference,
+                    )
+            except BatchDamagedError:
+                state.num_taken -= len(batch.groups)
+                continue
+            return batch, report
 
     def _publish(self) -> None:
         """Publish the current weights to all replicas."""
@@ -221,7 +241,7 @@ class Learner:
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Measure the duration of the context."""
+    """Add the duration of the context."""
     started_s = time.perf_counter()
     yield
-    seconds[name] = round(time.perf_counter() - started_s, 3)
+    seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started_s, 3)

@@ -28,6 +28,14 @@ _FATAL = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTE
 """Errors that need the user: another protocol version, a store that contradicts this learner, a full disk."""
 
 
+_DAMAGED = {grpc.StatusCode.DATA_LOSS, grpc.StatusCode.NOT_FOUND}
+"""Errors of damaged screenshots: the rank whose request finds the damage gets the first one, others the second."""
+
+
+class EpisodesDamagedError(RuntimeError):
+    """The replay service found screenshots damaged on its disk; it plays the episodes with them again."""
+
+
 class ReplayClient:
     """Calls the replay service on behalf of one rank.
 
@@ -120,7 +128,12 @@ class ReplayClient:
         self._call(self._stub.CommitBatch, request)
 
     def fetch_images(self, hashes: Iterable[str]) -> dict[str, bytes]:
-        """Return encoded screenshots by hash; those in the cache are not requested again."""
+        """Return encoded screenshots by hash; those in the cache are not requested again.
+
+        Raises:
+            EpisodesDamagedError: a screenshot is damaged or no longer stored.
+            RuntimeError: the service cannot answer.
+        """
         wanted = set(hashes)
         cancellation.check(self._stop)
         images = {name: data for name in wanted if (data := self._images.get(name)) is not None}
@@ -183,6 +196,11 @@ class ReplayClient:
                 for response in self._stub.FetchImages(request, timeout=timeout_s, wait_for_ready=True):
                     images[response.image.hash] = response.image.data
             except grpc.RpcError as error:
-                if rpc.status_code(error) is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline_s:
+                code = rpc.status_code(error)
+                if code in _DAMAGED:
+                    raise EpisodesDamagedError(f"replay: {error.details()}") from None
+                if code is not grpc.StatusCode.UNAVAILABLE:
+                    raise RuntimeError(f"replay does not serve screenshots: {code.name}: {error.details()}") from None
+                if time.monotonic() > deadline_s:
                     raise
                 self._calls.pause(retrying_calls.POLL_INTERVAL_S)

@@ -17,6 +17,7 @@ from deskrl.core.file_io import write_json
 from deskrl.core.process_lifecycle import die_with_parent, stop_event
 from deskrl.core.run_dir import RunDir
 from deskrl.core.step_codec import VersionSpan
+from deskrl.learner.batch_agreement import BatchDamagedError
 from deskrl.learner.batch_builder import BatchBuilder
 from deskrl.learner.checkpoint.checkpoint_files import Checkpoint
 from deskrl.learner.components import Components, build_components
@@ -84,8 +85,8 @@ class _Reproduction:
         while (number := state.num_updates + 1) in self._recorded:
             try:
                 reproduced = self._reproduce_next(state)
-            except UserError as error:  # the replay service no longer has the batch
-                missing[number] = error.message
+            except (UserError, BatchDamagedError) as error:  # the replay service no longer has the batch
+                missing[number] = error.message if isinstance(error, UserError) else str(error)
                 return
             recorded = {key: self._recorded[number][key] for key in COMPARED}
             done[number] = {

@@ -122,7 +122,7 @@ def imitate(
         temperature: temperature at which the policy will be sampled.
         seed: seed of the order of the demonstrations.
     """
-    rows_by_demo = [_rows(index, demo) for index, demo in enumerate(demos)]
+    rows_by_demo = [imitated_rows(index, demo) for index, demo in enumerate(demos)]
     probes = _probes(demos)
     order = _endless_order(len(demos), seed)
     unlikely = {demo.task_id for demo in demos}
@@ -131,7 +131,7 @@ def imitate(
         batch = _next_batch(order, demos, unlikely, config.episodes_per_batch)
         learning_rate = config.learning_rate * min(1.0, number / WARMUP_UPDATES) * scale
         engine.set_optimizer(learning_rate, 0.0)
-        loss, norm = _update(engine, loader, [row for index in batch for row in rows_by_demo[index]])
+        loss, norm = imitation_update(engine, loader, [row for index in batch for row in rows_by_demo[index]])
         likelihoods = None
         if number % MEASURE_EVERY == 0 or number == config.max_updates:
             likelihoods = episode_likelihoods(engine, loader, demos, rows_by_demo, probes, temperature)
@@ -197,8 +197,12 @@ def imitation_step(
     return sum(losses), engine.step()
 
 
-def _update(engine: DeepSpeedEngine, loader: MicroBatchLoader, rows: Sequence[Row]) -> tuple[float, float]:
-    """Take one optimizer step; return its loss over all ranks and the norm of its gradient."""
+def imitation_update(engine: DeepSpeedEngine, loader: MicroBatchLoader, rows: Sequence[Row]) -> tuple[float, float]:
+    """Take one optimizer step; return its loss over all ranks and the norm of its gradient.
+
+    Raises:
+        RuntimeError: the gradient is not finite.
+    """
     denominator = float(sum(len(row.targets) for row in rows))
     shard = loader.shard(rows)
     loss, outcome = imitation_step(engine, loader, shard, denominator)
@@ -234,7 +238,8 @@ def _collect_demonstrations(components: Components, success_threshold: float) ->
     return [demonstration(demo, components.tokenizer, components.sizing, sizes) for demo in demos]
 
 
-def _rows(index: int, demo: Trajectory) -> list[Row]:
+def imitated_rows(index: int, demo: Trajectory) -> list[Row]:
+    """Return the rows of a demonstration with token ids; `index` is its index in the batch."""
     return pack(index, demo.steps, [[0] * len(step.action_ids) for step in demo.steps])
 
 

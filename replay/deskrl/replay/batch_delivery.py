@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from deskrl.proto.v1 import common_pb2, replay_pb2
 from deskrl.replay import counters, success_buffer
 from deskrl.replay.rate_limiter import RATE_LIMITED_QUEUE
+from deskrl.replay.row_checksums import verified
 from deskrl.replay.status_errors import ConflictError, InvalidRequestError, NotFoundError
+
+_VERIFIED = verified("groups", "g")
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,12 @@ def bind(
     for group_id in dropped_group_ids:
         _mark_dropped(connection, slot, group_id)
     bound = connection.execute(
-        "SELECT position FROM groups WHERE queue = ? AND batch_id = ? AND ordinal = ?",
+        f"SELECT position, state FROM groups g WHERE queue = ? AND batch_id = ? AND ordinal = ? AND {_VERIFIED}",
         (slot.queue, slot.batch_id, slot.ordinal),
     ).fetchone()
-    if bound is not None:
+    if bound is not None and bound[1] == "open":  # a damaged member is played again
+        return None
+    if bound is not None and bound[1] != "complete":
         return int(bound[0])
     if _is_committed(connection, slot.queue, slot.batch_id):
         raise ConflictError(f"batch {slot.batch_id} of queue {slot.queue} is committed and accepts no further group")
@@ -63,9 +68,14 @@ def bind(
     ).fetchone()
     if slot.ordinal > num_filled:
         return None
-    ready = connection.execute(
-        "SELECT position FROM groups WHERE state = 'complete' AND queue = ? ORDER BY completion LIMIT 1", (slot.queue,)
-    ).fetchone()
+    ready = (
+        bound
+        or connection.execute(
+            f"SELECT position FROM groups g WHERE state = 'complete' AND queue = ? AND batch_id IS NULL AND {_VERIFIED}"
+            " ORDER BY completion LIMIT 1",
+            (slot.queue,),
+        ).fetchone()
+    )
     if ready is None:
         return None
     position = int(ready[0])
@@ -128,13 +138,13 @@ def commit(
 def set_policy(connection: sqlite3.Connection, version: common_pb2.PolicyVersion, num_updates: int) -> None:
     """Record the acting policy version, and the number of batches that it was trained on."""
     connection.execute("DELETE FROM policy")
-    connection.execute("INSERT INTO policy VALUES (?, ?)", (version.lineage, version.step))
+    connection.execute("INSERT INTO policy (lineage, step) VALUES (?, ?)", (version.lineage, version.step))
     counters.put(connection, counters.UPDATES, num_updates)
 
 
 def _apply_verdict(connection: sqlite3.Connection, queue: str, batch_id: str, verdict: replay_pb2.GroupVerdict) -> None:
     row = connection.execute(
-        "SELECT task_id, candidate FROM groups WHERE group_id = ? AND queue = ? AND batch_id = ?",
+        f"SELECT task_id, candidate FROM groups g WHERE group_id = ? AND queue = ? AND batch_id = ? AND {_VERIFIED}",
         (verdict.group_id, queue, batch_id),
     ).fetchone()
     if row is None:
@@ -166,6 +176,7 @@ def _mark_dropped(connection: sqlite3.Connection, slot: BatchSlot, group_id: str
 
 def _is_committed(connection: sqlite3.Connection, queue: str, batch_id: str) -> bool:
     row = connection.execute(
-        "SELECT committed FROM batches WHERE queue = ? AND batch_id = ?", (queue, batch_id)
+        f"SELECT committed FROM batches b WHERE queue = ? AND batch_id = ? AND {verified('batches', 'b')}",
+        (queue, batch_id),
     ).fetchone()
     return row is not None and bool(row[0])

@@ -54,6 +54,13 @@ class BlobLogReader:
         finally:
             os.close(descriptor)
 
+    def holds(self, number: int, num_bytes: int) -> bool:
+        """Return whether a segment exists and has at least `num_bytes` bytes."""
+        try:
+            return self._path(number).stat().st_size >= num_bytes
+        except FileNotFoundError:
+            return False
+
     def check(self, number: int, num_bytes: int) -> None:
         """Raise UserError if a segment is missing or has fewer than `num_bytes` bytes."""
         path = self._path(number)
@@ -129,7 +136,7 @@ class BlobLog(BlobLogReader):
     def remove(self, numbers: Iterable[int]) -> None:
         """Remove segments that no committed row names. Readers that have one open can still read it."""
         for number in numbers:
-            self._path(number).unlink()
+            self._path(number).unlink(missing_ok=True)  # it may have been deleted by someone else
 
     def close(self) -> None:
         """Close the open segment."""

@@ -6,6 +6,7 @@ Every change is on disk before anyone is notified of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,16 @@ from functools import partial
 from deskrl.core import rpc
 from deskrl.core.config import RunConfig
 from deskrl.proto.v1 import common_pb2, replay_pb2, rollout_pb2
-from deskrl.replay import batch_delivery, image_index, queries, rollout_scheduler, rollouts, success_buffer
+from deskrl.replay import (
+    batch_delivery,
+    damaged_episodes,
+    image_index,
+    queries,
+    rollout_scheduler,
+    rollouts,
+    success_buffer,
+)
+from deskrl.replay.damaged_episodes import DamagedEpisode, EpisodesDamagedError
 from deskrl.replay.lease_dispatcher import LeaseDispatcher
 from deskrl.replay.leases import LeaseDeadlines
 from deskrl.replay.lockstep import LockstepBarrier
@@ -23,7 +33,7 @@ from deskrl.replay.notifier import Notifier
 from deskrl.replay.peer_registry import PeerRegistry
 from deskrl.replay.rate_limiter import RateLimiter
 from deskrl.replay.rollout_scheduler import LeaseGrant, LeaseRequest
-from deskrl.replay.status_errors import LeaseNotFoundError, StoreFullError
+from deskrl.replay.status_errors import EpisodeDamagedError, LeaseNotFoundError, StoreFullError
 from deskrl.replay.store import Store
 
 _log = logging.getLogger(__name__)
@@ -59,6 +69,7 @@ class Coordinator:
 
     async def open(self) -> None:
         """Restore the leases granted by the previous process, each with a full time to live."""
+        self.store.set_aside_callbacks.append(partial(self._after_set_aside, asyncio.get_running_loop()))
         now_s = time.monotonic()
         for lease_id in await self.store.read(rollout_scheduler.list_active_leases):
             self._leases.start(lease_id, now_s)
@@ -161,8 +172,10 @@ class Coordinator:
             )
             self._dispatcher.notify()  # a bound or dropped group may have made room
             if position is not None:
+                if (group := await self._read_group(position)) is None:
+                    continue
                 self._group_ready.notify()  # for waiters of the next slot
-                return await self.store.read(partial(queries.group, position=position))
+                return group
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or self._is_closed:
                 return None
@@ -170,6 +183,49 @@ class Coordinator:
                 await asyncio.wait_for(notified.wait(), left_s)
             except TimeoutError:
                 return None
+
+    async def _read_group(self, position: int) -> replay_pb2.Group | None:
+        """Return a bound group after verifying it; None, with damaged members set aside, if any is damaged."""
+        try:
+            group = await self.store.read(partial(queries.group, position=position))
+        except EpisodesDamagedError as error:
+            if not await self.store.set_aside(error.reasons):
+                await self.store.read(partial(queries.check_num_members, position=position))
+            return None
+        members = await self.store.read(partial(queries.group_members, position=position))
+        lost = await self.store.read(partial(image_index.find_lost, blob_log=self.store.blob_log, rollouts=members))
+        # What the reader finds may have been moved to another segment in the meantime.
+        return None if lost and await self.store.set_aside({}, lost) else group
+
+    async def list_episode(self, rollout: int, *, with_steps: bool) -> replay_pb2.Episode:
+        """Return an ended episode.
+
+        Raises:
+            EpisodeDamagedError: it is damaged, and was set aside.
+        """
+        try:
+            return await self.store.read(partial(queries.episode, rollout=rollout, with_steps=with_steps))
+        except EpisodesDamagedError as error:
+            await self.store.set_aside(error.reasons)
+            name = await self.store.read(partial(damaged_episodes.episode_id, rollout=rollout))
+            raise EpisodeDamagedError(f"episode {name} is damaged ({error.reasons[rollout]})") from error
+
+    async def read_images(self, hashes: Sequence[bytes], max_bytes: int) -> list[bytes]:
+        """Return the first screenshots of `hashes`; see `image_index.read`.
+
+        Raises:
+            EpisodeDamagedError: a screenshot is damaged, and the episodes that use it were set aside.
+        """
+        try:
+            read = partial(image_index.read, blob_log=self.store.blob_log, hashes=hashes, max_bytes=max_bytes)
+            return await self.store.read(read)
+        except image_index.ImagesDamagedError as error:
+            await self.store.set_aside({}, error.hashes)
+            raise EpisodeDamagedError(f"{error}; the episodes that use it were set aside") from error
+        except image_index.ImageNotFoundError as error:
+            if await self.store.set_aside({}, [error.hash]):
+                raise EpisodeDamagedError(f"{error}; the episodes that use it were set aside") from error
+            raise
 
     async def commit(
         self,
@@ -210,6 +266,18 @@ class Coordinator:
                 self._leases.start(grant.lease_id, now_s)
                 self.metrics.leases.inc()
         return grants
+
+    def _after_set_aside(self, loop: asyncio.AbstractEventLoop, episodes: Sequence[DamagedEpisode]) -> None:
+        """Call `_end_set_aside` in the event loop. Called in the writer's thread."""
+        with contextlib.suppress(RuntimeError):  # the service has ended
+            loop.call_soon_threadsafe(self._end_set_aside, episodes)
+
+    def _end_set_aside(self, episodes: Sequence[DamagedEpisode]) -> None:
+        """End the leases of episodes that were set aside, and grant their rollouts again."""
+        for episode in episodes:
+            if episode.lease_id is not None:
+                self._leases.end(episode.lease_id)
+        self._notify_lease_ended()
 
     async def _count_lost_connections(self) -> None:
         tasks = await self.store.read(queries.lost_connections)

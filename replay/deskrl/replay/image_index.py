@@ -5,9 +5,13 @@ The rows say where in the blob log the bytes of a screenshot are.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from xxhash import xxh3_64_intdigest
 
 from deskrl.core.errors import UserError
 from deskrl.core.ids import image_hash
@@ -15,6 +19,33 @@ from deskrl.replay.blob_log import BlobLocation, BlobLog, BlobLogReader
 from deskrl.replay.status_errors import InvalidRequestError, NotFoundError
 
 HASH_BYTES = 32
+_LOST = (errno.ENOENT, errno.EIO, errno.EINVAL)
+"""Errors of a file that was deleted, of a disk that cannot read it, and of a damaged location."""
+_LOCATION = "SELECT segment, position, num_bytes, checksum FROM images WHERE hash = ?"
+
+
+class ImageNotFoundError(NotFoundError):
+    """A screenshot is not stored.
+
+    Args:
+        hash_: SHA-256 of the screenshot.
+    """
+
+    def __init__(self, hash_: bytes) -> None:
+        super().__init__(f"screenshot {hash_.hex()} is not stored")
+        self.hash = hash_
+
+
+class ImagesDamagedError(Exception):
+    """Stored screenshots do not match their hashes, or their segment is missing or truncated.
+
+    Args:
+        hashes: SHA-256 of the screenshots.
+    """
+
+    def __init__(self, hashes: Sequence[bytes]) -> None:
+        super().__init__(f"screenshot {hashes[0].hex()} is damaged on disk")
+        self.hashes = hashes
 
 
 @dataclass(frozen=True)
@@ -66,15 +97,56 @@ def store_images(
         _use(connection, rollout, stored)
 
 
+def find_lost(connection: sqlite3.Connection, blob_log: BlobLogReader, rollouts: Sequence[int]) -> list[bytes]:
+    """Return the hashes of the screenshots of some rollouts whose segment is missing or truncated."""
+    used = f"id IN (SELECT image FROM image_uses WHERE rollout IN ({','.join('?' * len(rollouts))}))"
+    ends = connection.execute(
+        f"SELECT segment, max(position + num_bytes) FROM images WHERE {used} GROUP BY segment", tuple(rollouts)
+    )
+    if all([blob_log.holds(segment, end) for segment, end in ends]):
+        return []
+    rows = connection.execute(f"SELECT hash, segment, position + num_bytes FROM images WHERE {used}", tuple(rollouts))
+    return [value for value, segment, end in rows if not blob_log.holds(segment, end)]
+
+
+def confirm_damaged(connection: sqlite3.Connection, blob_log: BlobLogReader, hashes: Iterable[bytes]) -> list[bytes]:
+    """Return those of these screenshots that are damaged or not stored, and all others of a lost segment.
+
+    Must be called in the writer, where no screenshot is moved in the meantime.
+    """
+    damaged: set[bytes] = set()
+    for value in hashes:
+        row = connection.execute(_LOCATION, (value,)).fetchone()
+        if row is None:
+            damaged.add(value)
+        elif _read_intact(blob_log, value, *row) is None:
+            damaged.add(value)
+            others = connection.execute("SELECT hash, position + num_bytes FROM images WHERE segment = ?", row[:1])
+            damaged.update(other for other, end in others if not blob_log.holds(row[0], end))
+    return sorted(damaged)
+
+
+def delete(connection: sqlite3.Connection, value: bytes) -> list[int]:
+    """Delete a damaged screenshot, and return the rollouts that used it. If it is sent again, it is stored again."""
+    rows = connection.execute("DELETE FROM images WHERE hash = ? RETURNING id, segment, num_bytes", (value,)).fetchall()
+    users: list[int] = []
+    for image, segment, num_bytes in rows:
+        uses = connection.execute("DELETE FROM image_uses WHERE image = ? RETURNING rollout", (image,))
+        users += [rollout for (rollout,) in uses.fetchall()]
+        connection.execute("UPDATE segments SET live_bytes = live_bytes - ? WHERE number = ?", (num_bytes, segment))
+    return users
+
+
 def release(connection: sqlite3.Connection, rollout: int) -> None:
     """Delete the rollout's uses of screenshots, and the screenshots that no other rollout uses."""
     used = connection.execute("DELETE FROM image_uses WHERE rollout = ? RETURNING image", (rollout,)).fetchall()
     for (image,) in used:
         if connection.execute("SELECT 1 FROM image_uses WHERE image = ? LIMIT 1", (image,)).fetchone() is None:
-            (segment, num_bytes) = connection.execute(
-                "DELETE FROM images WHERE id = ? RETURNING segment, num_bytes", (image,)
+            deleted = connection.execute(
+                "DELETE FROM images WHERE id = ? RETURNING num_bytes, segment", (image,)
             ).fetchone()
-            connection.execute("UPDATE segments SET live_bytes = live_bytes - ? WHERE number = ?", (num_bytes, segment))
+            if deleted is not None:  # it is missing if its row was damaged
+                connection.execute("UPDATE segments SET live_bytes = live_bytes - ? WHERE number = ?", deleted)
 
 
 def read(
@@ -85,7 +157,8 @@ def read(
     Must be called outside a transaction, so that a screenshot that is moved in the meantime is found again.
 
     Raises:
-        NotFoundError: a screenshot is not stored.
+        ImageNotFoundError: a screenshot is not stored.
+        ImagesDamagedError: the stored bytes of a screenshot do not match its hash, or are missing.
     """
     found: list[bytes] = []
     num_bytes = 0
@@ -116,10 +189,16 @@ def check_segments(connection: sqlite3.Connection, blob_log: BlobLogReader) -> N
 
 
 def rewrite_segment(connection: sqlite3.Connection, blob_log: BlobLog, segment: int) -> None:
-    """Append all screenshots of a segment to the current one, so that the segment becomes unused."""
-    rows = connection.execute("SELECT id, position, num_bytes FROM images WHERE segment = ?", (segment,)).fetchall()
-    for image, position, num_bytes in rows:
-        location = blob_log.append(blob_log.read(BlobLocation(segment, position), num_bytes))
+    """Append all screenshots of a segment to the current one, so that the segment becomes unused.
+
+    Damaged ones stay behind, and are found when they are read.
+    """
+    statement = "SELECT id, hash, position, num_bytes, checksum FROM images WHERE segment = ?"
+    for image, value, position, num_bytes, checksum in connection.execute(statement, (segment,)).fetchall():
+        data = _read_intact(blob_log, value, segment, position, num_bytes, checksum)
+        if data is None:
+            continue
+        location = blob_log.append(data)
         connection.execute(
             "UPDATE images SET segment = ?, position = ? WHERE id = ?", (location.segment, location.position, image)
         )
@@ -144,8 +223,8 @@ def _insert(connection: sqlite3.Connection, blob_log: BlobLog, image: ReceivedIm
     location = blob_log.append(image.data)
     _add_to_segment(connection, location, len(image.data))
     row = connection.execute(
-        "INSERT INTO images (hash, num_bytes, segment, position) VALUES (?, ?, ?, ?) RETURNING id",
-        (image.hash, len(image.data), location.segment, location.position),
+        "INSERT INTO images (hash, num_bytes, segment, position, checksum) VALUES (?, ?, ?, ?, ?) RETURNING id",
+        (image.hash, len(image.data), location.segment, location.position, _checksum(image.hash, image.data)),
     ).fetchone()
     return int(row[0])
 
@@ -153,21 +232,44 @@ def _insert(connection: sqlite3.Connection, blob_log: BlobLog, image: ReceivedIm
 def _add_to_segment(connection: sqlite3.Connection, location: BlobLocation, num_bytes: int) -> None:
     """Record that a segment ends after the bytes at `location`, and that these are in use."""
     connection.execute(
-        "INSERT INTO segments VALUES (?1, ?2 + ?3, ?3)"
+        "INSERT INTO segments (number, num_bytes, live_bytes) VALUES (?1, ?2 + ?3, ?3)"
         " ON CONFLICT DO UPDATE SET num_bytes = ?2 + ?3, live_bytes = live_bytes + ?3",
         (location.segment, location.position, num_bytes),
     )
 
 
 def _read(connection: sqlite3.Connection, blob_log: BlobLogReader, value: bytes) -> bytes:
-    statement = "SELECT segment, position, num_bytes FROM images WHERE hash = ?"
     stale = None
-    while (row := connection.execute(statement, (value,)).fetchone()) not in (None, stale):
-        try:
-            return blob_log.read(BlobLocation(row[0], row[1]), row[2])
-        except FileNotFoundError:  # moved or deleted since the row was read: read the row again
-            stale = row
-    raise NotFoundError(f"screenshot {value.hex()} is not stored")
+    while (row := connection.execute(_LOCATION, (value,)).fetchone()) not in (None, stale):
+        data = _read_intact(blob_log, value, *row)
+        if data is not None:
+            return data
+        stale = row  # possibly moved or deleted since the row was read: read the row again
+    if row is not None:
+        raise ImagesDamagedError([value])
+    raise ImageNotFoundError(value)
+
+
+def _read_intact(
+    blob_log: BlobLogReader, value: bytes, segment: int, position: int, num_bytes: int, checksum: int | None
+) -> bytes | None:
+    """Return the bytes at a location; None if they are missing or have another hash than `value`."""
+    try:
+        data = blob_log.read(BlobLocation(segment, position), num_bytes)
+    except OSError as error:
+        if error.errno in _LOST:
+            return None
+        raise
+    except (TypeError, ValueError, OverflowError, MemoryError):  # the row is damaged
+        return None
+    # The hash takes thirty times as long. It decides if the row has no checksum, or a damaged one.
+    is_intact = checksum == _checksum(value, data) or hashlib.sha256(data).digest() == value
+    return data if is_intact and len(data) == num_bytes else None
+
+
+def _checksum(value: bytes, data: bytes) -> int:
+    """Return the checksum of a screenshot with hash `value`."""
+    return xxh3_64_intdigest(data, seed=xxh3_64_intdigest(value)) >> 1
 
 
 def _use(connection: sqlite3.Connection, rollout: int, image: int) -> None:

@@ -9,7 +9,6 @@ import logging
 from deskrl.core import malloc_tuning, process_lifecycle, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.metrics_server import serve_metrics
-from deskrl.core.run_dir import RunDir
 from deskrl.proto.v1 import directory_pb2_grpc, replay_pb2_grpc, rollout_pb2_grpc
 from deskrl.replay.coordinator import Coordinator
 from deskrl.replay.directory_service import DirectoryServicer
@@ -17,6 +16,7 @@ from deskrl.replay.metrics import ReplayMetrics
 from deskrl.replay.replay_service import ReplayServicer
 from deskrl.replay.rollout_service import RolloutServicer
 from deskrl.replay.store import Store
+from deskrl.replay.store_folder import open_folder
 
 _log = logging.getLogger(__name__)
 
@@ -30,14 +30,21 @@ def run(config: RunConfig) -> int:
     """Serve until SIGTERM or SIGINT, and return the exit status.
 
     Raises:
-        UserError: the address is in use, or the store is damaged, in use, or not readable by this version.
+        UserError: the address is in use, or the store is damaged, in use, or not readable by this version; or the
+            store is found damaged while it is served.
     """
     process_lifecycle.die_with_parent()
     malloc_tuning.keep_freed_memory()
     malloc_tuning.use_one_arena()
     stop = process_lifecycle.stop_event()
     metrics = ReplayMetrics()
-    store = Store(RunDir(config.run_dir).replay, config.replay.max_bytes, metrics.observe_commit)
+    store = Store(
+        open_folder(config),
+        config.replay.max_bytes,
+        metrics.observe_commit,
+        metrics.observe_set_aside,
+        config.replay.success_threshold,
+    )
     try:
         asyncio.run(_serve(config, store, metrics, stop))
     finally:
@@ -58,16 +65,18 @@ async def _serve(config: RunConfig, store: Store, metrics: ReplayMetrics, stop: 
     serving = asyncio.create_task(coordinator.serve())
     stopping = asyncio.create_task(stop.wait_async())
     trimming = asyncio.create_task(_return_freed_memory())
+    failing = asyncio.wrap_future(store.failure)
     try:
-        await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            serving.result()  # raises the error that ended it
+        await asyncio.wait([serving, stopping, failing], return_when=asyncio.FIRST_COMPLETED)
+        for ended in (failing, serving):
+            if ended.done():
+                ended.result()  # raises the error that ended it
     finally:
         coordinator.close()
         await server.stop(_STOP_GRACE_S)
-        for task in (serving, stopping, trimming):
+        for task in (serving, stopping, trimming, failing):
             task.cancel()
-        await asyncio.gather(serving, stopping, trimming, return_exceptions=True)
+        await asyncio.gather(serving, stopping, trimming, failing, return_exceptions=True)
 
 
 async def _return_freed_memory() -> None:

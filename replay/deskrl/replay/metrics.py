@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from deskrl.proto.v1 import replay_pb2
+from deskrl.replay.damaged_episodes import DamagedEpisode
 from deskrl.replay.writer import Commit
 
 MIN_ATTEMPTS = 10
@@ -38,6 +39,11 @@ class ReplayMetrics:
             f"over tasks with at least {MIN_ATTEMPTS} attempts.",
             registry=self.registry,
         )
+        self.damaged = Counter(
+            "deskrl_replay_damaged_episodes_total",
+            "Episodes that were found damaged on disk.",
+            registry=self.registry,
+        )
         self.batches = Counter("deskrl_replay_batches_committed_total", "Batches committed.", registry=self.registry)
         self.commits = Histogram(
             "deskrl_replay_commit_seconds",
@@ -57,6 +63,10 @@ class ReplayMetrics:
         attempts = {task.task_id: task.num_lost + task.num_finished for task in tasks}
         shares = [task.num_lost / attempts[task.task_id] for task in tasks if attempts[task.task_id] >= MIN_ATTEMPTS]
         self.lost_connections.set(max(shares, default=0.0))
+
+    def observe_set_aside(self, episodes: Sequence[DamagedEpisode]) -> None:
+        """Count damaged episodes. Called in the writer's thread."""
+        self.damaged.inc(len(episodes))
 
     def observe_commit(self, commit: Commit) -> None:
         """Record a transaction. Called in the writer's thread."""

@@ -5,15 +5,28 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
+from deskrl.core.step_codec import CodecError
 from deskrl.proto.v1 import common_pb2, replay_pb2
 from deskrl.replay import counters, image_index, retention, stored_episodes
+from deskrl.replay.damaged_episodes import EpisodesDamagedError
+from deskrl.replay.row_checksums import StateDamagedError, existing, intact, verified
 from deskrl.replay.status_errors import ConflictError
 from deskrl.replay.stored_episodes import EpisodeFilter
 
 
 def episode(connection: sqlite3.Connection, rollout: int, *, with_steps: bool = True) -> replay_pb2.Episode:
-    """Return an ended rollout with everything that is still stored of it."""
+    """Return an ended rollout with everything that is still stored of it.
+
+    Raises:
+        EpisodesDamagedError: its rows are damaged.
+    """
     record = stored_episodes.get_rollout(connection, rollout)
+    if record.is_set_aside:
+        raise EpisodesDamagedError({rollout: record.damage})
+    try:
+        steps = stored_episodes.step_payloads(connection, record) if with_steps else []
+    except CodecError as error:
+        raise EpisodesDamagedError({rollout: str(error)}) from error
     message = replay_pb2.Episode(
         episode_id=record.episode_id,
         group_id=record.group_id,
@@ -21,7 +34,7 @@ def episode(connection: sqlite3.Connection, rollout: int, *, with_steps: bool = 
         task_id=record.task_id,
         seed=record.seed,
         acting_policy=record.acting_policy,
-        steps=stored_episodes.step_payloads(connection, rollout) if with_steps else (),
+        steps=steps,
         num_faults=record.num_faults,
         finished_unix_s=record.ended_unix_s,
     )
@@ -36,7 +49,8 @@ def group(connection: sqlite3.Connection, position: int) -> replay_pb2.Group:
     """Return a bound group with its finished members and its candidate.
 
     Raises:
-        ConflictError: retention has removed members since the group's batch was committed.
+        ConflictError: retention has removed members since the group's batch was committed, or they were damaged since.
+        EpisodesDamagedError: the rows of members are damaged or missing; it does not name a missing one.
     """
     # One transaction, so that retention cannot remove a member between two of these reads.
     connection.execute("BEGIN")
@@ -47,25 +61,74 @@ def group(connection: sqlite3.Connection, position: int) -> replay_pb2.Group:
 
 
 def _group(connection: sqlite3.Connection, position: int) -> replay_pb2.Group:
-    group_id, queue, task_id, num_faulted, candidate = connection.execute(
-        "SELECT group_id, queue, task_id, num_faulted, candidate FROM groups WHERE position = ?", (position,)
+    row = connection.execute(
+        "SELECT group_id, queue, task_id, num_faulted, candidate, state, num_finished FROM groups g"
+        f" WHERE position = ? AND {verified('groups', 'g')}",
+        (position,),
     ).fetchone()
+    group_id, queue, task_id, num_faulted, candidate, state, num_finished = existing(row, "groups")
+    columns = f"id, removed, damage, {intact('rollouts', 'r')}"
     members = connection.execute(
-        "SELECT id, removed FROM rollouts WHERE group_position = ? AND state = 'finished' ORDER BY member", (position,)
+        f"SELECT {columns} FROM rollouts r WHERE group_position = ? AND state = 'finished' ORDER BY member", (position,)
     ).fetchall()
-    offered = connection.execute("SELECT id, removed FROM rollouts WHERE id = ?", (candidate,)).fetchall()
-    if any(removed for _, removed in members + offered):
-        raise ConflictError(f"{group_id}: episodes were removed by retention after its batch was committed")
+    offered = connection.execute(f"SELECT {columns} FROM rollouts r WHERE id = ?", (candidate,)).fetchall()
+    for _, removed, damage, is_intact in members + offered:
+        if is_intact and (removed or damage):
+            how = "were damaged" if damage else "were removed by retention"
+            raise ConflictError(f"{group_id}: episodes {how} after its batch was committed")
+    episodes, reasons = _episodes(connection, [row[0] for row in members + offered])
+    is_complete = state in ("bound", "consumed") and len(members) == num_finished
+    if reasons or not is_complete:
+        raise EpisodesDamagedError(reasons)
     message = replay_pb2.Group(
         group_id=group_id,
         queue=queue,
         task_id=task_id,
-        episodes=[episode(connection, rollout) for rollout, _ in members],
+        episodes=episodes[: len(members)],
         num_faulted=num_faulted,
     )
     if candidate is not None:
-        message.candidate.CopyFrom(episode(connection, candidate))
+        message.candidate.CopyFrom(episodes[-1])
     return message
+
+
+def _episodes(
+    connection: sqlite3.Connection, rollouts: Sequence[int]
+) -> tuple[list[replay_pb2.Episode], dict[int, str]]:
+    """Return the intact ones of these episodes, and what is damaged of the others, by row id of the rollout."""
+    episodes: list[replay_pb2.Episode] = []
+    reasons: dict[int, str] = {}
+    for rollout in rollouts:
+        try:
+            episodes.append(episode(connection, rollout))
+        except EpisodesDamagedError as error:
+            reasons |= error.reasons
+    return episodes, reasons
+
+
+def group_members(connection: sqlite3.Connection, position: int) -> list[int]:
+    """Return the row ids of a bound group's members and of its candidate."""
+    rows = connection.execute(
+        "SELECT r.id FROM rollouts r WHERE group_position = ?1 AND member >= 0"
+        " UNION SELECT candidate FROM groups WHERE position = ?1 AND candidate IS NOT NULL",
+        (position,),
+    )
+    return [row[0] for row in rows]
+
+
+def check_num_members(connection: sqlite3.Connection, position: int) -> None:
+    """Check that a bound group has as many members as it should have.
+
+    Raises:
+        StateDamagedError: it has not.
+    """
+    row = connection.execute(
+        "SELECT group_id, num_finished, (SELECT count(*) FROM rollouts WHERE group_position = position AND"
+        f" state = 'finished') FROM groups g WHERE position = ? AND state = 'bound' AND {verified('groups', 'g')}",
+        (position,),
+    ).fetchone()
+    if row is not None and row[1] != row[2]:
+        raise StateDamagedError(f"group {row[0]} has {row[2]} of its {row[1]} members")
 
 
 def find_episodes(connection: sqlite3.Connection, request: replay_pb2.ListEpisodesRequest) -> list[int]:

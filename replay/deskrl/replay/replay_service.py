@@ -80,22 +80,20 @@ class ReplayServicer(replay_pb2_grpc.ReplayServiceServicer):
             await context.abort(error.code, str(error))
 
     def _read_images(self, hashes: list[bytes]) -> asyncio.Task[list[bytes]]:
-        store = self._coordinator.store
-        part = partial(image_index.read, blob_log=store.blob_log, hashes=hashes, max_bytes=_READ_AHEAD_BYTES)
-        return asyncio.create_task(store.read(part))
+        return asyncio.create_task(self._coordinator.read_images(hashes, _READ_AHEAD_BYTES))
 
     async def ListEpisodes(
         self, request: replay_pb2.ListEpisodesRequest, context: Any
     ) -> AsyncIterator[replay_pb2.ListEpisodesResponse]:
         """Stream ended episodes, newest first."""
+        coordinator = self._coordinator
         try:
             check_names(request)
+            for rollout in await coordinator.store.read(partial(queries.find_episodes, request=request)):
+                episode = await coordinator.list_episode(rollout, with_steps=not request.envelope_only)
+                yield replay_pb2.ListEpisodesResponse(episode=episode)
         except StatusError as error:
             await context.abort(error.code, str(error))
-        store = self._coordinator.store
-        for rollout in await store.read(partial(queries.find_episodes, request=request)):
-            episode = await store.read(partial(queries.episode, rollout=rollout, with_steps=not request.envelope_only))
-            yield replay_pb2.ListEpisodesResponse(episode=episode)
 
     @aborts_on_status_error
     async def GetReplayStatus(

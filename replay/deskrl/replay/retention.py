@@ -12,6 +12,7 @@ import sqlite3
 
 from deskrl.replay import image_index
 from deskrl.replay.blob_log import BlobLog
+from deskrl.replay.row_checksums import verified
 
 MAX_EPISODES_PER_COMMIT = 8
 """Maximum number of episodes removed in one transaction, which bounds the delay of acknowledgements."""
@@ -55,10 +56,13 @@ def compact_segments(connection: sqlite3.Connection, blob_log: BlobLog) -> list[
     Returns:
         The numbers of these segments, whose files may be removed after the commit.
     """
+    statement = (
+        f"SELECT number, live_bytes FROM segments s WHERE live_bytes * 2 < num_bytes AND {verified('segments', 's')}"
+    )
     closed = [
         (number, live_bytes)
-        for number, num_bytes, live_bytes in connection.execute("SELECT number, num_bytes, live_bytes FROM segments")
-        if live_bytes * 2 < num_bytes and not blob_log.is_open_segment(number)
+        for number, live_bytes in connection.execute(statement)
+        if not blob_log.is_open_segment(number)
     ]
     unused = [number for number, live_bytes in closed if live_bytes == 0]
     sparse = [number for number, live_bytes in closed if live_bytes > 0][:1]

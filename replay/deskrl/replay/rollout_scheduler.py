@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from deskrl.core import ids
 from deskrl.proto.v1 import replay_pb2, rollout_pb2
 from deskrl.replay import counters
+from deskrl.replay.damaged_episodes import plan_rollout
 from deskrl.replay.rate_limiter import RATE_LIMITED_QUEUE, RateLimiter
 from deskrl.replay.rollouts import set_state
+from deskrl.replay.row_checksums import StateDamagedError, existing, verified
 
 _NUM_MEMBERS = "(num_planned + num_leased + num_finished + num_faulted)"
 
@@ -58,13 +60,9 @@ def plan_groups(connection: sqlite3.Connection, plans: Iterable[replay_pb2.Group
                 len(group.seeds),
             ),
         ).lastrowid
-        connection.executemany(
-            "INSERT INTO rollouts (episode_id, group_position, member, seed) VALUES (?, ?, ?, ?)",
-            [
-                (ids.episode_id(group.group_id, member), position, member, str(seed))
-                for member, seed in enumerate(group.seeds)
-            ],
-        )
+        assert position is not None
+        for member, seed in enumerate(group.seeds):
+            plan_rollout(connection, ids.episode_id(group.group_id, member), position, member, str(seed))
         num_added += 1
     return num_added
 
@@ -73,11 +71,13 @@ def allowance(connection: sqlite3.Connection, rate_limiter: RateLimiter) -> int:
     """Return the number of rollouts of the rate-limited queue that may be granted now."""
     (num_outstanding,) = connection.execute(
         f"SELECT coalesce(sum(num_leased + num_finished + num_faulted + max(0, ? - {_NUM_MEMBERS})), 0) FROM groups"
-        " WHERE state IN ('open', 'complete') AND queue = ? AND begun",
+        f" g WHERE state IN ('open', 'complete') AND queue = ? AND begun AND {verified('groups', 'g')}",
         (rate_limiter.rollouts_per_group, RATE_LIMITED_QUEUE),
     ).fetchone()
     (num_bound,) = connection.execute(
-        "SELECT count(*) FROM groups WHERE state = 'bound' AND queue = ? AND NOT dropped", (RATE_LIMITED_QUEUE,)
+        "SELECT count(*) FROM groups g WHERE state = 'bound' AND queue = ? AND NOT dropped"
+        f" AND {verified('groups', 'g')}",
+        (RATE_LIMITED_QUEUE,),
     ).fetchone()
     num_consumed = counters.read(connection, counters.TRAINED_GROUPS) + num_bound
     return rate_limiter.allowance(counters.read(connection, counters.UPDATES), num_consumed, num_outstanding)
@@ -105,7 +105,9 @@ def grant_leases(
     grants: list[LeaseGrant | None] = []
     for request in requests:
         known = connection.execute(
-            "SELECT lease_id, rollout FROM leases WHERE request_id = ? AND state = 'active'", (request.request_id,)
+            "SELECT lease_id, rollout FROM leases l WHERE request_id = ? AND state = 'active'"
+            f" AND {verified('leases', 'l')}",
+            (request.request_id,),
         ).fetchone()
         if known is not None:
             grants.append(LeaseGrant(known[0], _rollout(connection, known[1])))
@@ -133,31 +135,38 @@ def grant_leases(
 
 def list_active_leases(connection: sqlite3.Connection) -> list[str]:
     """Return the ids of all active leases."""
-    return [row[0] for row in connection.execute("SELECT lease_id FROM leases WHERE state = 'active'")]
+    statement = f"SELECT lease_id FROM leases l WHERE state = 'active' AND {verified('leases', 'l')}"
+    return [row[0] for row in connection.execute(statement)]
 
 
 def _next_work(connection: sqlite3.Connection, *, is_limited_allowed: bool) -> tuple[int, int, bool] | None:
     """Return the rollout to grant next, the position of its group, and whether its queue is rate limited."""
     row = connection.execute(
-        "SELECT position, paced FROM groups WHERE num_planned > 0 AND paced <= ?"
+        f"SELECT position, paced FROM groups g WHERE num_planned > 0 AND paced <= ? AND {verified('groups', 'g')}"
         " ORDER BY paced, begun DESC, position LIMIT 1",
         (is_limited_allowed,),
     ).fetchone()
     if row is None:
         return None
-    (rollout,) = connection.execute(
-        "SELECT id FROM rollouts WHERE group_position = ? AND state = 'planned' ORDER BY member LIMIT 1", (row[0],)
+    planned = connection.execute(
+        "SELECT id FROM rollouts r WHERE group_position = ? AND state = 'planned'"
+        f" AND {verified('rollouts', 'r')} ORDER BY member LIMIT 1",
+        (row[0],),
     ).fetchone()
-    return rollout, row[0], bool(row[1])
+    return existing(planned, "rollouts")[0], row[0], bool(row[1])
 
 
 def _rollout(connection: sqlite3.Connection, rollout: int) -> rollout_pb2.Rollout:
     row = connection.execute(
         "SELECT r.episode_id, g.group_id, g.queue, t.task_json, g.task_id, r.seed, g.max_steps, g.temperature,"
-        " g.acting_policy FROM rollouts r JOIN groups g ON g.position = r.group_position"
-        " JOIN task_files t ON t.hash = g.task_hash WHERE r.id = ?",
+        " g.acting_policy, t.hash FROM rollouts r JOIN groups g ON g.position = r.group_position"
+        f" JOIN task_files t ON t.hash = g.task_hash WHERE r.id = ? AND {verified('rollouts', 'r')}"
+        f" AND {verified('groups', 'g')}",
         (rollout,),
     ).fetchone()
+    *row, task_hash = existing(row, "task_files")
+    if hashlib.sha256(row[3]).digest() != task_hash:
+        raise StateDamagedError(f"the task file of {row[1]} is damaged")
     return rollout_pb2.Rollout(
         episode_id=row[0],
         group_id=row[1],

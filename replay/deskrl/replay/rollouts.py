@@ -18,6 +18,7 @@ from deskrl.replay import counters, image_index
 from deskrl.replay.blob_log import BlobLog
 from deskrl.replay.leases import MAX_EXPIRATIONS
 from deskrl.replay.rate_limiter import RATE_LIMITED_QUEUE
+from deskrl.replay.row_checksums import step_checksum, verified
 from deskrl.replay.status_errors import InvalidRequestError, LeaseNotFoundError
 
 
@@ -45,7 +46,7 @@ def get_lease(connection: sqlite3.Connection, lease_id: str, episode_id: str | N
     """
     row = connection.execute(
         "SELECT l.state, l.rollout, r.num_steps, r.episode_id FROM leases l JOIN rollouts r ON r.id = l.rollout"
-        " WHERE lease_id = ?",
+        f" WHERE lease_id = ? AND {verified('leases', 'l')}",  # the rollout is verified by the write that follows
         (lease_id,),
     ).fetchone()
     if row is None or row[0] not in ("active", "finished", "faulted") or episode_id not in (None, row[3]):
@@ -93,19 +94,22 @@ def add_step(
         raise InvalidRequestError(f"received step {step.index}, expected step {lease.num_steps}")
     image_index.store_images(connection, blob_log, lease.rollout, received, named)
     connection.execute(
-        "INSERT INTO steps (rollout, step, payload) VALUES (?, ?, ?)", (lease.rollout, step.index, step.payload)
+        "INSERT INTO steps (rollout, step, payload, checksum) VALUES (?, ?, ?, ?)",
+        (lease.rollout, step.index, step.payload, step_checksum(lease.rollout, step.index, step.payload)),
     )
-    connection.execute("UPDATE rollouts SET num_steps = num_steps + 1 WHERE id = ?", (lease.rollout,))
-    if spans:
-        _record_policy_versions(connection, lease.rollout, spans)
+    _count_step(connection, lease.rollout, spans)
     return lease.num_steps + 1
 
 
-def _record_policy_versions(connection: sqlite3.Connection, rollout: int, spans: Sequence[VersionSpan]) -> None:
-    """Record the policy versions of an episode in the columns that are searched; `spans` are of its latest step."""
+def _count_step(connection: sqlite3.Connection, rollout: int, spans: Sequence[VersionSpan]) -> None:
+    """Count a step, and record its policy versions in the columns that are searched."""
+    if not spans:
+        connection.execute("UPDATE rollouts SET num_steps = num_steps + 1 WHERE id = ?", (rollout,))
+        return
     versions = [span.step for span in spans]
     connection.execute(
-        "UPDATE rollouts SET lineage = ?1, oldest_version = min(ifnull(oldest_version, ?2), ?2),"
+        "UPDATE rollouts SET num_steps = num_steps + 1, lineage = ?1,"
+        " oldest_version = min(ifnull(oldest_version, ?2), ?2),"
         " newest_version = max(ifnull(newest_version, ?3), ?3) WHERE id = ?4",
         (spans[-1].lineage, min(versions), max(versions), rollout),
     )
@@ -250,12 +254,13 @@ def _end(connection: sqlite3.Connection, rollout: int) -> None:
         (counters.add(connection, counters.ENDINGS), time.time(), rollout),
     )
     position, queue, num_open, num_finished = connection.execute(
-        "SELECT position, queue, num_planned + num_leased, num_finished FROM groups"
-        " WHERE position = (SELECT group_position FROM rollouts WHERE id = ?)",
+        "SELECT position, queue, num_planned + num_leased, num_finished FROM groups g"
+        f" WHERE position = (SELECT group_position FROM rollouts WHERE id = ?) AND {verified('groups', 'g')}",
         (rollout,),
     ).fetchone()
     if num_open:
         return
+    # A group that a damaged member has opened again keeps its slot in a batch, unless it is closed now.
     is_closed = queue == RATE_LIMITED_QUEUE and num_finished < 2
     connection.execute(
         "UPDATE groups SET state = ?, completion = ?, dropped_because = ? WHERE position = ?",
@@ -271,3 +276,4 @@ def _end(connection: sqlite3.Connection, rollout: int) -> None:
         connection.execute(
             "UPDATE rollouts SET removable = 1 WHERE group_position = ? AND state = 'finished'", (position,)
         )
+        connection.execute("UPDATE groups SET batch_id = NULL, ordinal = NULL WHERE position = ?", (position,))

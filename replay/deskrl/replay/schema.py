@@ -4,141 +4,34 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from deskrl.core.errors import UserError
 from deskrl.core.rpc import VERSION
-from deskrl.replay import counters
+from deskrl.replay import counters, row_checksums
 from deskrl.replay.blob_log import BLOB_DIR
+from deskrl.replay.tables import TABLES
 
 FILE_NAME = "replay.sqlite"
 _APPLICATION_ID = 0x6465736B  # "desk"
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
+_MIGRATED_VERSION = 3
+"""Older schema, without checksums: readers accept it, and the service migrates it."""
 _FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_WRITE}
 """SQLite's error codes for a full disk, which depend on the file being written."""
+_DAMAGE_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR}
+"""SQLite's primary error codes for a damaged file or disk."""
+_log = logging.getLogger(__name__)
+
 _RESTORE_HINT = "restore the file from a copy, or move its directory away to start with an empty store"
 
-# Screenshots are nearly all of the bytes and are stored in the blob log; `images` has their locations.
-# `groups.state`: open -> complete -> bound -> consumed, or open -> closed (too few members).
-# `rollouts.state`: planned, leased, finished, faulted. `leases.state`: active, finished, faulted, expired, released.
-# Values that episodes are searched by have columns of their own and outlive the messages that they come from:
-# `termination` (of `result`), `fault_kind` (of `last_fault`), policy versions of the tokens (`lineage` of the last).
-# Older names: `paced` means rate limited, `begun` means started, `num_expiries` counts expired leases.
-_TABLES = """
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE policy (lineage TEXT NOT NULL, step INTEGER NOT NULL);
-CREATE TABLE task_files (hash BLOB PRIMARY KEY, task_json BLOB NOT NULL) WITHOUT ROWID;
 
-CREATE TABLE groups (
-    position INTEGER PRIMARY KEY,
-    group_id TEXT NOT NULL UNIQUE,
-    queue TEXT NOT NULL,
-    task_id TEXT NOT NULL,
-    task_hash BLOB NOT NULL REFERENCES task_files (hash),
-    max_steps INTEGER NOT NULL,
-    temperature REAL NOT NULL,
-    acting_policy INTEGER NOT NULL,
-    paced INTEGER NOT NULL,
-    state TEXT NOT NULL DEFAULT 'open',
-    begun INTEGER NOT NULL DEFAULT 0,
-    num_planned INTEGER NOT NULL,
-    num_leased INTEGER NOT NULL DEFAULT 0,
-    num_finished INTEGER NOT NULL DEFAULT 0,
-    num_faulted INTEGER NOT NULL DEFAULT 0,
-    num_succeeded INTEGER NOT NULL DEFAULT 0,
-    num_steps INTEGER NOT NULL DEFAULT 0,
-    completion INTEGER,
-    batch_id TEXT,
-    ordinal INTEGER,
-    candidate INTEGER REFERENCES rollouts (id),
-    dropped INTEGER NOT NULL DEFAULT 0,
-    dropped_because TEXT NOT NULL DEFAULT '',
-    used_candidate INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX grantable_groups ON groups (paced, begun DESC, position) WHERE num_planned > 0;
-CREATE INDEX groups_by_state ON groups (state, queue, completion);
-CREATE UNIQUE INDEX bindings ON groups (queue, batch_id, ordinal) WHERE batch_id IS NOT NULL;
-CREATE INDEX pending_candidates ON groups (candidate) WHERE candidate IS NOT NULL;
-
-CREATE TABLE rollouts (
-    id INTEGER PRIMARY KEY,
-    episode_id TEXT NOT NULL UNIQUE,
-    group_position INTEGER NOT NULL REFERENCES groups (position),
-    member INTEGER NOT NULL,
-    seed TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'planned',
-    num_faults INTEGER NOT NULL DEFAULT 0,
-    num_expiries INTEGER NOT NULL DEFAULT 0,
-    num_steps INTEGER NOT NULL DEFAULT 0,
-    reward REAL,
-    result BLOB,
-    last_fault BLOB,
-    termination INTEGER,
-    fault_kind INTEGER,
-    lineage TEXT,
-    oldest_version INTEGER,
-    newest_version INTEGER,
-    ending INTEGER,
-    ended_unix_s REAL,
-    removable INTEGER NOT NULL DEFAULT 0,
-    removed INTEGER NOT NULL DEFAULT 0,
-    UNIQUE (group_position, member)
-);
-CREATE INDEX rollouts_by_ending ON rollouts (ending) WHERE ending IS NOT NULL;
-CREATE INDEX removable_rollouts ON rollouts (ending) WHERE removable;
-
-CREATE TABLE leases (
-    lease_id TEXT PRIMARY KEY,
-    rollout INTEGER NOT NULL REFERENCES rollouts (id),
-    request_id TEXT NOT NULL,
-    holder TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'active'
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX active_requests ON leases (request_id) WHERE state = 'active';
-CREATE UNIQUE INDEX active_rollouts ON leases (rollout) WHERE state = 'active';
-CREATE INDEX leases_by_rollout ON leases (rollout);
-
-CREATE TABLE steps (
-    id INTEGER PRIMARY KEY,
-    rollout INTEGER NOT NULL REFERENCES rollouts (id),
-    step INTEGER NOT NULL,
-    payload BLOB NOT NULL,
-    UNIQUE (rollout, step)
-);
-CREATE TABLE segments (number INTEGER PRIMARY KEY, num_bytes INTEGER NOT NULL, live_bytes INTEGER NOT NULL);
-CREATE TABLE images (
-    id INTEGER PRIMARY KEY,
-    hash BLOB NOT NULL,
-    num_bytes INTEGER NOT NULL,
-    segment INTEGER NOT NULL REFERENCES segments (number),
-    position INTEGER NOT NULL
-);
-CREATE UNIQUE INDEX images_by_hash ON images (hash, num_bytes);
-CREATE INDEX images_by_segment ON images (segment);
-CREATE TABLE image_uses (rollout INTEGER NOT NULL, image INTEGER NOT NULL, PRIMARY KEY (rollout, image)) WITHOUT ROWID;
-CREATE INDEX uses_by_image ON image_uses (image);
-
-CREATE TABLE batches (
-    queue TEXT NOT NULL,
-    batch_id TEXT NOT NULL,
-    committed INTEGER NOT NULL DEFAULT 0,
-    lineage TEXT NOT NULL DEFAULT '',
-    step INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (queue, batch_id)
-) WITHOUT ROWID;
-
-CREATE TABLE successes (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    task_id TEXT NOT NULL,
-    rollout INTEGER NOT NULL UNIQUE REFERENCES rollouts (id),
-    lineage TEXT NOT NULL,
-    step INTEGER NOT NULL
-);
-CREATE INDEX successes_by_task ON successes (task_id, number);
-CREATE TABLE success_uses (task_id TEXT PRIMARY KEY, num_used INTEGER NOT NULL) WITHOUT ROWID;
-"""
+DAMAGE_ERRORS = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""Errors of statements on a damaged file; the second one if the message of the first contains damaged text."""
 
 
 def lock_store(store_dir: Path) -> int:
@@ -171,20 +64,26 @@ def open_database(path: Path) -> sqlite3.Connection:
     if is_empty and any(path.parent.glob(f"{BLOB_DIR}/*")):
         raise UserError(f"{path}: not found, but its screenshots exist", _RESTORE_HINT)
     connection = open_reader(path) if has_log else _connect(path)
+    has_damaged_index = False
     try:
         if has_log:
             # The last writer to close moves the log into the file, even into a damaged one. Check with a reader first.
-            _check_database(connection, path)
+            has_damaged_index = _check_database(connection, path)
             connection.close()
             connection = _connect(path)
         # A crash during the first start leaves a file that SQLite rolls back to an empty one.
         elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-            _create(connection)
+            create(connection)
         else:
-            _check_database(connection, path)
+            has_damaged_index = _check_database(connection, path)
+        connection = _migrate(connection, path)
+        if has_damaged_index:
+            _rebuild_indexes(connection, path)
+        if tables := row_checksums.damaged_tables(connection):
+            raise _damage_error(path, f"rows of {', '.join(tables)}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-    except sqlite3.DatabaseError as error:
+    except DAMAGE_ERRORS as error:
         connection.close()
         if is_full_disk(error):
             raise UserError(f"{path}: the disk is full", "free some space and start again (no data is lost)") from error
@@ -196,7 +95,24 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    row_checksums.register(connection)
+    return connection
+
+
+def damage_error(path: Path, error: Exception) -> UserError | None:
+    """Return the error that ends the service if damage concerns more than single episodes; None for other errors."""
+    if isinstance(error, row_checksums.StateDamagedError):
+        return _damage_error(path, str(error))
+    if isinstance(error, UnicodeDecodeError):
+        return _damage_error(path, "a definition in it")
+    if not isinstance(error, sqlite3.DatabaseError) or is_full_disk(error):
+        return None
+    if row_checksums.is_row_damage(error):
+        return _damage_error(path, "a row that the run needs")
+    # An error of Python's own module, such as for a wrong number of parameters, has no code.
+    is_damage = getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE_CODES
+    return _damage_error(path, str(error)) if is_damage else None
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -212,45 +128,128 @@ def open_reader(path: Path) -> sqlite3.Connection:
     is_archived = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
     options = "mode=ro&immutable=1" if is_archived else "mode=ro"
     connection = sqlite3.connect(f"{path.as_uri()}?{options}", uri=True, isolation_level=None, check_same_thread=False)
+    row_checksums.register(connection)
+    if connection.execute("PRAGMA user_version").fetchone() == (_MIGRATED_VERSION,):
+        row_checksums.add_checksums(connection)
     connection.execute("PRAGMA query_only = 1")
     return connection
 
 
-def _create(connection: sqlite3.Connection) -> None:
-    # One transaction, so that a crash leaves a complete database or an empty file.
-    connection.executescript(
-        f"BEGIN; PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_SCHEMA_VERSION}; {_TABLES}"
-        f" INSERT INTO counters VALUES ('{counters.CREATED_BY}{VERSION}', 1); COMMIT;"
-    )
+def create(connection: sqlite3.Connection) -> None:
+    """Create the tables and triggers in an empty database."""
+    row_checksums.register(connection)
+    connection.execute("BEGIN")  # one transaction, so that a crash leaves a complete database or an empty file
+    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+    for statement in TABLES.split(";\n"):
+        connection.execute(statement)
+    row_checksums.create_triggers(connection)
+    counters.put(connection, counters.CREATED_BY + VERSION, 1)
+    connection.execute("COMMIT")
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    """Give a store of the older schema the present one, and return the connection to it.
+
+    The rows are copied to a new file, which then replaces the old one: a crash leaves one or the other.
+    """
+    if connection.execute("PRAGMA user_version").fetchone() != (_MIGRATED_VERSION,):
+        return connection
+    _log.info("%s: migrating from schema %d to %d", path, _MIGRATED_VERSION, _SCHEMA_VERSION)
+    connection.execute("PRAGMA journal_mode = DELETE")  # moves the write-ahead log into the file
+    connection.close()
+    copy = path.with_name(path.name + ".migrated")
+    copy.unlink(missing_ok=True)
+    with closing(_connect(copy)) as migrated:
+        create(migrated)
+        migrated.execute("ATTACH ? AS source", (str(path),))
+        migrated.execute("BEGIN")
+        row_checksums.copy_rows(migrated, "source")
+        migrated.execute("COMMIT")
+    os.replace(copy, path)
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return _connect(path)
 
 
 def check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise UserError unless this is a replay database with the schema of this version of deskrl."""
+    """Raise UserError unless this is a replay database with a schema that this version of deskrl reads."""
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application_id != _APPLICATION_ID:
         raise UserError(f"{path}: not a replay database of deskrl", _RESTORE_HINT)
-    if version != _SCHEMA_VERSION:
+    if version not in (_MIGRATED_VERSION, _SCHEMA_VERSION):
         age = "a newer" if version > _SCHEMA_VERSION else "an older"
         raise UserError(
             f"{path}: created by {age} deskrl{_created_by(connection)} with store schema {version};"
-            f" deskrl {VERSION} reads schema {_SCHEMA_VERSION}",
+            f" deskrl {VERSION} reads schemas {_MIGRATED_VERSION} and {_SCHEMA_VERSION}",
             "continue with the deskrl that created it, or start a new run under another name",
         )
+    if version == _SCHEMA_VERSION:
+        _check_definitions(connection, path)
 
 
 def _created_by(connection: sqlite3.Connection) -> str:
     """Return " VERSION" of the deskrl that created the store; empty for a store that does not record it."""
+    statement = "SELECT substr(name, ?) FROM counters WHERE substr(name, 1, ?) = ? ORDER BY name"
+    num = len(counters.CREATED_BY)
     try:
-        versions = counters.read_all(connection, counters.CREATED_BY)
+        versions = connection.execute(statement, (num + 1, num, counters.CREATED_BY)).fetchall()
     except sqlite3.DatabaseError:  # a schema without this table
         return ""
-    return "".join(f" {version}" for version in versions)
+    return "".join(f" {version}" for (version,) in versions)
 
 
-def _check_database(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise UserError unless this is an undamaged replay database of this schema."""
+def _check_database(connection: sqlite3.Connection, path: Path) -> bool:
+    """Check that this is a replay database of a readable schema whose tables are intact.
+
+    Returns:
+        Whether an index is damaged: `_rebuild_indexes` makes it anew.
+
+    Raises:
+        UserError: it is not.
+    """
     check_schema(connection, path)
-    findings = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
-    if findings != ["ok"]:
-        raise UserError(f"{path}: damaged: {' '.join(findings[0].split())}", _RESTORE_HINT)
+    findings = _integrity_findings(connection)
+    for finding in findings:
+        if not _is_in_index(finding):
+            raise _damage_error(path, finding)
+    return bool(findings)
+
+
+def _check_definitions(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise UserError unless the definitions of tables, indexes and triggers are those of a new database."""
+    statement = "SELECT type, name, sql FROM main.sqlite_master ORDER BY type, name"
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as new:
+        create(new)
+        expected = new.execute(statement).fetchall()
+    if connection.execute(statement).fetchall() != expected:
+        raise _damage_error(path, "the definition of a table is not that of deskrl")
+
+
+def _rebuild_indexes(connection: sqlite3.Connection, path: Path) -> None:
+    """Rebuild all indexes, which hold nothing that the tables do not hold.
+
+    Raises:
+        UserError: a table is damaged too.
+    """
+    _log.warning("%s: indexes are damaged and are rebuilt", path)
+    connection.execute("REINDEX")
+    for finding in _integrity_findings(connection):
+        raise _damage_error(path, finding)
+
+
+def _damage_error(path: Path, finding: str) -> UserError:
+    return UserError(f"{path}: damaged: {' '.join(finding.split())}", _RESTORE_HINT)
+
+
+def _integrity_findings(connection: sqlite3.Connection) -> list[str]:
+    """Return what SQLite finds damaged in tables and indexes; empty if nothing is."""
+    findings = [row[0] for row in connection.execute("PRAGMA main.integrity_check(1000)")]
+    return [] if findings == ["ok"] else findings
+
+
+def _is_in_index(finding: str) -> bool:
+    """Return whether a finding of SQLite says that an index does not match its table."""
+    return "index" in finding and finding.startswith(("row ", "wrong # of entries", "non-unique entry"))

@@ -39,6 +39,18 @@ class ConflictError(StatusError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class StoreDamagedError(StatusError):
+    """The store is damaged beyond single episodes, and the service ends."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class EpisodeDamagedError(StatusError):
+    """Episodes that the request needs are damaged; they were set aside, and are played again if they are needed."""
+
+    code = grpc.StatusCode.DATA_LOSS
+
+
 class StoreFullError(StatusError):
     """The disk is full; nothing of the request was stored."""
 

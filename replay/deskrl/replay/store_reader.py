@@ -8,7 +8,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from deskrl.core.errors import UserError
-from deskrl.core.ids import image_hash
 from deskrl.core.step_codec import Step, decode_step
 from deskrl.proto.v1 import replay_pb2
 from deskrl.replay import image_index, queries, schema, stored_episodes
@@ -24,7 +23,7 @@ class ImageUnavailable(Exception):
 
 
 class ImageDamaged(Exception):
-    """Stored bytes that do not match the hash of the screenshot; the message names it."""
+    """Stored bytes that are lost, or do not match the hash of the screenshot; the message names it."""
 
 
 class StoreSnapshot:
@@ -49,6 +48,10 @@ class StoreSnapshot:
         """Return all ended episodes that match, newest first."""
         return stored_episodes.list_episodes(self._connection, wanted)
 
+    def num_damaged(self) -> int:
+        """Return the number of episodes that are known to be damaged."""
+        return stored_episodes.num_damaged(self._connection)
+
     def filter_options(self) -> FilterOptions:
         """Return the values by which episodes can be filtered."""
         return stored_episodes.filter_options(self._connection)
@@ -66,8 +69,12 @@ class StoreSnapshot:
         return stored_episodes.get_group(self._connection, group_id)
 
     def step_payloads(self, episode: EpisodeRecord) -> list[bytes]:
-        """Return the stored steps of an episode in order, encoded; empty once retention has removed them."""
-        return stored_episodes.step_payloads(self._connection, episode.rollout)
+        """Return the stored steps of an episode in order, encoded; empty once retention has removed them.
+
+        Raises:
+            CodecError: a step is damaged or missing.
+        """
+        return stored_episodes.step_payloads(self._connection, episode)
 
     def read_steps(self, episode: EpisodeRecord) -> list[Step]:
         """Return the stored steps of an episode in order.
@@ -120,8 +127,8 @@ class StoreReader:
                 (data,) = image_index.read(connection, self._blob_log, [image_index.parse_hash(name)], 1)
         except StatusError as error:
             raise ImageUnavailable(str(error)) from error
-        if image_hash(data) != name:
-            raise ImageDamaged(f"screenshot {name} is damaged on disk")
+        except image_index.ImagesDamagedError as error:
+            raise ImageDamaged(str(error)) from error
         return data
 
     def _check(self) -> None:
@@ -134,5 +141,5 @@ class StoreReader:
                 schema.check_schema(connection, self.path)
                 stored_episodes.find_page(connection, EpisodeFilter(), 0.0, None, _CHECK_EPISODES)
                 image_index.check_segments(connection, self._blob_log)
-        except sqlite3.Error as error:
+        except schema.DAMAGE_ERRORS as error:
             raise UserError(f"{self.path}: cannot be read: {error}", RESTORE_HINT) from error

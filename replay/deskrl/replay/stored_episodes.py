@@ -5,6 +5,7 @@ Every function takes an open connection and reads committed rows only; `store_re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 from collections.abc import Sequence
@@ -12,13 +13,18 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from deskrl.core.group_outcome import as_float32
+from deskrl.core.step_codec import CodecError
 from deskrl.proto.v1 import rollout_pb2
+from deskrl.replay.row_checksums import intact, is_step_intact
 
+DAMAGED = "damaged"
+"""State of an episode that is set aside; see `damaged_episodes`."""
 OUTCOMES = ("solved", "failed", "faulted", "running")
 _COLUMNS = (
     "r.id, r.episode_id, g.group_id, g.queue, g.task_id, r.member, r.seed, g.acting_policy, r.state, r.reward,"
     " r.termination, r.fault_kind, r.num_faults, r.num_steps, r.lineage, r.oldest_version, r.newest_version, r.ending,"
-    " r.ended_unix_s, r.removed, r.result, r.last_fault"
+    " r.ended_unix_s, r.removed, r.damage, r.result, r.last_fault,"
+    f" {intact('rollouts', 'r')} AND {intact('groups', 'g')}"
 )
 # CROSS JOIN fixes the join order: SQLite walks the index on `ending`, newest first, and looks up each row's group. Left
 # to itself, the planner sorts all matching rows for some filters.
@@ -59,7 +65,7 @@ class EpisodeRecord:
     seed: int
     acting_policy: rollout_pb2.ActingPolicy
     state: str
-    """planned, leased, finished or faulted."""
+    """planned, leased, finished, faulted, or DAMAGED."""
     reward: float | None
     termination: rollout_pb2.Termination | None
     fault_kind: rollout_pb2.FaultKind | None
@@ -73,8 +79,15 @@ class EpisodeRecord:
     ended_unix_s: float | None
     removed: bool
     """Whether retention has removed steps and screenshots."""
+    damage: str
+    """What is damaged: steps or screenshots cannot be read; empty if nothing is known to be damaged."""
     result: rollout_pb2.EpisodeResult | None
     last_fault: rollout_pb2.EpisodeFault | None
+
+    @property
+    def is_set_aside(self) -> bool:
+        """Whether the episode is damaged and its rollout was planned again, or its values are lost."""
+        return self.state == DAMAGED
 
 
 @dataclass(frozen=True)
@@ -125,16 +138,24 @@ def find_rollouts(connection: sqlite3.Connection, wanted: EpisodeFilter, limit: 
     """
     conditions, values = _conditions(wanted, success_threshold=0.0)
     rows = connection.execute(
-        f"SELECT r.id FROM {_SOURCE} WHERE {conditions} ORDER BY r.ending DESC LIMIT ?", [*values, limit or -1]
+        f"SELECT r.id FROM {_SOURCE} WHERE {conditions} AND r.state != '{DAMAGED}' ORDER BY r.ending DESC LIMIT ?",
+        [*values, limit or -1],
     )
     return [row[0] for row in rows]
 
 
 def list_episodes(connection: sqlite3.Connection, wanted: EpisodeFilter) -> list[EpisodeRecord]:
-    """Return all ended episodes that match, newest first."""
+    """Return all ended episodes that match, newest first, without those that are set aside."""
     conditions, values = _conditions(wanted, success_threshold=0.0)
     rows = connection.execute(f"SELECT {_COLUMNS} FROM {_SOURCE} WHERE {conditions} ORDER BY r.ending DESC", values)
-    return [_record(row) for row in rows]
+    return [record for record in map(_record, rows) if not record.is_set_aside]
+
+
+def num_damaged(connection: sqlite3.Connection) -> int:
+    """Return the number of episodes that are marked as damaged or have a damaged row."""
+    statement = f"SELECT count(*) FROM rollouts r WHERE damage != '' OR NOT {intact('rollouts', 'r')}"
+    (num,) = connection.execute(statement).fetchone()
+    return int(num)
 
 
 def find_page(
@@ -180,8 +201,8 @@ def newest_ending(connection: sqlite3.Connection) -> int:
 
 def get_rollout(connection: sqlite3.Connection, rollout: int) -> EpisodeRecord:
     """Return the episode of a rollout that exists."""
-    (record,) = _records(connection, "r.id = ?", rollout)
-    return record
+    records = _records(connection, "r.id = ?", rollout)
+    return records[0] if records else _damaged_record({"rollout": rollout, "ending": None})
 
 
 def get_episode(connection: sqlite3.Connection, episode_id: str) -> EpisodeRecord | None:
@@ -190,17 +211,30 @@ def get_episode(connection: sqlite3.Connection, episode_id: str) -> EpisodeRecor
     return records[0] if records else None
 
 
-def step_payloads(connection: sqlite3.Connection, rollout: int) -> list[bytes]:
-    """Return the stored steps of a rollout in order, encoded by `deskrl.core.step_codec`."""
-    rows = connection.execute("SELECT payload FROM steps WHERE rollout = ? ORDER BY step", (rollout,))
-    return [payload for (payload,) in rows]
+def step_payloads(connection: sqlite3.Connection, record: EpisodeRecord) -> list[bytes]:
+    """Return the stored steps of an episode in order, encoded by `deskrl.core.step_codec`.
+
+    Raises:
+        CodecError: a step is damaged or missing.
+    """
+    statement = "SELECT step, payload, checksum FROM steps WHERE rollout = ? ORDER BY step"
+    rows = connection.execute(statement, (record.rollout,))
+    payloads: list[bytes] = []
+    for step, payload, checksum in rows:
+        if step != len(payloads) or not is_step_intact(record.rollout, step, payload, checksum):
+            raise CodecError(f"step {len(payloads)} is damaged")
+        payloads.append(payload)
+    if len(payloads) < record.num_steps and not record.removed:
+        raise CodecError(f"step {len(payloads)} is missing")
+    return payloads
 
 
 def get_group(connection: sqlite3.Connection, group_id: str) -> GroupRecord | None:
-    """Return one group; None if the id is unknown."""
+    """Return one group; None if the id is unknown or its row is damaged."""
     row = connection.execute(
         "SELECT position, group_id, queue, task_id, task_json, state, temperature, batch_id, dropped_because,"
-        " used_candidate, candidate FROM groups g JOIN task_files t ON t.hash = g.task_hash WHERE group_id = ?",
+        " used_candidate, candidate, t.hash FROM groups g JOIN task_files t ON t.hash = g.task_hash"
+        f" WHERE group_id = ? AND {intact('groups', 'g')}",
         (group_id,),
     ).fetchone()
     if row is None:
@@ -209,7 +243,7 @@ def get_group(connection: sqlite3.Connection, group_id: str) -> GroupRecord | No
         group_id=row[1],
         queue=row[2],
         task_id=row[3],
-        instruction=_instruction(row[4]),
+        instruction=_instruction(row[4], row[11]),
         state=row[5],
         temperature=row[6],
         batch_id=row[7],
@@ -231,7 +265,7 @@ def _conditions(wanted: EpisodeFilter, success_threshold: float) -> tuple[str, l
         (wanted.version, "r.oldest_version <= ? AND r.newest_version >= ?", (wanted.version, wanted.version)),
         (wanted.min_reward, "r.reward >= ?", (wanted.min_reward,)),
         (wanted.max_reward, "r.reward <= ?", (wanted.max_reward,)),
-        (wanted.is_stored or None, "NOT r.removed", ()),
+        (wanted.is_stored or None, "NOT r.removed AND r.damage = ''", ()),
         (
             wanted.episode_ids or None,
             f"r.episode_id IN ({','.join('?' * len(wanted.episode_ids))})",
@@ -256,7 +290,10 @@ def _records(connection: sqlite3.Connection, condition: str, value: object) -> l
 
 def _record(row: Sequence[Any]) -> EpisodeRecord:
     """Convert a row of _COLUMNS, which are in the order of the record's fields."""
-    values = dict(zip((field.name for field in fields(EpisodeRecord)), row, strict=True))
+    *values_, is_intact = row
+    values = dict(zip((field.name for field in fields(EpisodeRecord)), values_, strict=True))
+    if not is_intact:
+        return _damaged_record(values)
     values["seed"] = int(values["seed"])  # 64 bits unsigned do not fit an SQLite integer, so the column is text
     values["removed"] = bool(values["removed"])
     for name, kind in (("result", rollout_pb2.EpisodeResult), ("last_fault", rollout_pb2.EpisodeFault)):
@@ -264,8 +301,20 @@ def _record(row: Sequence[Any]) -> EpisodeRecord:
     return EpisodeRecord(**values)
 
 
-def _instruction(task_json: bytes) -> str:
-    """Return the task's instruction; empty if the task file has none, since replay accepts any bytes as a task."""
+def _damaged_record(values: dict[str, Any]) -> EpisodeRecord:
+    """Return a record that says that its row is damaged; of the values, it has only the row id and the order."""
+    empty: dict[str, Any] = dict.fromkeys(field.name for field in fields(EpisodeRecord))
+    rollout = values["rollout"]
+    empty |= dict.fromkeys(("group_id", "queue", "task_id"), "") | dict.fromkeys(("seed", "member"), 0)
+    empty |= {"rollout": rollout, "episode_id": f"damaged row {rollout}", "state": DAMAGED, "removed": False}
+    empty |= {"acting_policy": rollout_pb2.ACTING_POLICY_UNSPECIFIED, "num_faults": 0, "num_steps": 0}
+    return EpisodeRecord(**empty | {"damage": "its row in the database", "ending": values["ending"]})
+
+
+def _instruction(task_json: bytes, task_hash: bytes) -> str:
+    """Return the task's instruction; empty if the task file is damaged or has none: replay accepts any bytes as one."""
+    if not isinstance(task_json, bytes) or hashlib.sha256(task_json).digest() != task_hash:
+        return ""
     try:
         task = json.loads(task_json)
     except ValueError:

@@ -14,6 +14,7 @@ from deskrl.core import ids
 from deskrl.core.group_outcome import FailureRule, group_failed, is_success
 from deskrl.proto.v1 import rollout_pb2
 from deskrl.replay.rate_limiter import RATE_LIMITED_QUEUE
+from deskrl.replay.row_checksums import verified
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def choose_index(num_stored: int, seed: int, group_id: str, sampling: Literal["u
 def choose_candidate(connection: sqlite3.Connection, position: int, config: SuccessBufferConfig) -> int | None:
     """Return the stored success to offer to a group; None if there is none or the group did not fail."""
     row = connection.execute(
-        "SELECT group_id, task_id FROM groups WHERE position = ? AND queue = ? AND acting_policy = ?",
+        "SELECT group_id, task_id FROM groups g WHERE position = ? AND queue = ? AND acting_policy = ?"
+        f" AND {verified('groups', 'g')}",
         (position, RATE_LIMITED_QUEUE, rollout_pb2.ACTING_POLICY_SAMPLED),
     ).fetchone()
     rewards = [reward for _, reward in _finished_members(connection, position)]
@@ -53,7 +55,8 @@ def choose_candidate(connection: sqlite3.Connection, position: int, config: Succ
         return None
     group_id, task_id = row
     stored = connection.execute(
-        "SELECT rollout FROM successes WHERE task_id = ? ORDER BY number", (task_id,)
+        f"SELECT rollout FROM successes s WHERE task_id = ? AND {verified('successes', 's')} ORDER BY number",
+        (task_id,),
     ).fetchall()
     return int(stored[choose_index(len(stored), config.seed, group_id, config.sampling)][0]) if stored else None
 
@@ -68,8 +71,8 @@ def add_successes(connection: sqlite3.Connection, position: int, config: Success
         return
     for rollout, reward in _finished_members(connection, position):
         if is_success(reward, config.threshold):
-            connection.execute(
-                "INSERT INTO successes (task_id, rollout, lineage, step)"
+            connection.execute(  # ignored if its group was bound before and a member was played again
+                "INSERT OR IGNORE INTO successes (task_id, rollout, lineage, step)"
                 " SELECT ?, id, ifnull(lineage, ''), ifnull(newest_version, 0) FROM rollouts WHERE id = ?",
                 (task_id, rollout),
             )
@@ -83,12 +86,16 @@ def add_successes(connection: sqlite3.Connection, position: int, config: Success
 def count_use(connection: sqlite3.Connection, task_id: str) -> None:
     """Count that the learner used a stored success of this task."""
     connection.execute(
-        "INSERT INTO success_uses VALUES (?, 1) ON CONFLICT (task_id) DO UPDATE SET num_used = num_used + 1", (task_id,)
+        "INSERT INTO success_uses (task_id, num_used) VALUES (?, 1)"
+        " ON CONFLICT (task_id) DO UPDATE SET num_used = num_used + 1",
+        (task_id,),
     )
 
 
 def _finished_members(connection: sqlite3.Connection, position: int) -> list[tuple[int, float]]:
     """Return rollout and reward of each finished member, in member order."""
     return connection.execute(
-        "SELECT id, reward FROM rollouts WHERE group_position = ? AND state = 'finished' ORDER BY member", (position,)
+        "SELECT id, reward FROM rollouts r WHERE group_position = ? AND state = 'finished'"
+        f" AND {verified('rollouts', 'r')} ORDER BY member",
+        (position,),
     ).fetchall()

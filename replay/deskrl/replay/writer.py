@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from deskrl.replay.row_checksums import is_row_damage
 from deskrl.replay.schema import is_full_disk
 from deskrl.replay.status_errors import StatusError, StoreFullError
 
@@ -55,6 +56,8 @@ class Writer:
         before_commit: Operation[None],
         after_commit: Callable[[Commit], None],
         after_rollback: Callable[[], None],
+        repair: Operation[bool] = lambda connection: False,
+        on_failure: Callable[[Exception], Exception] = lambda error: error,
     ) -> None:
         """Start the thread, in which all callbacks are called.
 
@@ -63,11 +66,15 @@ class Writer:
             before_commit: last operation of every transaction.
             after_commit: called after each commit.
             after_rollback: called after each transaction that was rolled back.
+            repair: called if an operation meets a damaged row; returns whether to run the operation again.
+            on_failure: called with the unexpected error of a transaction, and returns the error for its operations.
         """
         self._connection = connection
         self._before_commit = before_commit
         self._after_commit = after_commit
         self._after_rollback = after_rollback
+        self._repair = repair
+        self._on_failure = on_failure
         self._entries: queue.SimpleQueue[_QueuedOperation | None] = queue.SimpleQueue()
         self._disk_full_logged_s = -math.inf
         self._thread = threading.Thread(target=self._serve, name="replay-writer")
@@ -133,7 +140,17 @@ class Writer:
         """Run one operation. If it raises StatusError it has no effect, and the others are not affected."""
         self._connection.execute("SAVEPOINT operation")
         try:
-            entry.outcome = entry.operation(self._connection)
+            try:
+                entry.outcome = entry.operation(self._connection)
+            except sqlite3.OperationalError as error:
+                if not is_row_damage(error):
+                    raise
+                self._connection.execute("ROLLBACK TO operation")
+                if not self._repair(self._connection):
+                    raise
+                self._connection.execute("RELEASE operation")  # keeps the repair, whatever becomes of the operation
+                self._connection.execute("SAVEPOINT operation")
+                entry.outcome = entry.operation(self._connection)
         except StatusError as error:
             entry.error = error
             self._connection.execute("ROLLBACK TO operation")
@@ -150,7 +167,9 @@ class Writer:
                 "the disk of the replay store is full: free some space (nothing acknowledged is lost)"
             )
         else:
-            _log.exception("transaction failed")
+            error = self._on_failure(error)
+            if not isinstance(error, StatusError):
+                _log.error("transaction failed", exc_info=error)
         for entry in entries:
             entry.future.set_exception(error)
 

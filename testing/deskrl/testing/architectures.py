@@ -23,10 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deskrl.core.architectures import load_architecture
 from deskrl.core.file_io import read_json_object
 from deskrl.core.ids import image_hash
-from deskrl.core.model_checks import check_complete
 from deskrl.core.prompt_rendering import (
     end_of_turn_id,
     expand_images,
@@ -40,6 +38,8 @@ from deskrl.learner.policy import activation_checkpointing
 from deskrl.learner.policy.policy_model import Policy, load_policy, load_processor, make_collator
 from deskrl.learner.policy.state_dict_names import checkpoint_tensors
 from deskrl.learner.policy.tiny_model import build_tiny_model
+from deskrl.models.architectures import load_architecture
+from deskrl.models.model_checks import check_complete
 from deskrl.proto.v1 import inference_pb2
 
 _SIZE = (112, 112)

@@ -7,7 +7,8 @@ Derive from `DesktopSuite` in a test module, and run it with pytest:
     class TestBoard(DesktopSuite):
         provider = "drawing_board:BoardProvider"
 
-Commands, files and windows are optional: what a desktop does not have is skipped, with the reason (`pytest -rs`).
+Commands, files, windows and episodes of an environment are optional: what a desktop does not have is skipped, with the
+reason (`pytest -rs`).
 """
 
 from __future__ import annotations
@@ -312,3 +313,24 @@ class DesktopSuite:
         runner.run(desktop.activate_window("no such window", strict=True))
         runner.run(desktop.close_window("no such window", by_class=True))
         assert len(runner.run(desktop.windows())) == len(before)
+
+    # Episodes of an environment.
+
+    def test_a_seed_decides_on_the_first_screen_of_an_episode(self, runner: DesktopRunner, desktop: Desktop) -> None:
+        screens = []
+        for _ in range(2):
+            instruction = runner.run(desktop.begin_episode(1, {}))
+            assert isinstance(instruction, str | None) and not runner.run(desktop.has_episode_ended())
+            screens.append(runner.run(desktop.settle()).tobytes())
+            runner.run(desktop.act(_ACTIONS[ActionKind.CLICK]))
+        assert screens[0] == screens[1]
+
+    def test_an_episode_has_a_reward_that_a_reset_clears(self, runner: DesktopRunner, desktop: Desktop) -> None:
+        runner.run(desktop.begin_episode(1, {}))
+        before = runner.run(desktop.episode_outcome())
+        assert 0 <= before.reward <= 1
+        runner.run(desktop.act(_ACTIONS[ActionKind.CLICK]))
+        assert 0 <= runner.run(desktop.episode_outcome()).reward <= 1
+        runner.run(desktop.reset())
+        runner.run(desktop.begin_episode(1, {}))
+        assert runner.run(desktop.episode_outcome()) == before

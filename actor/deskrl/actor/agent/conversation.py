@@ -35,7 +35,10 @@ class Conversation(ABC):
 
     @abstractmethod
     def observe(self, screenshot: Image.Image) -> common_pb2.Image:
-        """Add a screenshot, and return the image that the policy sees: scaled, encoded as PNG, named by its hash."""
+        """Add a screenshot, and return the image that the policy sees: scaled, encoded as PNG, named by its hash.
+
+        A screenshot without a response is replaced by the next one.
+        """
 
     @abstractmethod
     def prompt(self) -> ChatPrompt:
@@ -107,7 +110,7 @@ class _LanguageConversation(Conversation):
         self._screen_size = screenshot.size
         self._coordinate_range = self._language.coordinate_range(*size)
         image = _encode(screenshot if size == screenshot.size else screenshot.resize(size, Image.Resampling.BICUBIC))
-        self._images.append(image.hash)
+        self._images[len(self._responses) :] = [image.hash]
         return image
 
     def prompt(self) -> ChatPrompt:
@@ -137,29 +140,33 @@ class _LanguageConversation(Conversation):
             if not (0 <= x <= width and 0 <= y <= height):
                 frame = "the coordinate range" if self._language.has_relative_coordinates else "the image"
                 raise FormatError(f"({x},{y}) is outside {frame} of {width}×{height}")
-        action = _map_points(action, self._coordinate_range, self._screen_size)
+        action = map_points(action, self._coordinate_range, self._screen_size)
         if response.starts_at_pointer:
-            action = self._start_at_pointer(action)
+            action = start_at_pointer(action, self._pointer, self._screen_size)
         if action.has_point:
             self._pointer = (action.end_x, action.end_y) if action.kind is ActionKind.DRAG else (action.x, action.y)
         return PolicyResponse(response.thought, action)
 
-    def _start_at_pointer(self, action: Action) -> Action:
-        """Return an action without a point at the position of the pointer, in screen pixels.
-
-        A scroll turns the wheel at the centre if no action has moved the pointer yet.
-        """
-        if self._pointer is None and action.kind is not ActionKind.SCROLL:
-            raise FormatError(f"{action.kind} has no point, and no earlier action has moved the pointer")
-        x, y = self._pointer or (self._screen_size[0] // 2, self._screen_size[1] // 2)
-        return replace(action, x=x, y=y)
-
     def render(self, response: PolicyResponse) -> str:
-        action = _map_points(response.action, self._screen_size, self._coordinate_range)
+        action = map_points(response.action, self._screen_size, self._coordinate_range)
         return self._language.render(replace(response, action=action))
 
 
-def _map_points(action: Action, source: tuple[int, int], target: tuple[int, int]) -> Action:
+def start_at_pointer(action: Action, pointer: tuple[int, int] | None, screen_size: tuple[int, int]) -> Action:
+    """Return an action without a point at the position of the pointer, in screen pixels.
+
+    A scroll turns the wheel at the centre if no action has moved the pointer yet.
+
+    Raises:
+        FormatError: the position of the pointer is not known, and the action is not a scroll.
+    """
+    if pointer is None and action.kind is not ActionKind.SCROLL:
+        raise FormatError(f"{action.kind} has no point, and no earlier action has moved the pointer")
+    x, y = pointer or (screen_size[0] // 2, screen_size[1] // 2)
+    return replace(action, x=x, y=y)
+
+
+def map_points(action: Action, source: tuple[int, int], target: tuple[int, int]) -> Action:
     """Scale the points of an action from one frame size to another. Points on the far edge are kept inside."""
     return replace(
         action,

@@ -142,8 +142,8 @@ class ExternalPolicy(ActorPolicy):
             InferenceError: the server rejected the request or did not respond in time.
         """
         prompt = conversation.prompt()
-        known = {**self._images, screenshot.hash: screenshot.data}
-        self._images = {name: known[name] for name in prompt.images}
+        self.add_screenshot(screenshot)
+        self._images = {name: self._images[name] for name in prompt.images}
         started_s = time.monotonic()
         text = await self._respond(prompt, screenshot, index)
         text = text.encode(errors="replace").decode()  # JSON can write halves of surrogate pairs
@@ -152,6 +152,10 @@ class ExternalPolicy(ActorPolicy):
         conversation.respond(text)
         step = Step(index, screenshot.hash, prompt.images, text, temperature=self._temperature)
         return Decision(step, {"act": 1000 * act_s})
+
+    def add_screenshot(self, screenshot: common_pb2.Image) -> None:
+        """Add a screenshot (see the base class)."""
+        self._images[screenshot.hash] = screenshot.data
 
     @abstractmethod
     async def _respond(self, prompt: ChatPrompt, screenshot: common_pb2.Image, index: int) -> str:

@@ -157,14 +157,14 @@ class InferenceSession:
         """Sample the next action.
 
         Args:
-            messages: whole conversation. Its screenshots are `screenshot` and those of earlier calls.
+            messages: whole conversation. Its screenshots are `screenshot`, those of earlier calls and those added.
             screenshot: newest screenshot.
             seed: sampling seed.
 
         Raises:
             InferenceError: no action was sampled before the deadline, or the request was rejected.
         """
-        self._images[screenshot.hash] = screenshot
+        self.add_image(screenshot)
         named = _named_images(messages)
         self._images = {name: image for name, image in self._images.items() if name in named}
         request = inference_pb2.ActRequest(
@@ -186,6 +186,10 @@ class InferenceSession:
             # Send all of them again. If only the missing ones were sent, a full cache could evict one for another.
             self._sent -= {(address, name) for name in named}
         raise InferenceError(f"screenshots are still missing after they were sent {_MAX_ATTEMPTS - 1} times")
+
+    def add_image(self, image: common_pb2.Image) -> None:
+        """Add a screenshot that later conversations contain."""
+        self._images[image.hash] = image
 
     def _unsent(self, address: str) -> list[common_pb2.Image]:
         """Return the screenshots that were not yet sent to a replica."""

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.action_language import FormatError, InitialPrompt, PolicyResponse, ToolApiLanguage
 from deskrl.actor.agent.call_scanner import shorten
-from deskrl.actor.agent.tool_calls import (
+from deskrl.actor.agent.tool_call_arguments import (
     check_arguments,
     check_keys,
     check_number,

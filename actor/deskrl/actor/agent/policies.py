@@ -30,6 +30,9 @@ class Decision:
     """Step as it is stored, except for the parsed action, which the episode adds."""
     timings_ms: dict[str, float]
     """Durations in milliseconds by part of the sampling latency."""
+    screenshot: common_pb2.Image | None = None
+    """Screenshot that the policy decided on, if it is newer than the one that it was given; it is the conversation's
+    last observation."""
 
 
 class ActorPolicy(ABC):
@@ -47,6 +50,10 @@ class ActorPolicy(ABC):
             screenshot: newest screenshot.
             index: index of the step in the episode.
         """
+
+    def add_screenshot(self, screenshot: common_pb2.Image) -> None:
+        """Add a screenshot of the conversation to which another player responds."""
+        return
 
 
 class ServedPolicy(ActorPolicy):
@@ -92,6 +99,10 @@ class ServedPolicy(ActorPolicy):
         )
         metrics.TRANSPORT_SECONDS.observe(parts_ms["transport"] / 1000)
         return Decision(step, parts_ms)
+
+    def add_screenshot(self, screenshot: common_pb2.Image) -> None:
+        """Add a screenshot, which inference gets with the next request (see the base class)."""
+        self._session.add_image(screenshot)
 
 
 def open_served_policy(client: InferenceClient, rollout: rollout_pb2.Rollout) -> ActorPolicy:

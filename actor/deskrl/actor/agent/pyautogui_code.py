@@ -16,7 +16,7 @@ from typing import Any
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.action_language import FormatError, PolicyResponse
 from deskrl.actor.agent.call_scanner import shorten
-from deskrl.actor.agent.tool_calls import (
+from deskrl.actor.agent.tool_call_arguments import (
     MAX_REPEATS,
     at_point,
     check_keys,
@@ -92,8 +92,13 @@ _CLICK_CALLS = {
 _PRINTED_KEYS = {"enter": "\n", "tab": "\t", "space": " "}
 
 
-def parse_code(code: str) -> PolicyResponse:
+def parse_code(code: str, fractions_of: tuple[int, int] | None = None) -> PolicyResponse:
     """Return the action of code, with an empty thought.
+
+    Args:
+        code: Python code.
+        fractions_of: (width, height) in pixels if coordinates are fractions of them; None: coordinates are numbers of
+            pixels.
 
     Raises:
         FormatError: the code contains anything but one action of known calls with constant arguments.
@@ -117,11 +122,25 @@ def parse_code(code: str) -> PolicyResponse:
                 raise FormatError("keyDown after the action")
             held += check_keys(arguments.get("key"), "key", name)
         else:
-            response = _READERS[name](name, arguments)
+            response = _READERS[name](name, _in_pixels(arguments, name, fractions_of))
             found.append(replace(response, action=_hold(response.action, tuple(held))))
     if held:
         raise FormatError(f"the key {shorten(held[0])} is not released: an action ends with all keys released")
     return _join(found)
+
+
+def _in_pixels(arguments: _Arguments, name: str, fractions_of: tuple[int, int] | None) -> _Arguments:
+    """Return the arguments of a call with `x` and `y` in pixels; the fraction 1 is the last pixel."""
+    if fractions_of is None:
+        return arguments
+    converted = dict(arguments)
+    for key, size in zip(("x", "y"), fractions_of, strict=True):
+        if arguments.get(key) is not None:
+            fraction = check_number(arguments[key], key, name)
+            if not 0 <= fraction <= 1:
+                raise FormatError(f"{name}: {key} is not a fraction between 0 and 1")
+            converted[key] = min(round(fraction * size), size - 1)
+    return converted
 
 
 def _calls(code: str) -> list[tuple[str, _Arguments]]:

@@ -18,7 +18,7 @@ from typing import Any
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.action_language import ActionLanguage, FormatError, InitialPrompt, PolicyResponse
 from deskrl.actor.agent.call_scanner import shorten
-from deskrl.actor.agent.tool_calls import (
+from deskrl.actor.agent.tool_call_arguments import (
     at_point,
     check_arguments,
     check_keys,

@@ -14,7 +14,7 @@ from typing import Literal
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.action_language import ActionLanguage, InitialPrompt, PolicyResponse
-from deskrl.actor.agent.action_parser import POINTER_NAMES, direction_name, escape, parse_response
+from deskrl.actor.agent.ui_tars_parser import POINTER_NAMES, direction_name, escape, parse_response
 from deskrl.core.config import AgentConfig
 from deskrl.core.prompt_rendering import ImageSizing
 

@@ -37,14 +37,25 @@ class CommandResult:
     stderr: str
 
 
+@dataclass(frozen=True)
+class EpisodeOutcome:
+    """What an environment with a reward of its own gives for an episode."""
+
+    reward: float
+    """Reward in [0, 1]."""
+    evidence: dict[str, Any]
+    """What the reward was computed from, as JSON values."""
+
+
 class Desktop(ABC):
     """One desktop: screen, keyboard, pointer, and a home folder in which tasks are set up and evaluated.
 
     Operations complete or raise DesktopError within time limits of their own, whatever the guest does; callers may put
     shorter deadlines around them. After an operation was cancelled or raised, the desktop must be closed and replaced.
 
-    Abstract are the operations that every desktop needs. Commands, files, windows and the controlled browser are
-    optional: a task that needs one that the desktop does not have ends with a fault (UnsupportedOperation).
+    Abstract are the operations that every desktop needs. Commands, files, windows, the controlled browser and episodes
+    of an environment are optional: a task that needs one that the desktop does not have ends with a fault
+    (UnsupportedOperation).
     `deskrl.testing.desktops` checks an implementation.
     """
 
@@ -241,3 +252,23 @@ class Desktop(ABC):
     async def browser_events(self) -> list[dict[str, Any]]:
         """Return the first requested events, oldest first; also after the browser has ended."""
         raise UnsupportedOperation("this desktop has no controlled browser")
+
+    async def begin_episode(self, seed: int, parameters: Mapping[str, Any]) -> str | None:
+        """Start an episode of the environment that this desktop shows, which rewards and ends episodes by itself.
+
+        Args:
+            seed: seed of the environment's random numbers, from 0 to 2**31 - 1.
+            parameters: what the task passes to the environment.
+
+        Returns:
+            The instruction of the episode; None if the environment gives none.
+        """
+        raise UnsupportedOperation("this desktop is no environment with episodes of its own")
+
+    async def has_episode_ended(self) -> bool:
+        """Return whether the environment has ended the episode, so that further actions have no effect."""
+        return False
+
+    async def episode_outcome(self) -> EpisodeOutcome:
+        """Return the environment's reward of the episode so far."""
+        raise UnsupportedOperation("this desktop is no environment with episodes of its own")

@@ -68,7 +68,8 @@ def reap_orphans(run_root: Path) -> int:
         if not record.is_owner_alive:
             _kill_processes(folder)
             remove_groups(record.groups)
-            shutil.rmtree(folder)
+            with contextlib.suppress(FileNotFoundError):  # another process removes it at the same time
+                shutil.rmtree(folder)
             num_reaped += 1
     with contextlib.suppress(OSError):  # it still contains desktops of live owners
         run_root.rmdir()

@@ -35,6 +35,9 @@ class DesktopProvider(ABC):
     """Schema of the provider's own configuration; None if it has none."""
     starts_within_seconds: ClassVar[bool] = False
     """Whether a desktop starts within seconds and without costs, so that `deskrl doctor` starts one."""
+    is_tried_before_run: ClassVar[bool] = False
+    """Whether `deskrl up` and `deskrl eval` start a desktop before the run, because only a start shows whether the
+    configuration is correct."""
     start_hint: ClassVar[str] = "run the same command again; if it fails again, choose another desktop.provider"
     """Hint for a desktop that did not start."""
     uses_machine_resources: ClassVar[bool] = False

@@ -16,6 +16,8 @@ from deskrl.actor.desktops.provider import DesktopProvider
 from deskrl.actor.desktops.remote import RemoteProvider
 from deskrl.actor.desktops.simulated import SimulatedProvider
 from deskrl.actor.desktops.vmware import VMwareProvider
+from deskrl.actor.environments.gymnasium_provider import GymnasiumProvider
+from deskrl.actor.environments.openenv_provider import OpenEnvProvider
 from deskrl.core.config import DesktopConfig
 from deskrl.core.error_text import typed_line
 from deskrl.core.errors import UserError
@@ -30,6 +32,8 @@ PROVIDERS.register("osworld")(OSWorldProvider)
 PROVIDERS.register("vmware")(VMwareProvider)
 PROVIDERS.register("remote")(RemoteProvider)
 PROVIDERS.register("simulated")(SimulatedProvider)
+PROVIDERS.register("gymnasium")(GymnasiumProvider)
+PROVIDERS.register("openenv")(OpenEnvProvider)
 
 
 @dataclass(frozen=True)

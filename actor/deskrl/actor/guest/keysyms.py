@@ -76,6 +76,9 @@ _KEYS: dict[str, tuple[str, str]] = {
 }
 """X11 name of each named key, and its other spellings in lower case without spaces, underscores and hyphens."""
 
+NAMED_KEYS = tuple(_KEYS)
+"""Names of all keys other than letters and digits."""
+
 _KEY_OF_SPELLING = {
     spelling: key
     for key, (x11_name, spellings) in _KEYS.items()

@@ -8,7 +8,6 @@ long from delaying that of the others.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,12 +18,12 @@ from typing import Annotated, Any
 import msgspec
 
 from deskrl.actor.desktops.base import Address
+from deskrl.actor.helper_process import HelperProcess
 from deskrl.actor.osworld_evaluators.evaluator_environment import PROCESS_SCRIPT, interpreter_path
 
 _MAX_LINE_BYTES = 1024**2
 _MAX_PROCESSES = 4
 _TIMEOUT_S = 300.0
-_KILL_TIMEOUT_S = 5.0
 
 
 class OSWorldEvaluatorError(RuntimeError):
@@ -57,7 +56,7 @@ class OSWorldEvaluatorClient:
 
     def __init__(self) -> None:
         self._slots = asyncio.Semaphore(_MAX_PROCESSES)
-        self._idle: list[_EvaluatorProcess] = []
+        self._idle: list[HelperProcess] = []
 
     async def evaluate(
         self,
@@ -86,59 +85,39 @@ class OSWorldEvaluatorClient:
                 async with asyncio.timeout(_TIMEOUT_S):
                     response = await _exchange(process, json.dumps(request | guest))
             except TimeoutError as error:
-                await _kill(process)
+                await process.kill()
                 raise OSWorldEvaluatorError(f"the evaluators did not respond within {_TIMEOUT_S:g} s") from error
             except BaseException:  # otherwise a late response would be read as that to the next request
-                await _kill(process)
+                await process.kill()
                 raise
             self._idle.append(process)
         if response.fault or response.reward is None:
             raise OSWorldEvaluatorError(response.fault or "the evaluator process sent no reward")
         return OSWorldEvaluation(response.reward, response.checks)
 
-    def _take_idle(self) -> _EvaluatorProcess | None:
+    def _take_idle(self) -> HelperProcess | None:
         """Take an idle process; those that exited since their last response are dropped."""
         while self._idle:
-            if (evaluator := self._idle.pop()).process.returncode is None:
-                return evaluator
+            if (process := self._idle.pop()).returncode is None:
+                return process
         return None
 
     async def close(self) -> None:
         """Kill the idle processes."""
         while self._idle:
-            await _kill(self._idle.pop())
+            await self._idle.pop().kill()
 
 
-@dataclass(frozen=True)
-class _EvaluatorProcess:
-    """Process of which standard input and output can be closed although a descendant of it holds them open."""
-
-    transport: asyncio.SubprocessTransport
-    process: asyncio.subprocess.Process
+async def _start_process() -> HelperProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return await HelperProcess.start([interpreter_path(), PROCESS_SCRIPT], environment, _MAX_LINE_BYTES)
 
 
-async def _start_process() -> _EvaluatorProcess:
-    loop = asyncio.get_running_loop()
-    transport, protocol = await loop.subprocess_exec(
-        lambda: asyncio.subprocess.SubprocessStreamProtocol(limit=_MAX_LINE_BYTES, loop=loop),
-        interpreter_path(),
-        PROCESS_SCRIPT,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
-    )
-    return _EvaluatorProcess(transport, asyncio.subprocess.Process(transport, protocol, loop))
-
-
-async def _exchange(evaluator: _EvaluatorProcess, line: str) -> _Response:
+async def _exchange(process: HelperProcess, line: str) -> _Response:
     """Send a request and return the response; raises OSWorldEvaluatorError if there is none or it is invalid."""
-    process = evaluator.process
-    assert process.stdin is not None and process.stdout is not None
     try:
-        process.stdin.write(line.encode() + b"\n")
-        await process.stdin.drain()
-        response = await process.stdout.readline()
+        await process.send(line.encode() + b"\n")
+        response = await process.output.readline()
     except OSError as error:
         raise OSWorldEvaluatorError("the evaluator process exited without a response") from error
     except ValueError as error:
@@ -149,19 +128,3 @@ async def _exchange(evaluator: _EvaluatorProcess, line: str) -> _Response:
         return msgspec.json.decode(response, type=_Response)
     except (ValueError, RecursionError) as error:
         raise OSWorldEvaluatorError(f"the evaluator process sent an invalid response: {error}") from error
-
-
-async def _kill(evaluator: _EvaluatorProcess) -> None:
-    """Kill a process and close its pipes, so that nothing of it is left when the event loop is closed."""
-    process = evaluator.process
-    if process.returncode is None:
-        process.kill()
-    # The pipes are not closed by the end of the process if a descendant holds them or unread output fills one.
-    assert process.stdin is not None
-    if not process.stdin.transport.is_closing():  # a transport of which the connection is lost cannot be aborted
-        process.stdin.transport.abort()
-    if (output := evaluator.transport.get_pipe_transport(1)) is not None:
-        output.close()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_KILL_TIMEOUT_S):
-            await process.wait()

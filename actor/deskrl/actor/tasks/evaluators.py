@@ -23,6 +23,8 @@ Getters and metrics have OSWorld's names and meaning, with these additions:
     script_reward       metric; reward of that script, by the option `reward` (`check_script.script_reward`)
     miniwob_end         getter; how the page of MiniWoB++ ended that the setup started, or None
     miniwob_reward      metric; raw reward of that end, without its negative part
+    environment_outcome getter; reward that the environment gives the episode, with its evidence
+    environment_reward  metric; that reward
     compare_text_file   `expected` may be a rule {"expected": text}
     match_pattern       metric; whether the whole text matches the regular expression of the rule {"pattern": ...}
     check_image_pixels  metric; compares an image with the rule {"size": [w, h], "pixels": [{"at": [x, y], "rgb": [r, g,
@@ -43,7 +45,6 @@ import re
 import shlex
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +63,7 @@ from deskrl.actor.tasks.assets import cloud_file_names
 from deskrl.actor.tasks.check_script import NoRewardError, ScriptResult, script_reward
 from deskrl.actor.tasks.setup_steps import SetupError, UnmetConditionError, require_asset, run_steps
 from deskrl.actor.tasks.setup_windows import has_noted_windows, redrawn_image, rewritten_title
+from deskrl.actor.thread_pool import ThreadPool
 
 _FIRST_POLL_S = 0.05  # doubled after each poll: most effects are immediate, and a poll may start a process
 _EVIDENCE_CHARACTERS = 400
@@ -79,7 +81,7 @@ _SESSION_PROGRAMS = re.compile(
 )
 """Programs whose output depends on windows, processes or services of the session."""
 
-_threads = ThreadPoolExecutor(4, thread_name_prefix="metric")
+_threads = ThreadPool(4, "metric")
 
 _Value = Any  # result of a getter: text, bytes, a rule of the task file, the result of a script, or None
 
@@ -206,6 +208,8 @@ async def has_task_ended(desktop: Desktop, task: Task) -> bool:
     Raises:
         DesktopError: the desktop failed.
     """
+    if await desktop.has_episode_ended():
+        return True
     results = [check.result for check in task.evaluator.checks]
     is_page = any(result is not None and result.type == "miniwob_end" for result in results)
     return is_page and await read_end(desktop) is not None
@@ -310,7 +314,7 @@ async def _score(task: Task, check: Check, result: _Value, expected: _Value) -> 
     try:
         async with asyncio.timeout(_METRIC_TIMEOUT_S):
             compare = partial(metric, result, expected, check.options)
-            return float(await asyncio.get_running_loop().run_in_executor(_threads, compare))
+            return float(await _threads.run(compare))
     except _UnusableValue:
         return 0.0
     except TimeoutError as error:
@@ -382,6 +386,11 @@ async def _check_script(desktop: Desktop, task: Task, parameters: dict[str, Any]
 async def _miniwob_end(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> dict[str, Any] | None:
     end = await read_end(desktop)
     return None if end is None else {"raw_reward": end.raw_reward, "reason": end.reason}
+
+
+async def _environment_outcome(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> dict[str, Any]:
+    outcome = await desktop.episode_outcome()
+    return {"reward": outcome.reward, **outcome.evidence}
 
 
 async def _setup_window_title(desktop: Desktop, task: Task, parameters: dict[str, Any]) -> str | None:
@@ -483,6 +492,10 @@ def _miniwob_reward(result: dict[str, Any], rule: None, options: dict[str, Any])
     return min(max(float(result["raw_reward"]), 0.0), 1.0)
 
 
+def _environment_reward(result: dict[str, Any], rule: None, options: dict[str, Any]) -> float:
+    return float(result["reward"])
+
+
 def _check_image_size(result: bytes, rule: dict[str, Any], options: dict[str, Any]) -> bool:
     """Compare the width and height that the rule gives."""
     image = _image(result, options)
@@ -542,6 +555,7 @@ GETTERS: dict[str, Callable[[Desktop, Task, dict[str, Any]], Awaitable[_Value]]]
     "vm_command_error": _vm_command_error,
     "check_script": _check_script,
     "miniwob_end": _miniwob_end,
+    "environment_outcome": _environment_outcome,
     "setup_window_title": _setup_window_title,
     "setup_window_image": _setup_window_image,
     "rule": _rule,
@@ -555,6 +569,7 @@ WINDOW_GETTERS = ("setup_window_title", "setup_window_image")
 METRICS: dict[str, Callable[[Any, Any, dict[str, Any]], bool | float]] = {
     "script_reward": _script_reward,
     "miniwob_reward": _miniwob_reward,
+    "environment_reward": _environment_reward,
     "exact_match": _exact_match,
     "match_in_list": _match_in_list,
     "is_in_list": _is_in_list,

@@ -128,6 +128,7 @@ STEP_SCHEMAS: Mapping[str, ItemSchema] = {
     "close_window": _WINDOW,
     "command": _RUN,
     "download": _schema(files=_OBJECTS),
+    "environment": _schema(optional={"parameters": _OBJECT}),
     "execute": _RUN,
     "execute_with_verification": _schema(
         command=_COMMAND,
@@ -165,6 +166,7 @@ _NO_PARAMETERS = (
     "enable_enhanced_safety_browsing",
     "enable_safe_browsing",
     "enabled_experiments",
+    "environment_outcome",
     "find_installed_extension_name",
     "find_unpacked_extension_path",
     "miniwob_end",

@@ -4,7 +4,8 @@ Steps have OSWorld's meaning with two differences. `upload_file` also accepts fi
 string, or an array of lines) or `base64`, instead of `local_path`, so that a task file needs no other file. `download`
 reads the asset cache (`assets.py`), which `deskrl tasks fetch` fills, and never the network. `setup_script` is the
 setup.sh of a task bundle, whose exit status must be 0 and in which nothing is replaced. `miniwob` starts a page of
-MiniWoB++, which gives the instruction of the episode.
+MiniWoB++, which gives the instruction of the episode. `environment` starts an episode of the environment that the
+desktop shows, with `parameters` for it.
 
 In commands, {SCREEN_WIDTH}, {SCREEN_HEIGHT}, {SCREEN_WIDTH_HALF}, {SCREEN_HEIGHT_HALF}, {CLIENT_PASSWORD} and {SEED},
 the seed of the rollout, are replaced by their values.
@@ -29,6 +30,7 @@ from deskrl.actor.tasks.setup_windows import note_setup_windows
 from deskrl.actor.tasks.window_wait import WindowWait
 from deskrl.core.config import DesktopConfig
 from deskrl.core.error_text import one_line
+from deskrl.core.ids import derive_seed
 
 _PASSWORD = "password"  # the password of OSWorld's guest, which tasks contain in their commands
 _STREAMS = ("stdout", "stderr")
@@ -36,6 +38,7 @@ _RETRY_S = 0.3
 _VERIFY_TIMEOUT_S = 10.0
 _VERIFY_POLL_S = 0.03
 _SHOWN_CHARACTERS = 300
+_NUM_SEEDS = 2**31  # environments may keep seeds in signed integers of 32 bits
 _TERMINAL_APPLICATIONS = {"os", "terminal", "gnome-terminal"}  # in other tasks, no key opens a terminal
 
 
@@ -266,6 +269,14 @@ async def _miniwob(context: SetupContext, parameters: dict[str, Any]) -> None:
     context.instructions.append(await start_page(context.desktop, Path(parameters["html"]), page, seed))
 
 
+async def _environment(context: SetupContext, parameters: dict[str, Any]) -> None:
+    """Start an episode of the desktop's environment with a seed that is the same for all episodes of a group."""
+    seed = derive_seed("environment", context.group_seed) % _NUM_SEEDS
+    instruction = await context.desktop.begin_episode(seed, parameters.get("parameters", {}))
+    if instruction is not None:
+        context.instructions.append(instruction)
+
+
 async def _chrome_open_tabs(context: SetupContext, parameters: dict[str, Any]) -> None:
     await open_tabs(context.desktop, parameters["urls_to_open"])
 
@@ -287,6 +298,7 @@ STEPS: dict[str, Callable[[SetupContext, dict[str, Any]], Awaitable[None]]] = {
     "close_window": _close_window,
     "upload_file": _upload_file,
     "download": _download,
+    "environment": _environment,
     "chrome_open_tabs": _chrome_open_tabs,
     "chrome_close_tabs": _chrome_close_tabs,
 }

@@ -57,6 +57,9 @@ OWN_SUITE = Path(__file__).parents[1] / "suite"
 SIMULATED_SUITE = Path(__file__).parents[1] / "simulated_suite"
 """Root of the suite for simulated desktops."""
 
+ENVIRONMENT_SUITE = Path(__file__).parents[1] / "environment_suite"
+"""Root of the suite for desktops that are environments."""
+
 SMOKE_TASKS = ("press-and-submit", "fill-the-disc", "write-a-word", "make-a-folder")
 """Ids of the four tasks of deskrl's suite with the fastest reset, each of another domain."""
 

@@ -11,11 +11,13 @@ from deskrl.actor.desktops.provider_registry import select_provider
 from deskrl.actor.extensions import check_extensions
 from deskrl.analysis.doctor import machine_checks, network_checks
 from deskrl.analysis.doctor.check_result import CheckResult, Severity, failed, run_check
-from deskrl.core import model_checks, rpc
+from deskrl.core import rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.foreign_variables import check_engine_variables
+from deskrl.core.security.peer_identity import IdentityFiles
 from deskrl.launch import preflight
+from deskrl.models import model_checks
 
 _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 _SEVERITY_WIDTH = max(map(len, Severity))
@@ -69,12 +71,23 @@ def run_checks(
     yield from _configuration(config, roles)
     yield from network_checks.certificates(config, roles)
     try:
-        rpc.load_own_identity("operator", config.security.certificates_dir)
+        _load_identity(config, roles)
     except UserError as cause:
         yield failed("certificate of operator", cause)
         return
     yield from network_checks.servers(config, roles, chosen_keys)
     yield from network_checks.metrics_ports(config, roles, chosen_keys)
+
+
+def _load_identity(config: RunConfig, roles: Sequence[str]) -> None:
+    """Load the operator's identity, or that of a role of this machine if it has only this: health is open to all.
+
+    Raises:
+        UserError: the identity cannot be loaded or is not valid.
+    """
+    folder = config.security.certificates_dir
+    present = [it for it in ("operator", *roles) if folder is not None and IdentityFiles(folder, it).key.exists()]
+    rpc.load_own_identity(present[0] if present else "operator", folder)
 
 
 def _configuration(config: RunConfig, roles: Sequence[str]) -> Iterator[CheckResult]:

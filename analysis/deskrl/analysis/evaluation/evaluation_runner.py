@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from deskrl.actor.agent import external_server
 from deskrl.analysis.evaluation.episode_records import collect_tasks
 from deskrl.analysis.evaluation.summary import summarise
@@ -267,9 +269,20 @@ def evaluated_version(config: RunConfig) -> str | None:
 
 
 def _write_results(stub: replay_pb2_grpc.ReplayServiceStub, part: SetEvaluation, version: str | None) -> None:
-    """Write the episodes of a task set, then its summary."""
+    """Write the episodes of a task set, then its summary.
+
+    Raises:
+        UserError: an episode is damaged on the disk of the replay service.
+    """
     config, run_dir = part.config, part.run_dir
-    summary = summarise(collect_tasks(stub, run_dir, part.task_set.queue, version), config.replay.success_threshold)
+    try:
+        tasks = collect_tasks(stub, run_dir, part.task_set.queue, version)
+    except grpc.RpcError as error:
+        if rpc.status_code(error) not in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.NOT_FOUND):
+            raise
+        hint = "repeat the command, which plays the damaged episodes again"
+        raise UserError(f"{run_dir.root}: {error.details()}", hint) from error
+    summary = summarise(tasks, config.replay.success_threshold)
     left_out = run_dir.left_out
     summary["left_out"] = json.loads(left_out.read_text(encoding="utf-8")) if left_out.exists() else {}
     if config.inference.external_url is not None:

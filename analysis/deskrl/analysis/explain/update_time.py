@@ -198,8 +198,8 @@ def update_flops(config: RunConfig, batches: BatchSizes, rows: TrajectorySize, s
 
     Counted are forward and backward pass of every row, the forward pass that scores the rows of all optimizer steps but
     the first under the policy before the update, and those of a KL penalty. Recomputed activations lower the
-    utilisation instead. With LoRA, the backward pass computes gradients of the adapters' matrices instead of those of
-    the model.
+    utilisation instead. With LoRA, layers compute with merged weights, and the backward pass computes gradients of the
+    adapters' matrices (twice the FLOPs of a forward pass of the adapters) instead of those of the model.
     """
     learner = config.learner
     targets = rows.steps * rows.action_tokens / rows.rows_per_trajectory
@@ -212,7 +212,7 @@ def update_flops(config: RunConfig, batches: BatchSizes, rows: TrajectorySize, s
     if learner.has_lora:
         attention = shape.attention_flops(round(mean_tokens)) * rows.rows_per_trajectory
         adapters = 2.0 * num_trained_parameters(learner, shape) * rows.tokens_per_trajectory
-        training += language_passes * adapters - (language - attention)
+        training += 2 * adapters - (language - attention)
         vision_passes -= 1
     if learner.has_frozen_vision:
         keeps_features = learner.feature_cache_bytes > 0 and learner.zero_stage < 3

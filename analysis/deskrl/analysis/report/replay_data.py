@@ -85,6 +85,8 @@ def read_replay_data(
         with reader.snapshot() as snapshot:
             data = ReplayData(snapshot.status(), snapshot.list_episodes(EpisodeFilter(queue=queue)))
             data = _add_examples(data, snapshot, task_order, success_threshold, max_images)
+            if num_damaged := snapshot.num_damaged():
+                data = replace(data, problem=f"{num_damaged} episodes are damaged on the disk of the replay service")
         return replace(data, images=_read_images(reader, data.tasks))
     except UserError as error:
         problem = error.message
@@ -136,11 +138,17 @@ def _add_examples(
 
 
 def _read_example(snapshot: StoreSnapshot, ranked: Sequence[EpisodeRecord]) -> ExampleEpisode | None:
-    """Read the first of these episodes that retention has not removed."""
-    record = next((it for it in ranked if not it.removed), None)
-    if record is None or record.result is None:
-        return None
-    return ExampleEpisode(record, record.result, [_decode(payload) for payload in snapshot.step_payloads(record)])
+    """Read the first of these episodes that is neither damaged nor removed by retention."""
+    for record in ranked:
+        if record.removed or record.damage or record.result is None:
+            continue
+        try:
+            payloads = snapshot.step_payloads(record)
+        except CodecError as error:
+            _log.warning("report: %s is left out: %s", record.episode_id, error)
+            continue
+        return ExampleEpisode(record, record.result, [_decode(payload) for payload in payloads])
+    return None
 
 
 def _decode(payload: bytes) -> Step | None:

@@ -46,7 +46,7 @@ def top(root: Path, interval_s: float, num_frames: int | None) -> int:
     run = read_identity(run_dir, config.name)
     addresses = metrics_addresses(config)
     if not addresses:
-        raise UserError(f"{run_dir.root} serves no metrics", "start the run with metrics ports, see docs/watching.md")
+        raise UserError(f"{run_dir.root} serves no metrics", "start the run with metrics ports, see docs/monitoring.md")
     console, window = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH), ScrapeWindow()
     started_s = time.monotonic()
     _scrape(window, addresses, run)

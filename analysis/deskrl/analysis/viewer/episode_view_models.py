@@ -14,13 +14,13 @@ from deskrl.core.group_outcome import is_success
 from deskrl.core.step_codec import Step
 from deskrl.proto.v1 import rollout_pb2
 from deskrl.replay.rate_limiter import RATE_LIMITED_QUEUE
-from deskrl.replay.stored_episodes import OUTCOMES, EpisodeFilter, EpisodeRecord, FilterOptions, GroupRecord
+from deskrl.replay.stored_episodes import DAMAGED, OUTCOMES, EpisodeFilter, EpisodeRecord, FilterOptions, GroupRecord
 
 _FILTERS = ("task", "queue", "outcome", "termination", "fault", "version")
 """Fields of a filter that a page address can contain."""
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _MAX_TITLE = 110
-_OUTCOMES_BY_STATE = {"leased": "running", "planned": "pending", "faulted": "faulted"}
+_OUTCOMES_BY_STATE = {DAMAGED: DAMAGED, "leased": "running", "planned": "pending", "faulted": "faulted"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,16 @@ class MemberView:
     frames: list[Frame]
     note: str
     """Role of the episode in its group, if it is a special one."""
+
+
+@dataclass(frozen=True)
+class LiveView:
+    """An episode in progress with its last stored step."""
+
+    episode: EpisodeView
+    instruction: str
+    frame: Frame | None
+    """Last stored step, whose screenshot is the one before its action; None before the first step."""
 
 
 def filter_fields(filters: EpisodeFilter, options: FilterOptions, names: TaskNames) -> list[FilterField]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -14,11 +14,13 @@ from PIL import Image
 from deskrl.analysis import report
 from deskrl.analysis.evaluation.task_sets import task_set_dirs
 from deskrl.analysis.formatting import format_age, format_duration, format_evidence
+from deskrl.analysis.report.step_frames import Frame, make_frame
 from deskrl.analysis.viewer import episode_view_models, token_table
-from deskrl.analysis.viewer.episode_view_models import EpisodeView, MemberView, TaskNames
+from deskrl.analysis.viewer.episode_view_models import EpisodeView, LiveView, MemberView, TaskNames
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.run_dir import RunDir
+from deskrl.core.step_codec import CodecError, Step, decode_step
 from deskrl.launch.run_state import is_evaluation
 from deskrl.learner.batches.token_stats import EpisodeTokenStats, read_token_stats
 from deskrl.replay.store_reader import ImageUnavailable, StoreReader, StoreSnapshot
@@ -33,7 +35,8 @@ ASSETS = {
 """Media types of the static files, by name."""
 
 _PAGE_EPISODES = 50
-_THUMBNAIL_WIDTHS = (160, 400)
+_MAX_LIVE = 256
+_THUMBNAIL_WIDTHS = (160, 400, 640)
 _MAX_SQLITE_INTEGER = 2**63 - 1
 
 _TokenStats = Mapping[str, EpisodeTokenStats]
@@ -106,9 +109,10 @@ class ViewerPages:
             record = snapshot.get_episode(name)
             if record is None:
                 raise PageNotFound(f"this run has no episode {name}")
-            steps = snapshot.read_steps(record)
+            record, steps = _read_steps(snapshot, record)
             group = snapshot.get_group(record.group_id)
-        assert group is not None
+        if group is None:
+            raise ValueError(f"{name}: its row in the database, or that of its group, is damaged")
         frames = episode_view_models.make_frames(steps, record, self._size)
         if number is None:
             number = 1
@@ -147,6 +151,36 @@ class ViewerPages:
         return self._render(
             "group.html.j2", title=f"{name} · {self._config.name}", group=group, members=members, candidate=candidate
         )
+
+    def live(self) -> Page:
+        """Render the desktops of the episodes in progress."""
+        return self._render("live.html.j2", title=f"live · {self._config.name}", desktops=self._live_views())
+
+    def live_desktops(self) -> Page:
+        """Render the part of the page `live` that changes, which an open page polls."""
+        return self._render("live_desktops.html.j2", desktops=self._live_views())
+
+    def _live_views(self) -> list[LiveView]:
+        names = self._task_names()
+        with self._reader.snapshot() as snapshot:
+            running = snapshot.find_page(EpisodeFilter(outcome="running"), self._success_threshold, None, _MAX_LIVE)
+            # In the order of their start, so that a desktop keeps its place until its episode ends.
+            return [
+                LiveView(
+                    episode_view_models.episode_view(record, self._success_threshold, names=names),
+                    names.instructions.get(record.task_id, ""),
+                    self._last_frame(snapshot, record),
+                )
+                for record in reversed(running.episodes)
+            ]
+
+    def _last_frame(self, snapshot: StoreSnapshot, record: EpisodeRecord) -> Frame | None:
+        """Return the frame of the last stored step; None without one, or if it is damaged."""
+        try:
+            payloads = snapshot.step_payloads(record)
+            return make_frame(decode_step(payloads[-1], with_ids=False), *self._size) if payloads else None
+        except CodecError:
+            return None
 
     def image(self, name: str, query: Mapping[str, str]) -> Page:
         """Return a screenshot, or a thumbnail of the width in the query.
@@ -210,11 +244,20 @@ class ViewerPages:
     def _member_view(
         self, snapshot: StoreSnapshot, record: EpisodeRecord, group: GroupRecord, stats: _TokenStats
     ) -> MemberView:
+        record, steps = _read_steps(snapshot, record)
         return MemberView(
             self._episode_view(record, stats),
-            episode_view_models.make_frames(snapshot.read_steps(record), record, self._size),
+            episode_view_models.make_frames(steps, record, self._size),
             episode_view_models.member_note(record, group),
         )
+
+
+def _read_steps(snapshot: StoreSnapshot, record: EpisodeRecord) -> tuple[EpisodeRecord, list[Step]]:
+    """Return an episode with its steps; without them, and with what is damaged in the record, if they are damaged."""
+    try:
+        return record, snapshot.read_steps(record)
+    except CodecError as error:
+        return replace(record, damage=record.damage or str(error)), []
 
 
 def _parse_filter(query: Mapping[str, str]) -> EpisodeFilter:

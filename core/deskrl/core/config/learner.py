@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from deskrl.core.config.value_types import (
     Device,
@@ -35,10 +36,15 @@ KlEstimator = Literal["k1", "k2", "k3", "abs"]
 
 
 class WarmStartConfig(Section):
-    """Warm start: imitation of scripted demonstrations before GRPO."""
+    """Warm start: imitation of demonstrations before GRPO."""
 
+    demonstrations: Path | None = None
+    """Folder of demonstrations that are imitated (`deskrl data import`, `deskrl record`): those whose reward is above
+    `replay.success_threshold`. Unset: the tasks' scripted solutions."""
+    num_epochs: PositiveInt = 1
+    """Passes over `demonstrations`, unless `max_updates` ends the warm start before."""
     demos_per_task: PositiveInt = 16
-    """Number of demonstrations recorded for each task."""
+    """Number of episodes in which each task's scripted solution is recorded; not used with `demonstrations`."""
     learning_rate: LearningRate = 1e-3
     """Learning rate of AdamW during the warm start."""
     episodes_per_batch: PositiveInt = 8
@@ -47,7 +53,13 @@ class WarmStartConfig(Section):
     """Maximum number of optimizer steps."""
     stop_likelihood: Fraction = 0.3
     """Training on a task stops once the policy, with the temperature of the rollouts, reproduces the task's
-    demonstrations with this probability. The warm start ends when that holds for all tasks."""
+    demonstrations with this probability. The warm start ends when that holds for all tasks. Not used with
+    `demonstrations`."""
+
+    @field_validator("demonstrations")
+    @classmethod
+    def _make_absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
 
 class GrpoConfig(Section):

@@ -49,6 +49,9 @@ class ReplayConfig(Section):
     """Number of times that a rollout is leased again after a fault."""
     max_bytes: PositiveBytes = 20 * 1024**3
     """Size of the episode store above which consumed episodes are evicted, oldest first."""
+    folder: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] | None = None
+    """Folder for the episode stores of runs, on a local disk of the machine on which replay runs: network file systems
+    are rejected. The run directory then has a link `replay` to the store. Unset: it is in the run directory."""
     successes_per_task: PositiveInt = 8
     """Capacity of the success buffer per task; the oldest success is evicted first."""
     success_threshold: Annotated[float, Field(ge=-1e6, le=1e6)] = 0.1

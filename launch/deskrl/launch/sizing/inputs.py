@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deskrl.core.architectures import load_architecture
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.prompt_rendering import ImageSizing, read_image_sizing
@@ -22,6 +21,7 @@ from deskrl.launch.sizing.model_shape import (
     shape_from_config,
     shape_from_name,
 )
+from deskrl.models.architectures import load_architecture
 
 _CHARACTERS_PER_TOKEN = 4.0
 _INSTRUCTION_CHARACTERS = 140
@@ -97,7 +97,7 @@ def read_model(config: RunConfig) -> ModelInfo:
 
 def _built_model(config: RunConfig) -> ModelInfo:
     """Return the model that the run builds itself (`model.build`)."""
-    from deskrl.actor.agent.language_checks import built_architecture
+    from deskrl.actor.agent.model_fit import built_architecture
 
     architecture = built_architecture(config)
     if config.model.build == "tiny":

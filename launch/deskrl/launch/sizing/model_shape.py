@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deskrl.core.architectures import ARCHITECTURES, Architecture, Shape, architecture_of, load_architecture
+from deskrl.models.architectures import ARCHITECTURES, Architecture, Shape, architecture_of, load_architecture
 
 _DEFAULT_ARCHITECTURE = "qwen2_vl"
 """Architecture of models whose name does not say it: UI-TARS 1.0."""

@@ -68,6 +68,10 @@ class Collator:
         self._merge_size = merge_size
         self._rope_index = rope_index
 
+    def prefetch(self, rows: Sequence[Row]) -> None:
+        """Fetch the screenshots of some rows without processing them."""
+        self._screenshots.prefetch(list(dict.fromkeys(name for row in rows for name in row.images)))
+
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
         """Return the micro-batch of some rows.
 

@@ -82,6 +82,11 @@ class ScreenshotProcessor:
             self._caches[-1][image.name] = image
         return [found[name] for name in names]
 
+    def prefetch(self, names: Collection[str]) -> None:
+        """Fetch the screenshots that are not cached here; `fetch` caches them."""
+        if missing := [name for name in names if self._cached(name) is None]:
+            self._fetch(missing)
+
     def _cached(self, name: str) -> ProcessedImage | None:
         return next((image for cache in self._caches if (image := cache.get(name)) is not None), None)
 

@@ -33,6 +33,16 @@ class MicroBatchLoader:
         """Return this rank's micro-batches, as rows; their number is the same on every rank."""
         return rank_micro_batches(rows, self._rank, self._num_ranks, self._max_tokens)
 
+    def prefetch(self, shard: Sequence[Sequence[Row]]) -> None:
+        """Fetch the screenshots of a shard into the cache of the replay client, as far as it has room.
+
+        Raises:
+            EpisodesDamagedError: the replay service finds a screenshot damaged.
+        """
+        for rows in shard:
+            self._check_stop()
+            self._collator.prefetch(rows)
+
     def load(self, shard: Sequence[Sequence[Row]]) -> Iterator[MicroBatch]:
         """Yield the micro-batches of a shard, in order."""
         with ThreadPoolExecutor(1, thread_name_prefix="collate") as executor:

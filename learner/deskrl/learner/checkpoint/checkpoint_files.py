@@ -30,9 +30,9 @@ from deskrl.core.config import RunConfig
 from deskrl.core.error_text import one_line
 from deskrl.core.errors import UserError
 from deskrl.core.file_io import read_json_object, write_json
-from deskrl.core.model_checks import fingerprint_weights
 from deskrl.core.run_dir import RunDir
 from deskrl.learner.policy_versions import LineageTree
+from deskrl.models.model_checks import fingerprint_weights
 
 if TYPE_CHECKING:
     from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine

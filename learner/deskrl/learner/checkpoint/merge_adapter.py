@@ -10,9 +10,9 @@ from typing import Any
 from deskrl.core.error_text import one_line
 from deskrl.core.errors import UserError
 from deskrl.core.file_io import read_json_object
-from deskrl.core.model_checks import check_complete, fingerprint_weights
 from deskrl.learner.checkpoint.checkpoint_files import base_fingerprint, copy_model_files
 from deskrl.learner.policy.lora import CONFIG, WEIGHTS
+from deskrl.models.model_checks import check_complete, fingerprint_weights
 
 _HINT = "give the folder of a checkpoint that was written with learner.lora.rank above 0"
 

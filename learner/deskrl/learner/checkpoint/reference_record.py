@@ -5,8 +5,8 @@ from __future__ import annotations
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.file_io import read_json_object, write_json
-from deskrl.core.model_checks import fingerprint_weights
 from deskrl.core.run_dir import RunDir
+from deskrl.models.model_checks import fingerprint_weights
 
 KEY = "learner.grpo.kl_coefficient"
 """Configuration key that makes a run have a reference policy."""

@@ -44,12 +44,12 @@ class MetricsWriter:
         _log.info("phase: %s", name)
         self._append("phase", phase=name)
 
-    def write_warm_start(self, report: WarmStartReport, likelihood: float) -> None:
-        """Write an optimizer step of the warm start after which likelihoods were measured.
+    def write_warm_start(self, report: WarmStartReport, likelihood: float | None) -> None:
+        """Write an optimizer step of the warm start.
 
         Args:
             report: statistics of the optimizer step.
-            likelihood: likelihood of the least likely task.
+            likelihood: likelihood of the least likely task; None if likelihoods are not measured.
         """
         self._append("imitation", likelihood=likelihood, **asdict(report))
 

@@ -67,6 +67,11 @@ class DeepSpeedEngine:
             weight_decay=config.grpo.weight_decay,
             fused=True if torch.cuda.is_available() else None,
         )
+        if config.zero_stage == 3 and policy.adapter is not None:
+            # Such a layer reads the parameters of its modules itself, so that their own hooks do not gather them.
+            for layer in policy.adapter.layers():
+                for parameter in layer.parameters():
+                    deepspeed.zero.register_external_parameter(layer, parameter)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=_deepspeed_config(config)
         )

@@ -1,7 +1,7 @@
 """LoRA: adds adapters of the peft library to a model's linear layers, and saves, loads, disables and merges them.
 
-Adapters are injected after the layers were replaced by faster versions, whose padding they take over. Names and values
-are those of peft, so that its own functions load a checkpoint.
+Adapters are injected after the layers were replaced by faster versions. Names and values are those of peft, so that its
+own functions load a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,10 @@ class Adapter:
         self._layers = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
         assert self._layers.keys() == set(names)
         for layer in self._layers.values():
-            _take_over_padding(layer)
+            # peft's own forward pass adds the output of the adapter to that of the layer, whereas replicas serve merged
+            # weights, whose rounding changes the logprobs. Only the forward pass is replaced, because peft's functions
+            # depend on the modules and their names.
+            layer.forward = partial(_forward, layer)
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
         self._by_weight = {id(layer.get_base_layer().weight): layer for layer in self._layers.values()}
@@ -82,6 +86,10 @@ class Adapter:
             for part in ("lora_A", "lora_B")
         }
 
+    def layers(self) -> list[Any]:
+        """Return the layers with an adapter; each computes with the parameters of all modules in it."""
+        return list(self._layers.values())
+
     def needed_for(self, weights: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters that `merged` needs, in addition to the weights themselves, for some of the model."""
         layers = [layer for weight in weights if (layer := self._by_weight.get(id(weight))) is not None]
@@ -89,8 +97,10 @@ class Adapter:
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return a live weight of the model with the adapter added, a new tensor; others are returned as they are."""
+        from deskrl.learner.policy.merged_linear import merge
+
         layer = self._by_weight.get(id(weight))
-        return weight if layer is None else weight.detach() + layer.get_delta_weight(_ADAPTER).detach()
+        return weight if layer is None else merge(weight, *_matrices(layer), layer.scaling[_ADAPTER])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -207,11 +217,19 @@ def _exclusions(model: Any, architecture: LearnerArchitecture, config: LoraConfi
     return [name for name, _ in model.named_modules() if pattern.fullmatch(name) and name not in names]
 
 
-def _take_over_padding(layer: Any) -> None:
-    """Let the adapter of a padded layer read and write the same padding."""
+def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return both matrices of the adapter of a layer, of shapes (rank, in features) and (out features, rank)."""
+    return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+
+
+def _forward(layer: Any, hidden: Tensor) -> Tensor:
+    """Compute a layer with the merged weight, or without its adapter while it is disabled."""
     from deskrl.learner.policy.fused_layers import AlignedLinear
+    from deskrl.learner.policy.merged_linear import merged_linear
 
     base = layer.get_base_layer()
-    if isinstance(base, AlignedLinear):
-        layer.lora_A[_ADAPTER] = AlignedLinear(layer.lora_A[_ADAPTER], base.num_in, 0)
-        layer.lora_B[_ADAPTER] = AlignedLinear(layer.lora_B[_ADAPTER], 0, base.num_out)
+    if layer.disable_adapters:
+        output: Tensor = base(hidden)
+        return output
+    num_zeros = (base.num_in, base.num_out) if isinstance(base, AlignedLinear) else (0, 0)
+    return merged_linear(hidden, base.weight, base.bias, *_matrices(layer), layer.scaling[_ADAPTER], num_zeros)

@@ -17,11 +17,11 @@ from deskrl.core.error_text import one_line
 from deskrl.core.errors import UserError
 from deskrl.core.file_io import read_json_object
 from deskrl.core.lru_cache import SharedLRUCache
-from deskrl.core.model_checks import check_complete
 from deskrl.learner.batches.collator import Collator, MicroBatch
 from deskrl.learner.batches.image_processing import ProcessedImage, ScreenshotProcessor
 from deskrl.learner.policy.architectures import LearnerArchitecture, check_transformers, load_learner_architecture
 from deskrl.learner.policy.lora import Adapter
+from deskrl.models.model_checks import check_complete
 
 _TOKENS_AT_ONCE = 1024
 """Number of action tokens whose distribution over the vocabulary is held in float32 at a time."""

@@ -1,4 +1,5 @@
-// Arrow keys step through an episode, a changed filter applies immediately, and a list shows how many episodes ended since it was loaded.
+// Arrow keys step through an episode, a changed filter applies immediately, a list shows how many episodes ended since it was loaded, and
+// the live desktops are refreshed.
 document.documentElement.classList.add("scripted");
 document.querySelectorAll(".filters [name]").forEach((field) => {
   field.addEventListener("change", () => {
@@ -26,4 +27,19 @@ if (fresh) {
     fresh.hidden = num <= 0;
     fresh.textContent = `${num} new episode${num > 1 ? "s" : ""}`;
   }, 3000);
+}
+const live = document.querySelector("#live");
+if (live) {
+  let shown = "";
+  setInterval(async () => {
+    const response = await fetch("/live/desktops").catch(() => null);
+    const html = response?.ok ? await response.text() : shown;
+    if (html === shown) return;
+    shown = html;
+    const next = document.createElement("div");
+    next.innerHTML = html;
+    // Images that are loaded before they are shown do not flicker.
+    await Promise.all([...next.querySelectorAll("img")].map((image) => { image.loading = "eager"; return image.decode().catch(() => {}); }));
+    live.replaceChildren(...next.children);
+  }, 1000);
 }

@@ -22,9 +22,9 @@ TINY_MERGE = 2
 class LearnerArchitecture(ABC):
     """What the learner does with transformers' models of one architecture. It holds no state.
 
-    `deskrl.core.architectures.Architecture` has the facts that all roles need and is registered under the same name. It
-    is another class because `core` imports no engine; one class of your own may derive from both. Import engines in
-    the bodies of methods only: the sizes of a tiny model are also read without them.
+    `deskrl.models.architectures.Architecture` has the facts that all roles need and is registered under the same name.
+    It is another class because `models` imports no engine; one class of your own may derive from both. Import engines
+    in the bodies of methods only: the sizes of a tiny model are also read without them.
     """
 
     model_type: ClassVar[str]

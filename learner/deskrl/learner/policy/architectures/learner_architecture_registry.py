@@ -19,7 +19,7 @@ LEARNER_ARCHITECTURES: Registry[type[LearnerArchitecture]] = Registry(
     "deskrl.learner_architectures",
     partial(subclass_problem, base=LearnerArchitecture),
 )
-"""Architectures by the names of `deskrl.core.architectures.ARCHITECTURES`."""
+"""Architectures by the names of `deskrl.models.architectures.ARCHITECTURES`."""
 
 for _built_in in (Qwen2VLLearner, Qwen25VLLearner, Qwen3VLLearner, Glm4VLearner):
     LEARNER_ARCHITECTURES.register(_built_in.model_type)(_built_in)

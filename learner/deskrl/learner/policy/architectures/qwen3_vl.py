@@ -64,8 +64,10 @@ class Qwen3VLLearner(VisionTowerLearner):
         import torch
 
         output = model.model.get_image_features(pixel_values, grid_thw_U3, return_dict=True)
-        levels = (output.pooler_output, *output.deepstack_features)
-        return [torch.cat(of_image, dim=-1) for of_image in zip(*levels, strict=True)]
+        # transformers before 5.18 splits the output by image, but not its levels.
+        levels = [torch.cat(level) if isinstance(level, tuple) else level for level in output.deepstack_features]
+        features_TD = torch.cat([torch.cat(output.pooler_output), *levels], dim=-1)
+        return torch.split(features_TD, [len(of_image) for of_image in output.pooler_output])
 
     def split_features(self, model: Any, batch: MicroBatch, features_TD: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
         """Return the output of the vision tower, and its levels, which are added after the first layers, one each."""

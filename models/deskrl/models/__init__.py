@@ -1,0 +1,1 @@
+"""Model architectures, and the checks of a model folder before anything is started."""
