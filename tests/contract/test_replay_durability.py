@@ -266,11 +266,16 @@ def test_a_store_of_another_version_is_rejected_naming_that_version_and_not_chan
     store_an_episode(process)
     path = process.folder / "replay.sqlite"
     other_version = f"UPDATE counters SET name = 'created_by/0.0.7' WHERE name = 'created_by/{VERSION}'"
-    alter_database(path, f"DROP TRIGGER counters_updated; {other_version}; PRAGMA user_version = {schema}", keep_log=keep_log)
+    alter_database(
+        path, f"DROP TRIGGER counters_updated; {other_version}; PRAGMA user_version = {schema}", keep_log=keep_log
+    )
     assert Path(f"{path}-wal").exists() is keep_log
     before = {it: it.read_bytes() for it in process.folder.rglob("*") if it.is_file() and it.suffix != ".sqlite-shm"}
     line = failed_start(process)
-    assert f"{path}: created by {age} deskrl 0.0.7 with store schema {schema}; deskrl {VERSION} reads schemas 3 and 4" in line
+    assert (
+        f"{path}: created by {age} deskrl 0.0.7 with store schema {schema}; deskrl {VERSION} reads schemas 3 and 4"
+        in line
+    )
     assert {it: it.read_bytes() for it in before} == before
 
 

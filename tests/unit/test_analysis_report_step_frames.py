@@ -105,6 +105,7 @@ def _episode(name: str, reward: float, ended_unix_s: float, num_steps: int = 3) 
         ending=1,
         ended_unix_s=ended_unix_s,
         removed=False,
+        damage="",
         result=rollout_pb2.EpisodeResult(reward=reward, num_steps=num_steps),
         last_fault=None,
     )
