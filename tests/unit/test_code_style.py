@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,3 +90,10 @@ def test_file_names_are_unique() -> None:
         if path.name not in ROLE_PARALLEL_NAMES and not is_parallel:
             places[path.name].append(str(path.relative_to(ROOT)))
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+def test_possessive_quantifiers_are_of_single_characters() -> None:
+    """Python before 3.11.5 matches a possessive group wrongly; `(?>(?:...)*)` means the same as `(?:...)*+`."""
+    possessive_group = re.compile(r"(?<!\\)\)(?:[*+?]|\{[0-9,]+\})\+")
+    lines = [(path, line) for path in SOURCES for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [f"{path.relative_to(ROOT)}: {line}" for path, line in lines if possessive_group.search(line)] == []

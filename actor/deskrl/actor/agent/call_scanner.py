@@ -25,7 +25,7 @@ _ACTION_NAMES = (
 _OPEN, _CLOSE = r"[(（]", r"[)）]"
 _CALL_HEAD = rf"(?:\w{{1,40}}\.)?([a-z]\w{{0,40}})\s*+{_OPEN}"
 _LABEL = r"action\s{0,3}\*{0,2}\s{0,3}[:：]"
-_AFTER_LABEL = rf"[\s*`>]*+(?:{_LABEL}[\s*`>]*+)?+(?:(?<=`)[a-z]{{1,10}}\n\s*+)?+"
+_AFTER_LABEL = rf"[\s*`>]*+(?>(?:{_LABEL}[\s*`>]*+)?)(?>(?:(?<=`)[a-z]{{1,10}}\n\s*+)?)"
 
 _LABELLED = re.compile(rf"(?<![a-z_]){_LABEL}{_AFTER_LABEL}(?={_CALL_HEAD})", re.IGNORECASE)
 _LABELLED_LINE = re.compile(rf"^[^\w\n]{{0,10}}{_LABEL}{_AFTER_LABEL}(?={_CALL_HEAD})", re.IGNORECASE | re.MULTILINE)
@@ -42,8 +42,8 @@ _NEXT_KEY = re.compile(rf"(?<!\w)(?:{_ARGUMENT_NAMES})\s*+[=＝]", re.IGNORECASE
 _NEXT_ARGUMENT = re.compile(rf"\s*+(?:[,，]\s*+[a-z_]\w{{0,40}}|(?:{_ARGUMENT_NAMES}))\s*+[=＝]", re.IGNORECASE)
 _MARKUP = r"<[|/]{0,2}\w{1,20}\|?>"
 _BARE_VALUE = re.compile(
-    rf"(?:{_MARKUP}[^<>\n]*+{_MARKUP}|[^\s,，;；、'\"()（）\[\]{{}}【】<>=]++|"
-    r"[(（\[{【](?:[^()（）\[\]{}【】]|[(（\[][^()（）\[\]{}]*+[)）\]])*+[)）\]}】])++"
+    rf"(?>(?:{_MARKUP}[^<>\n]*+{_MARKUP}|[^\s,，;；、'\"()（）\[\]{{}}【】<>=]++|"
+    r"[(（\[{【](?>(?:[^()（）\[\]{}【】]|[(（\[][^()（）\[\]{}]*+[)）\]])*)[)）\]}】])+)"
 )
 _END_OF_CALL = re.compile(
     rf"\s*+(?:[,，]?+\s*+{_CLOSE}[^\S\n]*+(?:$|#|`|<|\[EOS|//|[.。;；,，]\s*+$|{_ADJACENT.pattern})|\Z)",
@@ -51,7 +51,7 @@ _END_OF_CALL = re.compile(
 )
 _CLOSED = re.compile(rf"\s*+[,，]?+\s*+{_CLOSE}")
 _QUOTE_FAMILIES = ("'‘’＇", '"“”＂')
-_QUOTED_VALUES = {family: re.compile(rf"(?:\\.|[^{family}\\])*+", re.DOTALL) for family in _QUOTE_FAMILIES}
+_QUOTED_VALUES = {family: re.compile(rf"(?>(?:\\.|[^{family}\\])*)", re.DOTALL) for family in _QUOTE_FAMILIES}
 _CLOSING_QUOTES = dict(zip("'\"‘“’”＇＂", "'\"’”’”＇＂", strict=True))
 _UNESCAPED = {quote: re.compile(rf"\\.|({closing})", re.DOTALL) for quote, closing in _CLOSING_QUOTES.items()}
 _BADLY_CLOSED = {
