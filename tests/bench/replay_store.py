@@ -1,13 +1,17 @@
-"""Benchmark of the replay service against bare SQLite: episodes of 15 screenshots are written and read back.
+"""Benchmark of the replay service against dm-reverb and bare SQLite: episodes of 15 screenshots, written and read back.
 
-Both sides store the same bytes durably with the same number of commits. In each turn the service runs first, and its
-commits are counted by its own metric. The same number of commits is then spread over the bare inserts, which use the
-page size that is best for screenshots. The time of the service includes everything that a caller waits for: gRPC, the
-checks of hashes and steps, leases and groups.
-Prints one JSON line; `ratio` is the time of bare SQLite over that of the service, for writing and reading together, as
-the median of the turns.
+dm-reverb keeps the same bytes in memory, in a server of its own that is reached over gRPC (`reverb_peer.py`). Bare
+SQLite stores them durably like the service, with the same number of commits: in each turn the service runs first, and
+its commits are counted by its own metric; as many are then spread over the bare inserts, which use the page size that
+is best for screenshots. The time of the service includes everything that a caller waits for: gRPC, the checks of hashes
+and steps, leases and groups.
+Prints one JSON line; `ratio` is the time of dm-reverb over that of the service, for writing and reading together, and
+`sqlite_ratio` that of bare SQLite, each as the median of the turns. `…_server_s_per_gb` are processor seconds of the
+service, and of dm-reverb's server.
 
-    python tests/bench/replay_store.py [--turns 5] [--episodes 32] [--actors 4]
+    python tests/bench/replay_store.py [--turns 5] [--episodes 32] [--actors 4] [--reverb PYTHON]
+
+PYTHON is the interpreter of an environment with dm-reverb 0.14 and TensorFlow 2.14, which need Python 3.11 and NumPy 1.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kit"))
 
 import grpc
+import psutil
 from ports_kit import free_ports
 
 from deskrl.core import ids, malloc_tuning, rpc
@@ -51,6 +56,9 @@ class Turn:
 
     write_s: float
     read_s: float
+    write_server_s: float = 0.0
+    """Processor seconds of the server; 0 without one."""
+    read_server_s: float = 0.0
 
 
 Episode = list[tuple[bytes, str, bytes]]
@@ -99,6 +107,11 @@ class Service:
         self._process.terminate()
         self._process.wait()
 
+    def processor_s(self) -> float:
+        """Return the processor seconds that the process has used."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def num_commits(self) -> int:
         """Return the number of transactions so far, from the metrics of the service."""
         with urllib.request.urlopen(self._metrics) as page:
@@ -120,11 +133,11 @@ class Service:
             num_before = self.num_commits()
 
             waiting = [requests_of(episode) for episode in episodes]
-            start_s = time.perf_counter()
+            before_s, start_s = self.processor_s(), time.perf_counter()
             async with asyncio.TaskGroup() as actors:
                 for _ in range(num_actors):
                     actors.create_task(act(rollout, waiting))
-            write_s = time.perf_counter() - start_s
+            write_s, written_s = time.perf_counter() - start_s, self.processor_s()
             num_commits = self.num_commits() - num_before
 
             start_s = time.perf_counter()
@@ -133,7 +146,52 @@ class Service:
             )
             read_s = time.perf_counter() - start_s
             assert num_bytes == len(episodes) * STEPS * SHOT_BYTES
-            return Turn(write_s, read_s), num_commits
+            return Turn(write_s, read_s, written_s - before_s, self.processor_s() - written_s), num_commits
+
+
+class Reverb:
+    """dm-reverb and its clients, in processes of its own environment.
+
+    Args:
+        python: interpreter of the environment.
+        num_episodes: episodes per turn.
+        num_actors: number of episodes written concurrently.
+    """
+
+    def __init__(self, python: Path, num_episodes: int, num_actors: int) -> None:
+        _, _, payload = make_episode()[0]
+        sizes = {"episodes": num_episodes, "actors": num_actors, "steps": STEPS, "shot-bytes": SHOT_BYTES}
+        options = [f"--{name}={value}" for name, value in sizes.items()] + [f"--payload-bytes={len(payload)}"]
+        command = [str(python), str(Path(__file__).with_name("reverb_peer.py")), *options]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def turn(self) -> Turn:
+        """Write and read episodes."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return Turn(**json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """End the processes."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def open_reverb(python: Path | None, num_episodes: int, num_actors: int) -> Reverb | None:
+    """Return dm-reverb; None, after a line that says so, where it is absent."""
+    if python is None or not python.is_file():
+        problem = f"no environment at {python}" if python else "no environment given (hint: --reverb PYTHON)"
+    else:
+        trial = subprocess.run([python, "-c", "import reverb"], capture_output=True, text=True, check=False)
+        problem = (trial.stderr.splitlines() or ["it cannot be imported"])[-1] if trial.returncode else ""
+    if python is None or problem:
+        print(f"dm-reverb: skipped: {problem}", file=sys.stderr)
+        return None
+    return Reverb(python, num_episodes, num_actors)
 
 
 def plan(queue: str, num_groups: int) -> replay_pb2.PlanGroupsRequest:
@@ -228,50 +286,70 @@ def bare_turn(path: Path, episodes: list[Episode], num_commits: int) -> Turn:
     return Turn(write_s, read_s)
 
 
+def summary(name: str, turns: list[Turn], services: list[Turn], gigabytes: float) -> dict[str, float | None]:
+    """Return throughput and processor time of a side, and the ratios of its times to those of the service.
+
+    Args:
+        name: prefix of the keys.
+        turns: turns of the side; empty if it was skipped.
+        services: turns of the service.
+        gigabytes: size of the screenshots of a turn.
+    """
+
+    def median(values: list[float]) -> float | None:
+        return round(statistics.median(values), 3) if values else None
+
+    pairs = list(zip(turns, services, strict=True)) if turns else []
+    report = {
+        f"{name}_write_mb_per_s": median([1e3 * gigabytes / turn.write_s for turn in turns]),
+        f"{name}_read_mb_per_s": median([1e3 * gigabytes / turn.read_s for turn in turns]),
+    }
+    if name != "sqlite":
+        report[f"{name}_write_server_s_per_gb"] = median([turn.write_server_s / gigabytes for turn in turns])
+        report[f"{name}_read_server_s_per_gb"] = median([turn.read_server_s / gigabytes for turn in turns])
+    if name != "service":
+        prefix = "" if name == "reverb" else f"{name}_"
+        times = [(turn.write_s + turn.read_s) / (ours.write_s + ours.read_s) for turn, ours in pairs]
+        report[f"{prefix}ratio"] = median(times)
+        report[f"{prefix}write_ratio"] = median([turn.write_s / ours.write_s for turn, ours in pairs])
+        report[f"{prefix}read_ratio"] = median([turn.read_s / ours.read_s for turn, ours in pairs])
+    return report
+
+
 def main() -> None:
     """Measure in turns and print one line."""
-    parser = argparse.ArgumentParser(description="Benchmark the replay service against bare SQLite.")
+    parser = argparse.ArgumentParser(description="Benchmark the replay service against dm-reverb and bare SQLite.")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=32, help=f"episodes per turn, a multiple of {GROUP}")
     parser.add_argument("--actors", type=int, default=4, help="number of episodes streamed concurrently")
+    parser.add_argument("--reverb", type=Path, help="interpreter of an environment with dm-reverb", metavar="PYTHON")
     options = parser.parse_args()
     malloc_tuning.keep_freed_memory()  # as actors do
 
-    services, bares, commits = [], [], []
+    sides: dict[str, list[Turn]] = {"reverb": [], "service": [], "sqlite": []}
+    commits = []
+    reverb = open_reverb(options.reverb, options.episodes, options.actors)
     with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as folder:
         service = Service(Path(folder))
         try:
             for turn in range(options.turns + 1):
                 episodes = [make_episode() for _ in range(options.episodes)]
                 through_service, num_commits = service.turn(episodes, f"bench{turn}", options.actors)
-                bare = bare_turn(Path(folder, f"bare{turn}.sqlite"), episodes, num_commits)
-                if turn > 0:  # the first one warms up
-                    services.append(through_service)
-                    bares.append(bare)
-                    commits.append(num_commits)
+                sides["service"].append(through_service)
+                sides["sqlite"].append(bare_turn(Path(folder, f"bare{turn}.sqlite"), episodes, num_commits))
+                sides["reverb"] += [reverb.turn()] if reverb is not None else []
+                commits.append(num_commits)
         finally:
             service.close()
+            if reverb is not None:
+                reverb.close()
 
-    megabytes = options.episodes * STEPS * SHOT_BYTES / 1e6
-
-    def median(values: list[float]) -> float:
-        return round(statistics.median(values), 3)
-
-    pairs = list(zip(bares, services, strict=True))
-    report = {
-        "bench": "replay_store",
-        "ratio": median([(bare.write_s + bare.read_s) / (ours.write_s + ours.read_s) for bare, ours in pairs]),
-        "write_ratio": median([bare.write_s / ours.write_s for bare, ours in pairs]),
-        "read_ratio": median([bare.read_s / ours.read_s for bare, ours in pairs]),
-        "service_write_mb_per_s": median([megabytes / ours.write_s for ours in services]),
-        "service_read_mb_per_s": median([megabytes / ours.read_s for ours in services]),
-        "bare_write_mb_per_s": median([megabytes / bare.write_s for bare in bares]),
-        "bare_read_mb_per_s": median([megabytes / bare.read_s for bare in bares]),
-        "commits": commits,
-        "turns": options.turns,
-        "episodes": options.episodes,
-    }
-    print(json.dumps(report))
+    gigabytes = options.episodes * STEPS * SHOT_BYTES / 1e9
+    services = sides["service"][1:]  # the first turn warms up
+    report: dict[str, Any] = {"bench": "replay_store"}
+    for name, turns in sides.items():
+        report |= summary(name, turns[1:], services, gigabytes)
+    print(json.dumps(report | {"commits": commits[1:], "turns": options.turns, "episodes": options.episodes}))
 
 
 if __name__ == "__main__":

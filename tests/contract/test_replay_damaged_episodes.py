@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import sqlite3
 import subprocess
 import sys
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -120,6 +124,135 @@ def test_a_segment_that_is_deleted_while_replay_runs_costs_only_the_episodes_in_
     assert len(process.client().episodes()) == 4
 
 
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_a_segment_that_is_removed_while_replay_writes_to_it_is_replaced_by_another_one(
+    start_replay: StartReplay, is_renamed: bool
+) -> None:
+    process = start_replay()
+    client = process.client()
+    client.run_group("train/0", [0.0, 1.0])
+    (segment,) = segments(process)
+    if is_renamed:
+        segment.rename(process.folder / "renamed")
+    else:
+        segment.unlink()
+    assert client.take("train", "batch", 0) is None
+    assert play_again(client, 2) == ["train/0.0", "train/0.1"]
+    group = client.take("train", "batch", 0, wait_s=_DEADLINE_S)
+    assert group is not None and len(screenshots(client, group)) == 4
+
+
+@pytest.mark.parametrize("file", ["replay.sqlite", "replay.sqlite-wal"])
+def test_bytes_that_change_while_replay_runs_are_found_although_it_has_them_in_memory(
+    start_replay: StartReplay, file: str
+) -> None:
+    process = start_replay()
+    client = process.client()
+    client.run_group("train/0", [0.0, 1.0])
+    if not file.endswith("-wal"):
+        with closing(sqlite3.connect(process.folder / file)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = (process.folder / file).read_bytes()
+    with open(process.folder / file, "r+b") as opened:
+        for found in re.finditer(b"action 1", content):
+            opened.seek(found.start())
+            opened.write(b"actiom")
+    assert client.take("train", "batch", 0) is None
+    assert play_again(client, 2) == ["train/0.0", "train/0.1"]
+    assert client.take("train", "batch", 0, wait_s=_DEADLINE_S) is not None
+
+
+@pytest.mark.parametrize("file", ["replay.sqlite", "replay.sqlite-wal"])
+def test_a_database_that_is_deleted_while_replay_runs_ends_it_and_nothing_more_is_acknowledged(
+    start_replay: StartReplay, file: str
+) -> None:
+    process = start_replay()
+    client = process.client()
+    client.run_group("train/0", [0.0, 1.0])
+    (process.folder / file).unlink()
+    with pytest.raises(grpc.RpcError):
+        client.plan("train/1")
+    assert process.process.wait(_DEADLINE_S) == USER_ERROR_STATUS
+    log = (process.config.run_dir / "replay.log").read_text()
+    assert log.count("deskrl: ") == 1 and "Traceback" not in log
+    assert f"{file} was removed or replaced while replay ran (hint: restore the file from a copy" in log
+
+
+def test_a_folder_of_the_store_that_is_deleted_while_replay_runs_ends_it_in_one_line(start_replay: StartReplay) -> None:
+    process = start_replay()
+    client = process.client()
+    client.plan("eval/0", num=2)
+    client.run_episode(client.acquire(), reward=1.0)
+    lease = client.acquire()
+    shutil.rmtree(process.folder)
+    with pytest.raises(grpc.RpcError):
+        client.run_episode(lease, reward=1.0)
+    assert process.process.wait(_DEADLINE_S) == USER_ERROR_STATUS
+    log = (process.config.run_dir / "replay.log").read_text()
+    assert log.count("deskrl: ") == 1 and "Traceback" not in log
+
+
+def test_the_index_of_the_log_may_be_deleted_while_replay_runs(start_replay: StartReplay) -> None:
+    process = start_replay()
+    client = process.client()
+    (process.folder / "replay.sqlite-shm").unlink()
+    client.run_group("train/0", [0.0, 1.0])
+    process.stop()
+    process.start()
+    assert len(process.client().episodes()) == 2
+
+
+@pytest.mark.parametrize("place", ["header", "frame"])
+def test_a_damaged_log_that_hides_acknowledged_episodes_is_refused(start_replay: StartReplay, place: str) -> None:
+    process = start_replay()
+    process.client().run_group("train/0", [0.0, 1.0])
+    process.kill()
+    path = process.folder / "replay.sqlite-wal"
+    content = bytearray(path.read_bytes())
+    content[10 if place == "header" else len(content) // 2] ^= 1
+    path.write_bytes(content)
+    line = failed_start(process)
+    assert line.startswith(f"deskrl: {path}: damaged: ") and "restore the file from a copy" in line
+    assert path.read_bytes() == content
+
+
+def test_a_log_whose_last_transaction_was_interrupted_is_accepted(start_replay: StartReplay) -> None:
+    process = start_replay()
+    process.client().run_group("train/0", [0.0, 1.0])
+    process.kill()
+    path = process.folder / "replay.sqlite-wal"
+    path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+    process.start()
+    assert process.client().episodes()
+
+
+def test_a_batch_is_committed_while_damaged_members_that_the_learner_has_read_are_played_again(
+    start_replay: StartReplay,
+) -> None:
+    process = start_replay(staleness=0)
+    client = process.client()
+    client.run_group("train/0", [0.0, 1.0])
+    assert client.take("train", "batch", 0) is not None
+    process.kill()
+    damage_row(process.folder, "UPDATE steps SET payload = zeroblob(length(payload)) WHERE rollout = 1")
+    process.start()
+    client = process.client()
+    with pytest.raises(grpc.RpcError, match="is damaged"):
+        client.episodes()
+    lease = client.acquire()
+    assert lease.rollout.episode_id == "train/0.0"
+    client.commit("train", "batch")
+    client.set_updates(1)
+    with pytest.raises(grpc.RpcError) as error:
+        client.run_episode(lease, reward=1.0)
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+    assert not client.acquire().lease_id
+    status = client.queue_status("train")
+    assert (status.num_planned, status.num_leased, status.num_unused) == (1, 0, 0)
+    client.run_group("train/1", [0.0, 1.0])  # the rate limit has room for it
+    assert client.take("train", "batch 1", 0) is not None
+
+
 def test_a_damaged_screenshot_is_refused_and_its_episodes_are_played_again(start_replay: StartReplay) -> None:
     metrics_port = free_ports(1)[0]
     process = start_replay(metrics_port=metrics_port)
@@ -188,8 +321,8 @@ def test_a_damaged_episode_of_an_evaluation_is_refused_and_played_again(start_re
     assert {episode.episode_id for episode in client.episodes()} == {"eval/0.0", "eval/0.1"}
 
 
-def failed_start(process: ReplayProcess) -> str:
-    command = [sys.executable, "-m", "deskrl.cli.main", "replay", str(process.config.run_dir / "config.json")]
+def failed_start(process: ReplayProcess, *prefix: str) -> str:
+    command = [*prefix, sys.executable, "-m", "deskrl.cli.main", "replay", str(process.config.run_dir / "config.json")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == USER_ERROR_STATUS, ended.stderr
     return ended.stderr.splitlines()[-1]
@@ -267,6 +400,29 @@ def test_a_store_without_checksums_is_migrated_and_keeps_everything(start_replay
     damage_row(process.folder, "UPDATE rollouts SET reward = 0.75 WHERE id = 3")
     process.start()
     assert play_again(process.client(), 2)[0] == "train/1.0", "what was migrated has checksums"
+
+
+def test_a_store_without_checksums_that_a_viewer_reads_is_not_migrated(start_replay: StartReplay) -> None:
+    process = start_replay()
+    process.client().run_group("train/0", [0.0, 1.0])
+    process.stop()
+    make_schema_3(process.folder)
+    with StoreReader(process.folder).snapshot() as snapshot:
+        assert snapshot.newest_ending() == 2
+        assert "cannot be migrated while another process reads it (hint: close viewers" in failed_start(process)
+    process.start()
+    assert len(process.client().episodes()) == 2
+
+
+def test_a_migration_on_a_full_disk_loses_nothing(start_replay: StartReplay) -> None:
+    process = start_replay()
+    process.client().run_group("train/0", [0.0, 1.0])
+    process.stop()
+    make_schema_3(process.folder)
+    assert "the disk is full (hint: free some space" in failed_start(process, "prlimit", "--fsize=50000")
+    assert not (process.folder / "replay.sqlite.migrated").exists()
+    process.start()
+    assert len(process.client().episodes()) == 2
 
 
 def test_a_damaged_definition_of_a_table_is_refused(start_replay: StartReplay) -> None:

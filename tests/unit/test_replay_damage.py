@@ -31,14 +31,15 @@ SUCCESS_BUFFER = SuccessBufferConfig(threshold=0.5, capacity=2, seed=0)
 NUM_STEPS = 3
 DAMAGED = "damaged"
 NUM_DAMAGED_STORES = 150
+NUM_DAMAGED_LOGS = 40
 
 
 class DamagedStore:
     """Store of a directory, and the episodes that were set aside since it was opened."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_bytes: int = 10**9) -> None:
         self.set_aside: list[DamagedEpisode] = []
-        self.store = Store(folder, 10**9, after_set_aside=self.set_aside.extend, success_threshold=0.5)
+        self.store = Store(folder, max_bytes, after_set_aside=self.set_aside.extend, success_threshold=0.5)
 
     def write(self, operation: Any) -> Any:
         return self.store.submit(operation).result()
@@ -168,6 +169,24 @@ def execute(folder: Path, statement: str, *values: object) -> list[Any]:
     return rows
 
 
+def test_a_segment_in_use_is_kept_although_the_size_of_another_screenshot_in_it_is_damaged(folder: Path) -> None:
+    execute(
+        folder,
+        "UPDATE images SET num_bytes = num_bytes + (SELECT sum(num_bytes) FROM images WHERE id NOT IN"
+        " (SELECT image FROM image_uses WHERE rollout IN (SELECT id FROM rollouts WHERE removable))) WHERE id = 1",
+    )
+    store = DamagedStore(folder, max_bytes=1)  # removes all episodes that were trained on
+    for _ in range(3):
+        store.write(lambda connection: None)
+    hashes = store.read(lambda connection: connection.execute("SELECT hash FROM images").fetchall())
+    assert len(hashes) > 10
+    for (value,) in hashes:
+        assert store.read(
+            lambda connection, value=value: image_index.read(connection, store.store.blob_log, [value], 1)
+        )
+    store.store.close()
+
+
 def read_or(error: tuple[type[Exception], ...], read: Any) -> Any:
     try:
         return read()
@@ -258,6 +277,34 @@ def test_whatever_bytes_of_the_files_change_the_service_reads_what_was_written_o
         assert set_aside <= {*names, *(f"train/{group}.{member}" for group in range(5) for member in range(3))}, seed
         assert len(missing) <= len(names) // 2, seed
     assert min(num_rejected, num_set_aside, num_repaired) > 0
+
+
+def test_whatever_byte_of_the_log_changes_after_a_crash_no_acknowledged_episode_is_dropped_silently(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path / "running") as store:
+        store.run_group("train/0")
+        store.run_group("train/1")
+        crashed = Path(shutil.copytree(tmp_path / "running", tmp_path / "crashed"))
+    original = contents_of_service(tmp_path / "running")
+    num_accepted = num_rejected = 0
+    for seed in range(NUM_DAMAGED_LOGS):
+        folder = Path(shutil.copytree(crashed, tmp_path / str(seed)))
+        log = folder / (schema.FILE_NAME + "-wal")
+        size = log.stat().st_size
+        offset = size - 1 - seed * 1000 if seed < NUM_DAMAGED_LOGS // 2 else random.Random(seed).randrange(size)
+        flip(log, [offset], random.Random(seed))
+        try:
+            found = contents_of_service(folder)
+        except UserError as error:
+            num_rejected += 1
+            assert str(log) in error.message and "restore" in error.hint
+            continue
+        num_accepted += 1
+        episodes = {key: value for key, value in found.items() if key.startswith("episode ")}
+        assert len(episodes) >= 5, "at most the last transaction is missing: it looks like an interrupted one"
+        assert all(original[key] == value for key, value in episodes.items())
+    assert min(num_accepted, num_rejected) > 0
 
 
 def test_whatever_bytes_of_the_files_change_the_viewer_reads_what_was_written_or_finds_the_damage(

@@ -6,7 +6,7 @@ import urllib.request
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ports_kit import free_port
 
@@ -82,6 +82,7 @@ def test_a_heartbeat_after_the_deadline_does_not_extend_a_lease() -> None:
     assert clock.take_expired(10) == ["a"]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["start", "extend", "end", "wait"])), max_size=60))
 def test_leases_expire_exactly_at_their_deadlines(events: list[tuple[str, str]]) -> None:
     clock, deadlines, now_s = LeaseDeadlines(ttl_s=3), dict[str, float](), 0.0

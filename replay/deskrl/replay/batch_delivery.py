@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deskrl.proto.v1 import common_pb2, replay_pb2
-from deskrl.replay import counters, success_buffer
+from deskrl.replay import counters, image_index, success_buffer
 from deskrl.replay.rate_limiter import RATE_LIMITED_QUEUE
 from deskrl.replay.row_checksums import verified
 from deskrl.replay.status_errors import ConflictError, InvalidRequestError, NotFoundError
@@ -119,6 +119,7 @@ def commit(
             "SELECT count(*) FROM groups WHERE queue = ? AND batch_id = ? AND NOT dropped", (queue, batch_id)
         ).fetchone()
         counters.add(connection, counters.TRAINED_GROUPS, num_trained)
+    _cancel_repetitions(connection, queue, batch_id)
     members = (
         "(SELECT id FROM rollouts WHERE group_position IN"
         " (SELECT position FROM groups WHERE queue = ? AND batch_id = ?))"
@@ -133,6 +134,24 @@ def commit(
         (version.lineage, version.step, queue, batch_id),
     )
     return True
+
+
+def _cancel_repetitions(connection: sqlite3.Connection, queue: str, batch_id: str) -> None:
+    """Delete rollouts that damage has made necessary after the learner had read the groups of a batch."""
+    deleted = connection.execute(
+        "DELETE FROM rollouts WHERE state IN ('planned', 'leased') AND group_position IN"
+        " (SELECT position FROM groups WHERE queue = ? AND batch_id = ?) RETURNING id",
+        (queue, batch_id),
+    ).fetchall()
+    for rollout in deleted:
+        connection.execute("DELETE FROM rollout_plans WHERE rollout = ?", rollout)
+        connection.execute("DELETE FROM leases WHERE rollout = ?", rollout)
+        connection.execute("DELETE FROM steps WHERE rollout = ?", rollout)
+        image_index.release(connection, rollout[0])
+    if deleted:
+        connection.execute(
+            "UPDATE groups SET num_planned = 0, num_leased = 0 WHERE queue = ? AND batch_id = ?", (queue, batch_id)
+        )
 
 
 def set_policy(connection: sqlite3.Connection, version: common_pb2.PolicyVersion, num_updates: int) -> None:

@@ -99,11 +99,13 @@ class BlobLog(BlobLogReader):
                 path.unlink()
         self._number = max(segment_sizes, default=0)
         self._descriptor: int | None = None  # of the open segment; each process starts a new one
+        self._open_path = ""
         self._end = self._committed_end = 0
 
     def append(self, data: bytes) -> BlobLocation:
         """Append bytes. They are on disk after `sync`, and are kept after `commit`."""
-        if self._descriptor is None or self._end >= self._segment_bytes:
+        is_first = self._end == self._committed_end  # of a transaction
+        if self._descriptor is None or self._end >= self._segment_bytes or (is_first and self._is_removed()):
             self._open_segment()
         assert self._descriptor is not None
         location = BlobLocation(self._number, self._end)
@@ -143,14 +145,24 @@ class BlobLog(BlobLogReader):
         if self._descriptor is not None:
             os.close(self._descriptor)
 
+    def _is_removed(self) -> bool:
+        """Return whether someone else has removed or replaced the open segment: what is written to it is lost."""
+        assert self._descriptor is not None
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self._open_path))
+        except FileNotFoundError:
+            return True
+
     def _open_segment(self) -> None:
         """Start a new segment, whose directory entry is on disk before any row names it."""
         if self._descriptor is not None:
             self.sync()
             os.close(self._descriptor)
             self._descriptor = None
+        self._dir.mkdir(parents=True, exist_ok=True)  # someone else may have deleted it
         self._number += 1
-        self._descriptor = os.open(self._path(self._number), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._open_path = str(self._path(self._number))
+        self._descriptor = os.open(self._open_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._end = self._committed_end = 0
         directory = os.open(self._dir, os.O_RDONLY | os.O_DIRECTORY)
         try:

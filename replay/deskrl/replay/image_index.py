@@ -206,6 +206,11 @@ def rewrite_segment(connection: sqlite3.Connection, blob_log: BlobLog, segment: 
     connection.execute("UPDATE segments SET live_bytes = 0 WHERE number = ?", (segment,))
 
 
+def is_in_use(connection: sqlite3.Connection, segment: int) -> bool:
+    """Return whether a segment has a screenshot."""
+    return connection.execute("SELECT 1 FROM images WHERE segment = ? LIMIT 1", (segment,)).fetchone() is not None
+
+
 def totals(connection: sqlite3.Connection) -> tuple[int, int]:
     """Return the number of stored screenshots and their total size in bytes, read from a covering index."""
     num_images, num_bytes = connection.execute(

@@ -56,16 +56,11 @@ def compact_segments(connection: sqlite3.Connection, blob_log: BlobLog) -> list[
     Returns:
         The numbers of these segments, whose files may be removed after the commit.
     """
-    statement = (
-        f"SELECT number, live_bytes FROM segments s WHERE live_bytes * 2 < num_bytes AND {verified('segments', 's')}"
-    )
-    closed = [
-        (number, live_bytes)
-        for number, live_bytes in connection.execute(statement)
-        if not blob_log.is_open_segment(number)
-    ]
-    unused = [number for number, live_bytes in closed if live_bytes == 0]
-    sparse = [number for number, live_bytes in closed if live_bytes > 0][:1]
+    statement = f"SELECT number FROM segments s WHERE live_bytes * 2 < num_bytes AND {verified('segments', 's')}"
+    closed = [number for (number,) in connection.execute(statement) if not blob_log.is_open_segment(number)]
+    # A damaged row of `images` may have made `live_bytes` wrong, so that it does not tell whether a segment is unused.
+    unused = [number for number in closed if not image_index.is_in_use(connection, number)]
+    sparse = [number for number in closed if number not in unused][:1]
     for number in sparse:
         image_index.rewrite_segment(connection, blob_log, number)
     connection.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in unused + sparse])

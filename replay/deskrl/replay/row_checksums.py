@@ -46,9 +46,22 @@ def is_step_intact(rollout: int, step: int, payload: object, checksum: object) -
 
 def register(connection: sqlite3.Connection) -> None:
     """Add the functions that triggers, verifying statements and `add_checksums` call to a connection."""
-    connection.create_function("row_checksum", -1, _row_checksum, deterministic=True)
-    connection.create_function("row_is_intact", -1, _is_intact, deterministic=True)
-    connection.create_function("verify_row", -1, _verify_row, deterministic=True)
+    pack = msgpack.Packer().pack  # one per connection: it is not thread-safe, and allocates a large buffer
+
+    def row_checksum(*values: object) -> int:
+        return xxh3_64_intdigest(pack(values)) >> 1
+
+    def row_is_intact(checksum: int | None, *values: object) -> bool:
+        return checksum == xxh3_64_intdigest(pack(values)) >> 1
+
+    def verify_row(checksum: int | None, *values: object) -> int:
+        if checksum != xxh3_64_intdigest(pack(values)) >> 1:
+            raise ValueError("damaged row")
+        return 1
+
+    connection.create_function("row_checksum", -1, row_checksum, deterministic=True)
+    connection.create_function("row_is_intact", -1, row_is_intact, deterministic=True)
+    connection.create_function("verify_row", -1, verify_row, deterministic=True)
     connection.create_function("step_checksum", 3, step_checksum, deterministic=True)
     # A damaged text must not prevent that the rest of the row is read, whose checksum then says that it is damaged.
     connection.text_factory = _decode
@@ -164,20 +177,6 @@ def _values(table: str, alias: str) -> str:
         f"CAST({alias}.{name} AS BLOB)" if kind in ("TEXT", "BLOB") else f"{alias}.{name}" for name, kind in columns
     ]
     return ", ".join(values + (["||".join(kinds)] if kinds else []))
-
-
-def _row_checksum(*values: object) -> int:
-    return xxh3_64_intdigest(msgpack.packb(values)) >> 1
-
-
-def _is_intact(checksum: int | None, *values: object) -> int:
-    return int(checksum == _row_checksum(*values))
-
-
-def _verify_row(checksum: int | None, *values: object) -> int:
-    if checksum != _row_checksum(*values):
-        raise ValueError("damaged row")
-    return 1
 
 
 def _decode(data: bytes) -> str:

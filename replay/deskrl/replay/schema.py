@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deskrl.core.errors import UserError
 from deskrl.core.rpc import VERSION
-from deskrl.replay import counters, row_checksums
+from deskrl.replay import counters, row_checksums, write_ahead_log
 from deskrl.replay.blob_log import BLOB_DIR
 from deskrl.replay.tables import TABLES
 
@@ -58,7 +58,7 @@ def open_database(path: Path) -> sqlite3.Connection:
             although its write-ahead log or its screenshots exist. No file is changed.
     """
     is_empty = not path.exists() or path.stat().st_size == 0
-    has_log = path.with_name(path.name + "-wal").exists()
+    has_log = log_path(path).exists()
     if is_empty and has_log:
         raise UserError(f"{path}: truncated; the file is empty but has a write-ahead log", _RESTORE_HINT)
     if is_empty and any(path.parent.glob(f"{BLOB_DIR}/*")):
@@ -69,7 +69,12 @@ def open_database(path: Path) -> sqlite3.Connection:
         if has_log:
             # The last writer to close moves the log into the file, even into a damaged one. Check with a reader first.
             has_damaged_index = _check_database(connection, path)
-            connection.close()
+            (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+            connection.close()  # closing any other descriptor of its files would release SQLite's locks
+            if write_ahead_log.has_lost_commit(log_path(path), page_bytes):
+                raise UserError(
+                    f"{log_path(path)}: damaged: it has commits that SQLite can no longer read", _RESTORE_HINT
+                )
             connection = _connect(path)
         # A crash during the first start leaves a file that SQLite rolls back to an empty one.
         elif connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
@@ -94,6 +99,11 @@ def open_database(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def log_path(path: Path) -> Path:
+    """Return the path of the write-ahead log of a database."""
+    return path.with_name(path.name + "-wal")
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     row_checksums.register(connection)
@@ -116,16 +126,16 @@ def damage_error(path: Path, error: Exception) -> UserError | None:
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Return whether a write of SQLite or of the blob log failed because the disk is full."""
+    """Return whether a write of SQLite or of the blob log failed because the disk, a quota or a size limit is full."""
     if isinstance(error, sqlite3.OperationalError):
         return error.sqlite_errorcode in _FULL_CODES
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def open_reader(path: Path) -> sqlite3.Connection:
     """Open a read-only connection, to be used by one thread at a time."""
     # Even a reader creates files for the write-ahead log, which fails for a run archived on a read-only disk.
-    is_archived = not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists()
+    is_archived = not os.access(path.parent, os.W_OK) and not log_path(path).exists()
     options = "mode=ro&immutable=1" if is_archived else "mode=ro"
     connection = sqlite3.connect(f"{path.as_uri()}?{options}", uri=True, isolation_level=None, check_same_thread=False)
     row_checksums.register(connection)
@@ -152,21 +162,33 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     """Give a store of the older schema the present one, and return the connection to it.
 
     The rows are copied to a new file, which then replaces the old one: a crash leaves one or the other.
+
+    Raises:
+        UserError: another process reads the store.
     """
     if connection.execute("PRAGMA user_version").fetchone() != (_MIGRATED_VERSION,):
         return connection
     _log.info("%s: migrating from schema %d to %d", path, _MIGRATED_VERSION, _SCHEMA_VERSION)
-    connection.execute("PRAGMA journal_mode = DELETE")  # moves the write-ahead log into the file
+    try:
+        connection.execute("PRAGMA journal_mode = DELETE")  # moves the write-ahead log into the file
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+            raise
+        hint = "close viewers and reports of this run, and start again"
+        raise UserError(f"{path}: cannot be migrated while another process reads it", hint) from error
     connection.close()
     copy = path.with_name(path.name + ".migrated")
     copy.unlink(missing_ok=True)
-    with closing(_connect(copy)) as migrated:
-        create(migrated)
-        migrated.execute("ATTACH ? AS source", (str(path),))
-        migrated.execute("BEGIN")
-        row_checksums.copy_rows(migrated, "source")
-        migrated.execute("COMMIT")
-    os.replace(copy, path)
+    try:
+        with closing(_connect(copy)) as migrated:
+            create(migrated)
+            migrated.execute("ATTACH ? AS source", (str(path),))
+            migrated.execute("BEGIN")
+            row_checksums.copy_rows(migrated, "source")
+            migrated.execute("COMMIT")
+        os.replace(copy, path)
+    finally:
+        copy.unlink(missing_ok=True)  # if the disk is full, for example
     descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     os.fsync(descriptor)
     os.close(descriptor)

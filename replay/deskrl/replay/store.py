@@ -17,7 +17,7 @@ from pathlib import Path
 
 from deskrl.replay import damaged_episodes, image_index, retention, schema
 from deskrl.replay.blob_log import BlobLog
-from deskrl.replay.damaged_episodes import DamagedEpisode
+from deskrl.replay.damaged_episodes import DamagedEpisode, EpisodesDamagedError
 from deskrl.replay.row_checksums import StateDamagedError
 from deskrl.replay.status_errors import StoreDamagedError
 from deskrl.replay.writer import Commit, Operation, T, Writer
@@ -79,11 +79,13 @@ class Store:
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="replay-reader")
         self._thread_local = threading.local()
         self._reader_connections: list[sqlite3.Connection] = []
+        self._files: dict[Path, os.stat_result] = {}
         try:
             self.submit(lambda connection: self._set_aside(connection, {}, ())).result()
         except StoreDamagedError:
             self.close()
             self.failure.result()  # raises the UserError
+        self._files = {path: path.stat() for path in (self.path, schema.log_path(self.path))}  # the write created both
 
     def submit(self, operation: Operation[T]) -> Future[T]:
         """Queue a write; the future resolves once it is on disk."""
@@ -122,6 +124,9 @@ class Store:
             self._reader_connections.append(connection)
         try:
             return operation(connection)
+        except EpisodesDamagedError:
+            connection.execute("PRAGMA shrink_memory")  # read again from the disk, in case it is damaged in memory only
+            raise
         except (*schema.DAMAGE_ERRORS, StateDamagedError) as error:
             raise self._translate(error) from error
 
@@ -137,6 +142,7 @@ class Store:
     def _set_aside(self, connection: sqlite3.Connection, reasons: dict[int, str], hashes: Iterable[bytes]) -> bool:
         """Set aside all episodes with damaged rows, and those that are named if they are found damaged again."""
         threshold = self._success_threshold
+        connection.execute("PRAGMA shrink_memory")  # what is in memory may be intact although it is damaged on disk
         episodes = damaged_episodes.set_aside_damaged_rows(connection, threshold)
         confirmed = {one: reason for one in reasons if (reason := damaged_episodes.find_damage(connection, one))}
         episodes += damaged_episodes.set_aside(connection, confirmed, threshold)
@@ -146,9 +152,23 @@ class Store:
         return bool(episodes)
 
     def _before_commit(self, connection: sqlite3.Connection) -> None:
+        self._check_files()
         self._retain(connection)
         self._unused_segments = retention.compact_segments(connection, self.blob_log)
         self.blob_log.sync()
+
+    def _check_files(self) -> None:
+        """Raise StateDamagedError if someone else has removed or replaced a file of the database.
+
+        SQLite goes on in the removed files, which end with the process: what is acknowledged then would be lost.
+        """
+        for path, opened in self._files.items():
+            try:
+                is_same = os.path.samestat(os.stat(path), opened)
+            except FileNotFoundError:
+                is_same = False
+            if not is_same:
+                raise StateDamagedError(f"{path.name} was removed or replaced while replay ran")
 
     def _committed(self, commit: Commit) -> None:
         self.blob_log.commit()
