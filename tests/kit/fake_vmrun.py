@@ -143,7 +143,8 @@ class Guest(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Serve a screenshot or the platform."""
-        self.answer(200, png() if self.path == "/screenshot" else b"Linux")
+        answers = {"/screenshot": png(), "/platform": b"Linux"}
+        self.answer(200 if self.path in answers else 404, answers.get(self.path, b"Not found"))
 
     def do_POST(self) -> None:
         """Write or read a file."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from deskrl.actor.desktops.debian_packages import missing_packages
 from deskrl.actor.desktops.orphan_cleanup import find_sandbox_processes
 from deskrl.actor.main import desktops_dir
 from deskrl.env import GYMNASIUM_ID
+from deskrl.env.desktop_env import env_config
 from deskrl.env.desktop_fault import DesktopFault
 
 gymnasium = pytest.importorskip("gymnasium", reason="the extra env is not installed")
@@ -174,3 +178,21 @@ def test_nothing_is_left_after_close(tmp_path: Path) -> None:
     env.close()
     env.close()
     assert not root.exists() and not find_sandbox_processes(folder)
+
+
+def test_nothing_is_left_after_an_end_of_the_process_without_close(tmp_path: Path) -> None:
+    program = (
+        "import json, os, signal, sys, threading, gymnasium, deskrl.env\n"
+        "from deskrl.actor.actions import Action, ActionKind\n"
+        "env = gymnasium.make('deskrl/Desktop-v0', config=json.loads(sys.argv[1]))\n"
+        "env.reset(seed=1)\n"
+        "threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
+        "env.step(Action(ActionKind.WAIT, seconds=30))\n"
+    )
+    config = values(tmp_path)
+    root = desktops_dir(env_config(config))
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(config)], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt" and "Exception ignored" not in done.stderr
+    assert not root.exists()

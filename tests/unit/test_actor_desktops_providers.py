@@ -62,7 +62,7 @@ def config_of(tmp_path: Path, provider: str, **keys: Any) -> RunConfig:
 
 
 def test_the_providers_of_deskrl_are_registered() -> None:
-    own = ["docker", "embedded", "gymnasium", "openenv", "osworld", "remote", "simulated", "vmware"]
+    own = ["desktop_env", "docker", "embedded", "gymnasium", "openenv", "osworld", "remote", "simulated", "vmware"]
     assert PROVIDERS.names() == own
 
 

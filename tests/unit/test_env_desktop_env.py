@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -247,3 +252,67 @@ def test_a_fault_is_found_in_the_text_of_another_error() -> None:
     assert found is not None and found.kind == "desktop_lost"
     assert DesktopFault.find_in("Server error: there is no task") is None
     assert DesktopFault(fault).kind == "desktop_lost"  # as vector environments raise it again
+
+
+@contextlib.contextmanager
+def interrupted_when(begun: threading.Event) -> Iterator[None]:
+    """Send the signal of Ctrl-C to this process when an operation has begun."""
+
+    def interrupt() -> None:
+        begun.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    thread.join()
+
+
+@pytest.mark.parametrize("operation", ["reset", "act"])
+def test_an_interrupted_operation_ends_its_episode_and_replaces_its_desktop(
+    env: DesktopEnv, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    begun, closed, original = threading.Event(), [], SimulatedDesktop.close
+
+    async def hang(*_: Any) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    async def close(desktop: SimulatedDesktop) -> None:
+        closed.append(desktop)
+        await original(desktop)
+
+    monkeypatch.setattr(SimulatedDesktop, "close", close)
+    if operation == "act":
+        env.reset(1, "type-amber")
+    with monkeypatch.context() as patch, interrupted_when(begun):
+        patch.setattr(SimulatedDesktop, operation, hang)
+        env.reset(1, "type-amber") if operation == "reset" else env.step(AMBER)
+    with pytest.raises(UserError, match="no episode is running"):
+        env.step(FINISHED)
+    assert len(closed) == 1
+    env.reset(1, "type-amber")
+    env.step(AMBER)
+    end = env.step(FINISHED).end
+    assert end is not None and (end.reward, end.termination) == (1.0, "finished")
+
+
+def test_a_forked_process_cannot_use_the_desktop_of_its_parent(env: DesktopEnv) -> None:
+    env.reset(1, "type-amber")
+    context = multiprocessing.get_context("fork")
+    messages = context.Queue()
+
+    def use() -> None:
+        try:
+            env.step(AMBER)
+        except UserError as error:
+            messages.put(str(error))
+        env.close()
+
+    process = context.Process(target=use)
+    process.start()
+    assert messages.get(timeout=20).startswith("the desktop belongs to another process (hint: ")
+    process.join(20)
+    assert process.exitcode == 0
+    assert env.step(AMBER).num_steps == 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - registers its function for the end of the process first
+import os
 import threading
+import weakref
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +14,7 @@ from typing import Any, TypeVar
 from deskrl.actor.actions import Action
 from deskrl.actor.task import Task
 from deskrl.core.config import RunConfig, load_config, load_values
+from deskrl.core.errors import UserError
 from deskrl.env.episode_player import EpisodePlayer, Turn
 
 ConfigSource = RunConfig | Mapping[str, Any] | Path | str | None
@@ -52,6 +56,7 @@ class DesktopEnv:
         self._player = EpisodePlayer(env_config(source))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._owner_pid = 0
 
     @property
     def config(self) -> RunConfig:
@@ -72,19 +77,57 @@ class DesktopEnv:
         return self._run(self._player.act(answer))
 
     def close(self) -> None:
-        """Remove the desktop. Idempotent; a later `reset` creates another one."""
-        if self._loop is None or self._thread is None:
+        """Remove the desktop. Idempotent; a later `reset` creates another one. The end of the process calls it too."""
+        if self._loop is None or self._thread is None or self._owner_pid != os.getpid():
             return
         self._run(self._player.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
         self._loop = self._thread = None
+        _open.discard(self)
 
     def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        # The thread does not start in the constructor, because vector environments fork after they construct one.
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="deskrl-desktop", daemon=True)
-            self._thread.start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+            self._start_loop()
+        elif self._owner_pid != os.getpid():
+            coroutine.close()
+            raise UserError("the desktop belongs to another process", "create an environment in each process")
+        assert self._loop is not None
+        future = asyncio.run_coroutine_threadsafe(self._run_alone(coroutine), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C: the episode ends; if the exception is the coroutine's, there is nothing to cancel
+            raise
+
+    async def _run_alone(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Await a coroutine after the one before it, which was possibly interrupted, has ended."""
+        try:
+            async with self._turn_lock:
+                return await coroutine
+        finally:
+            coroutine.close()
+
+    def _start_loop(self) -> None:
+        # The thread does not start in the constructor, because vector environments fork after they construct one.
+        self._loop = asyncio.new_event_loop()
+        self._turn_lock = asyncio.Lock()
+        self._owner_pid = os.getpid()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="deskrl-desktop", daemon=True)
+        self._thread.start()
+        _open.add(self)
+
+
+_open: weakref.WeakSet[DesktopEnv] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """Remove the desktops of this process that were not closed."""
+    for env in list(_open):
+        env.close()
+
+
+# Functions of `atexit` are called after the end of executors, which the removal of a desktop needs. Executors use this
+# function themselves, and what is registered last is called first.
+threading._register_atexit(_close_all)  # type: ignore[attr-defined]

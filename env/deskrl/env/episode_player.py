@@ -236,6 +236,9 @@ class EpisodePlayer:
         asked = asyncio.create_task(self._policy.is_asked.wait())
         try:
             await asyncio.wait({asked, running}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the caller would take the next screenshot for the answer to its next action
+            await self._abandon()
+            raise
         finally:
             asked.cancel()
         if not running.done():
@@ -263,6 +266,9 @@ class EpisodePlayer:
         try:
             async with asyncio.timeout(limits.start_timeout_s):
                 await self._desktop.reset()
+        except asyncio.CancelledError:
+            await self._discard()
+            raise
         except (DesktopError, OSError) as error:  # OSError includes TimeoutError and a full disk
             await self._discard()
             is_timeout = isinstance(error, TimeoutError)

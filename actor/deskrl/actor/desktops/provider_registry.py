@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deskrl.actor.desktops.base import Desktop
+from deskrl.actor.desktops.desktop_env_machine import DesktopEnvProvider
 from deskrl.actor.desktops.docker import DockerProvider
 from deskrl.actor.desktops.embedded import EmbeddedProvider
 from deskrl.actor.desktops.orphan_cleanup import reap_orphans
@@ -30,6 +31,7 @@ PROVIDERS.register("embedded")(EmbeddedProvider)
 PROVIDERS.register("docker")(DockerProvider)
 PROVIDERS.register("osworld")(OSWorldProvider)
 PROVIDERS.register("vmware")(VMwareProvider)
+PROVIDERS.register("desktop_env")(DesktopEnvProvider)
 PROVIDERS.register("remote")(RemoteProvider)
 PROVIDERS.register("simulated")(SimulatedProvider)
 PROVIDERS.register("gymnasium")(GymnasiumProvider)

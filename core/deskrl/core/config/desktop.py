@@ -142,13 +142,14 @@ class DesktopConfig(Section):
     provider: str = "embedded"
     """Where desktops run. `embedded`: Xvfb and applications in an unprivileged sandbox on this machine; `docker`: the
     same in Docker containers; `osworld`: OSWorld's virtual machine in Docker containers; `vmware`: VMware virtual
-    machines on this machine; `remote`: existing guest servers; `gymnasium` and `openenv`: environments of Gymnasium, or
-    of an OpenEnv server, instead of a desktop; `simulated`: no real desktop, but realistic durations, synthetic
+    machines on this machine; `desktop_env`: virtual machines of a cloud or of VirtualBox, by the providers of OSWorld's
+    package desktop-env; `remote`: existing guest servers; `gymnasium` and `openenv`: environments of Gymnasium, or of
+    an OpenEnv server, instead of a desktop; `simulated`: no real desktop, but realistic durations, synthetic
     screenshots and a rule-based reward, for scale tests. Or a provider of your own: its name, or
     `package.module:Class`."""
     provider_options: dict[str, Any] = Field(default_factory=dict)
-    """Configuration of the providers `gymnasium` and `openenv`, or of a provider of your own, which documents its keys.
-    The other providers of deskrl have sections instead, such as `desktop.docker`."""
+    """Configuration of the providers `desktop_env`, `gymnasium` and `openenv`, or of a provider of your own, which
+    documents its keys. The other providers of deskrl have sections instead, such as `desktop.docker`."""
     num_envs: Annotated[int, Field(ge=1, le=1_000_000)] = 4
     """Number of desktops in the whole run. The number of actor processes follows from it and
     `actor.desktops_per_actor`."""

@@ -1,0 +1,1 @@
+"""Double of Alibaba Cloud's package of ECS."""

@@ -1,0 +1,5 @@
+"""Exceptions of Azure."""
+
+
+class ResourceNotFoundError(Exception):
+    pass

@@ -1,0 +1,5 @@
+"""Exceptions of Volcengine."""
+
+
+class ApiException(Exception):
+    pass

@@ -1,0 +1,1 @@
+"""Double of Volcengine's package of ECS."""
