@@ -7,7 +7,7 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -37,13 +37,16 @@ class Server:
         self.responses: list[HttpResponse] = []
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.num_responses = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 outer.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 outer.keys.append(self.headers["Authorization"])
-                self._respond(*outer.responses.pop(0))
+                response = outer.next_response()
+                outer.num_responses += 1
+                self._respond(*response)
 
             def do_GET(self) -> None:
                 self._respond(200, {"data": [{"id": "tars"}]} if self.path == "/v1/models" else {})
@@ -59,6 +62,9 @@ class Server:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def next_response(self) -> HttpResponse:
+        return self.responses.pop(0)
 
     def close(self) -> None:
         self._http.shutdown()
@@ -156,6 +162,28 @@ def test_an_error_of_the_server_ends_the_episode_with_a_fault(
 ) -> None:
     with pytest.raises(InferenceError, match=problem):
         decide(*responses, timeout_s=0.5)
+
+
+def test_nothing_waits_for_a_request_that_was_cancelled(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_asked, has_ended = Event(), Event()
+
+    def respond() -> HttpResponse:
+        is_asked.set()
+        has_ended.wait(20.0)
+        return completion(RESPONSE)
+
+    monkeypatch.setattr(server, "next_response", respond)
+
+    async def scenario() -> None:
+        client = ExternalClient(config_of(server), 20.0)
+        request = asyncio.create_task(client.complete([], 1.0, 0))
+        await asyncio.to_thread(is_asked.wait, 20.0)
+        request.cancel()
+        await asyncio.wait({request})
+
+    asyncio.run(scenario())
+    assert not has_ended.is_set() and server.num_responses == 0, "the event loop has ended before the request"
+    has_ended.set()
 
 
 def test_an_empty_response_is_a_response_of_the_policy(decide: Callable[..., Any]) -> None:

@@ -95,6 +95,12 @@ class Browser:
             self._call("Input.dispatchKeyEvent", type="keyDown", key=character, text=character)
             self._call("Input.dispatchKeyEvent", type="keyUp", key=character)
 
+    def compose(self, *drafts: str) -> None:
+        """Compose a text as an input method or a dead key does: show each draft, then insert the last one."""
+        for draft in drafts:
+            self._call("Input.imeSetComposition", text=draft, selectionStart=len(draft), selectionEnd=len(draft))
+        self._call("Input.insertText", text=drafts[-1])
+
     def screenshot(self, path: Path) -> None:
         """Save a screenshot of the whole page as PNG."""
         data = self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"]

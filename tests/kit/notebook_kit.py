@@ -102,6 +102,7 @@ def _scrubbed_outputs(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         output.get("metadata", {}).clear()
         if output["output_type"] == "stream":
             shown = re.sub(r"[^\n]*\r(?!\n)", "", "".join(output["text"]))  # without what a line of progress replaced
+            shown = re.sub(r"^\[\d{4}-\d\d-\d\d [^\n]*\n", "", shown, flags=re.M)  # a library's log, with times
             output["text"] = _relative(shown).splitlines(keepends=True)
         elif "text/plain" in output.get("data", {}):
             output["data"]["text/plain"] = _relative("".join(output["data"]["text/plain"])).splitlines(keepends=True)

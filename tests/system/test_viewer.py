@@ -340,6 +340,20 @@ def test_the_desktops_of_a_running_run_are_shown_live(tmp_path: Path, browser: B
         gone = f"while ({caption}.length > 1) await new Promise(done => setTimeout(done, 50))"
         browser.evaluate(f"(async () => {{ {gone} }})()")
         assert browser.page_errors == []
+        process.process.kill()
+        over = "while (!document.getElementById('over')) await new Promise(done => setTimeout(done, 50))"
+        browser.evaluate(f"(async () => {{ {over} }})()")
+        assert browser.evaluate("document.querySelectorAll('.live li').length") == 0, "the waiting episode has none"
+
+
+def test_a_page_of_live_desktops_says_that_the_viewer_does_not_answer(tmp_path: Path, browser: Browser) -> None:
+    process = ReplayProcess(replay_config(tmp_path))
+    viewer = Viewer(process.config.run_dir, "watch")
+    browser.open(f"{viewer.url}/live")
+    assert browser.evaluate("stale.hidden")
+    viewer.close()
+    process.close()
+    browser.evaluate("(async () => { while (stale.hidden) await new Promise(done => setTimeout(done, 50)) })()")
 
 
 def test_a_run_that_is_not_running_has_no_live_desktops(capsys: pytest.CaptureFixture[str], run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,43 @@ def test_an_invalid_demonstration_is_rejected_by_name(folder: Path, values: dict
     with pytest.raises(UserError, match=message) as raised:
         read_demonstration(folder)
     assert str(folder / "demonstration.json") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ({"kind": "hotkey", "keys": ["nonsense"]}, r"steps\[0\]: unknown key 'nonsense'"),
+        ({"kind": "wait", "seconds": -1}, r"steps\[0\]: -1 s, 1 times"),
+        ({"kind": "hotkey", "keys": ["a"], "repeat": 0}, r"steps\[0\]: 0 s, 0 times"),
+    ],
+)
+def test_an_action_that_no_desktop_can_execute_is_rejected(folder: Path, action: dict[str, Any], message: str) -> None:
+    steps = json.loads((folder / "demonstration.json").read_text())["steps"]
+    change(folder, steps=[steps[0] | {"action": action}, *steps[1:]])
+    with pytest.raises(UserError, match=message):
+        read_demonstration(folder)
+
+
+@pytest.mark.parametrize("linked", ["screenshots/0000.png", "screenshots"])
+def test_a_link_to_screenshots_outside_the_folder_is_not_followed(folder: Path, linked: str) -> None:
+    outside = folder.parent / "private"
+    (folder / linked).rename(outside)
+    (folder / linked).symlink_to(outside)
+    with pytest.raises(UserError, match=r"screenshots/0000.png is a link to a file outside the folder"):
+        read_demonstration(folder)
+
+
+def test_a_file_without_an_end_or_of_unbounded_depth_is_rejected(folder: Path) -> None:
+    path = folder / "demonstration.json"
+    text = path.read_text()
+    path.write_text(text.replace('"found": 1', '"found": ' + "[" * 40_000 + "]" * 40_000))
+    with pytest.raises(UserError, match=r"not a demonstration: .*recursion"):
+        read_demonstration(folder)
+    for make in (lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
+        path.unlink()
+        make()
+        with pytest.raises(UserError, match=r"demonstration\.json: cannot be read: Not a regular file"):
+            read_demonstration(folder)
 
 
 def test_an_action_after_the_end_is_rejected(folder: Path) -> None:

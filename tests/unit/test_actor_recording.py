@@ -57,10 +57,7 @@ def record(
     starts_with: Phase = Phase.PLAYING,
     **tasks: Any,
 ) -> Demonstration | None:
-    """Record a demonstration that `play` plays as the person; raising CancelledError stops the recording.
-
-    `play` begins in the phase `starts_with`.
-    """
+    """Record a demonstration that `play` plays as the person, beginning in the phase `starts_with`."""
     task, config = select_task(simulated_config(**tasks), TASK)
     create_folder(folder)
 
@@ -71,10 +68,7 @@ def record(
             running = asyncio.create_task(recording.run())
             await until(recording, lambda: recording.state.phase is starts_with)
             await until(recording, lambda: starts_with is not Phase.PLAYING or recording.state.screen > 0)
-            try:
-                await play(recording)
-            except asyncio.CancelledError:
-                running.cancel()
+            await play(recording)
             return await running
 
     return asyncio.run(scenario())
@@ -134,7 +128,7 @@ def test_a_stopped_recording_is_saved_without_a_reward(tmp_path: Path) -> None:
     async def play(recording: Recording) -> None:
         recording.act(SOLUTION)
         await until(recording, lambda: bool(recording.state.steps) and not recording.state.is_acting)
-        raise asyncio.CancelledError
+        recording.stop()
 
     demonstration = record(tmp_path / "out", play)
     assert demonstration is not None and demonstration == read_demonstration(tmp_path / "out")
@@ -142,18 +136,80 @@ def test_a_stopped_recording_is_saved_without_a_reward(tmp_path: Path) -> None:
     assert "stopped" in demonstration.fault and len(demonstration.steps) == 1
 
 
-def test_a_recording_that_is_stopped_before_the_first_screenshot_has_no_steps(tmp_path: Path) -> None:
-    class HangingDesktop(SimulatedDesktop):
-        async def settle(self, min_quiet_s: float = 0.0) -> Image.Image:
+class HangingDesktop(SimulatedDesktop):
+    """Desktop that hangs at one point."""
+
+    hangs_in = "reset"
+
+    async def reset(self) -> None:
+        await self._hang_in("reset")
+        await super().reset()
+
+    async def settle(self, min_quiet_s: float = 0.0) -> Image.Image:
+        await self._hang_in("settle")
+        return await super().settle(min_quiet_s)
+
+    async def _hang_in(self, method: str) -> None:
+        if method == self.hangs_in:
             await asyncio.Event().wait()
-            raise AssertionError
+
+
+class SlowlySetUpDesktop(HangingDesktop):
+    hangs_in = "settle"
+
+
+@pytest.mark.parametrize(("make", "phase"), [(HangingDesktop, Phase.STARTING), (SlowlySetUpDesktop, Phase.SETTING_UP)])
+@pytest.mark.parametrize("is_discarded", [False, True])
+def test_a_recording_that_ends_before_the_first_step_leaves_nothing(
+    tmp_path: Path, make: type[SimulatedDesktop], phase: Phase, is_discarded: bool
+) -> None:
+    ended: list[Recording] = []
 
     async def play(recording: Recording) -> None:
-        raise asyncio.CancelledError
+        await asyncio.sleep(0)  # the desktop begins to start
+        recording.discard() if is_discarded else recording.stop()
+        ended.append(recording)
 
-    demonstration = record(tmp_path / "out", play, make=HangingDesktop, starts_with=Phase.SETTING_UP)
-    assert demonstration is not None and demonstration == read_demonstration(tmp_path / "out")
-    assert (demonstration.steps, demonstration.final_screenshot) == ((), None)
+    demonstration = record(tmp_path / "out", play, make=make, starts_with=phase)
+    assert (demonstration is None) == is_discarded
+    if demonstration is not None:
+        assert demonstration.steps == () and "stopped" in demonstration.fault
+    assert (ended[0].state.phase, ended[0].state.folder) == (Phase.ENDED, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recording_whose_process_is_killed_keeps_the_steps_that_were_played(tmp_path: Path) -> None:
+    found: list[Demonstration] = []
+
+    async def play(recording: Recording) -> None:
+        recording.act(SOLUTION)
+        await until(recording, lambda: bool(recording.state.steps))
+        found.append(read_demonstration(tmp_path / "out"))
+        recording.act(FINISHED)
+
+    record(tmp_path / "out", play)
+    assert [step.action for step in found[0].steps] == [SOLUTION]
+    assert (found[0].reward, found[0].fault) == (None, "the recording was interrupted")
+
+
+@pytest.mark.parametrize("num_saved", [0, 1])
+def test_a_full_disk_ends_the_recording_and_keeps_the_steps_before(tmp_path: Path, num_saved: int) -> None:
+    folder = tmp_path / "out"
+
+    async def play(recording: Recording) -> None:
+        (folder / f"screenshots/{num_saved:04d}.png").mkdir()  # in place of a disk that is full by then
+        for _ in range(num_saved + 1):
+            recording.act(SOLUTION)
+
+    if num_saved == 0:
+        with pytest.raises(UserError, match=r"0000\.png: cannot be written: Is a directory"):
+            record(folder, play)
+        assert list(tmp_path.iterdir()) == []
+        return
+    demonstration = record(folder, play)
+    assert demonstration is not None and demonstration == read_demonstration(folder)
+    assert [step.action for step in demonstration.steps] == [SOLUTION] and demonstration.reward is None
+    assert demonstration.fault == f"{folder}/screenshots/0001.png: cannot be written: Is a directory"
 
 
 def test_a_discarded_recording_leaves_nothing(tmp_path: Path) -> None:
@@ -248,6 +304,7 @@ def test_actions_after_the_end_have_no_effect(tmp_path: Path) -> None:
         ({"kind": "hotkey", "keys": ["a"], "repeat": 1000}, "no action is repeated"),
         ({"kind": "scroll", "scroll_y": 101}, "more than 100 notches"),
         ("[", "not an action"),
+        ('{"kind": "click", "more": ' + "[" * 40_000, "not an action: .*recursion"),
     ],
 )
 def test_an_action_that_cannot_be_executed_is_rejected(record: dict[str, Any] | str, message: str) -> None:

@@ -174,6 +174,31 @@ def test_the_person_can_take_over_while_the_policy_is_sampling(takes_over_first:
     play(scenario, None)
 
 
+@pytest.mark.parametrize("acts", [True, False])
+def test_the_policy_does_not_act_if_the_person_takes_over_while_its_screenshot_is_taken(acts: bool) -> None:
+    class InterruptedDesktop(ChangingDesktop):
+        async def screenshot(self) -> Image.Image:
+            screen = await super().screenshot()
+            if self.num_looks == 2:  # the one for the policy
+                game.control.act(CLICK) if acts else game.control.take_over()
+                has_looked.set()
+            return screen
+
+    async def scenario() -> None:
+        game.desktop = InterruptedDesktop()
+        game.control = SharedControl(game.desktop, game.policy, lambda: None)
+        deciding = asyncio.create_task(game.decide())
+        once_it_waits(game.control.hand_over)
+        await has_looked.wait()
+        if not acts:
+            once_it_waits(lambda: game.control.act(CLICK))
+        assert (await deciding)[:2] == (Player.PERSON, CLICK)
+
+    game, has_looked = Game(POLICY_CLICK), asyncio.Event()
+    asyncio.run(scenario())
+    assert game.policy.prompts == []
+
+
 @pytest.mark.parametrize(
     ("response", "message"),
     [

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -319,6 +323,23 @@ def test_an_episode_without_a_score_has_no_reward(tmp_path: Path) -> None:
     assert (found.reward, found.fault) == (None, "OSWorld has no reward")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_an_episode_whose_files_are_no_regular_ones_is_left_out_and_named(tmp_path: Path, kind: str) -> None:
+    def replace(path: Path) -> None:
+        path.unlink()
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero") if kind == "device" else path.mkdir()
+
+    source, episode = osworld(tmp_path, {"action": "DONE"})
+    copies = [shutil.copytree(episode, episode.with_name(f"task-{number}")) for number in (2, 3)]
+    for copy in copies:
+        shutil.copy(tmp_path / "examples/os/task-1.json", tmp_path / f"examples/os/{copy.name}.json")
+    replace(copies[0] / "traj.jsonl")
+    replace(copies[1] / "result.txt")
+    (first, third), left_out = imported(source, tmp_path / "out")
+    assert (first.reward, third.reward) == (1.0, None)
+    assert left_out.reasons("episode") == {"its traj.jsonl cannot be read": 1}
+
+
 def test_demonstrations_are_checked_and_copied(tmp_path: Path) -> None:
     imported(agentnet(tmp_path / "in", "pyautogui.press('a')", task_id="one"), tmp_path / "first")
     imported(agentnet(tmp_path / "in-2", "pyautogui.press('b')", task_id="two"), tmp_path / "first" / "more")
@@ -355,8 +376,39 @@ def test_an_import_without_a_result_names_the_reasons_and_writes_nothing(
 def test_an_existing_folder_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = agentnet(tmp_path / "in", "pyautogui.press('a')")
     (tmp_path / "out").mkdir()
-    assert main(["data", "import", str(source.path), str(tmp_path / "out")]) == 2
-    assert "out: exists" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("out", "link"):
+        assert main(["data", "import", str(source.path), str(tmp_path / name)]) == 2
+        assert f"{name}: exists" in capsys.readouterr().err
+    assert main(["data", "import", str(source.path), str(tmp_path / "new" / "..")]) == 2
+    assert "not the name of a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_import_leaves_nothing_and_can_be_repeated(tmp_path: Path, number: signal.Signals) -> None:
+    class Interruption(LeftOut):
+        def add(self, what: str, reason: str, name: str) -> None:
+            os.kill(os.getpid(), number)
+
+    source = agentnet(tmp_path / "in", "pyautogui.press('a')")
+    file = tmp_path / "in" / "agentnet.jsonl"
+    file.write_text("damaged\n" + file.read_text())
+    handler = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        import_episodes(source, tmp_path / "out", Interruption())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"] and signal.getsignal(number) == handler
+    (tmp_path / ".out.partial" / "of-a-killed-one").mkdir(parents=True)
+    imported(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["000000-2024_sort"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    source = agentnet(tmp_path / "in", "pyautogui.press('a')")
+    command = [sys.executable, "-m", "deskrl.cli.main", "data", "import", str(source.path), str(tmp_path / "out")]
+    done = subprocess.run(["bash", "-c", 'ulimit -f 0; "$@"', "-", *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "0000.png: cannot be written: File too large (hint: " in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 JSON = st.recursive(

@@ -71,6 +71,14 @@ def test_files_end_between_episodes_once_they_are_large_enough(tmp_path: Path) -
     assert [pq.read_table(path)["step"].to_pylist() for path in paths] == [[0, 1]] * 3
 
 
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train-00000.partial").mkdir()
+    writer = ShardWriter(tmp_path, "train")
+    writer.add([row()])
+    with pytest.raises(UserError, match=r"train-\*.parquet: cannot be written: Is a directory"):
+        writer.close()
+
+
 def test_row_groups_have_a_bounded_number_of_rows(tmp_path: Path) -> None:
     (path,) = written(tmp_path / "data", *[two_steps()] * MAX_GROUP_ROWS)
     metadata = pq.ParquetFile(path).metadata
@@ -170,6 +178,15 @@ def test_files_that_are_no_exported_dataset_are_rejected(tmp_path: Path) -> None
         import_episodes(Source(path), tmp_path / "out", LeftOut())
     pq.write_table(pq.read_table(exported).drop_columns(["text"]), path)
     with pytest.raises(UserError, match="columns are missing or have another type: text"):
+        import_episodes(Source(path), tmp_path / "out", LeftOut())
+
+
+def test_a_file_with_damaged_names_is_rejected(tmp_path: Path) -> None:
+    (path,) = written(tmp_path / "in", [row()])
+    data = path.read_bytes()
+    assert data.count(b"processor_hash") > 1
+    path.write_bytes(data.replace(b"processor_hash", b"processor_has\xff"))
+    with pytest.raises(UserError, match=f"{path}: "):
         import_episodes(Source(path), tmp_path / "out", LeftOut())
 
 

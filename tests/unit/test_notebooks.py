@@ -84,6 +84,7 @@ def test_the_outputs_of_a_notebook_show_nothing_of_the_machine_that_made_them(pa
     for text in output_texts(read(path)):
         assert [found.group() for found in ABSOLUTE_PATH.finditer(text)] == []
         assert [name for name in names if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)] == []
+        assert re.findall(r"^\[\d{4}-\d\d-\d\d ", text, re.M) == [], "a library's log"
 
 
 @every_notebook
@@ -105,7 +106,7 @@ def test_other_parameters_replace_only_the_values_of_the_parameters_cell() -> No
 
 
 def test_outputs_are_stored_as_one_stream_with_relative_paths() -> None:
-    progress = stream("1 of 2\r2 of 2\rreport ")
+    progress = stream("[2026-12-01 05:32:42,097] [WARNING] a library's log\n1 of 2\r2 of 2\rreport ")
     executed = small_notebook(progress, stream(f"{ROOT}/runs/a/report.html\n"), stream(f"free at {ROOT}\n"))
     (cell,) = scrubbed(executed, small_notebook())["cells"]
     (output,) = cell["outputs"]

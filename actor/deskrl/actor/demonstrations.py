@@ -31,6 +31,8 @@ Keys of demonstration.json:
 
 from __future__ import annotations
 
+import errno
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -41,9 +43,10 @@ from typing import Any
 import msgspec
 
 from deskrl.actor.actions import Action
+from deskrl.actor.guest.keysyms import key_name
 from deskrl.actor.image_decoding import ImageError, decode_image
 from deskrl.core.errors import UserError
-from deskrl.core.file_io import write_json
+from deskrl.core.file_io import open_regular_file, report_write_errors, write_json
 
 FORMAT_VERSION = 1
 """Version of the layout; a reader rejects others."""
@@ -51,6 +54,8 @@ FILE_NAME = "demonstration.json"
 SCREENSHOTS_DIR = "screenshots"
 
 _SCREENSHOT = re.compile(rf"{SCREENSHOTS_DIR}/\d{{4,9}}\.png")
+_MAX_BYTES = 64 * 1024**2
+"""Largest file that is read."""
 _HINT = "give a folder that deskrl record or deskrl data has written"
 
 
@@ -116,14 +121,23 @@ def create_folder(folder: Path) -> None:
 
 
 def write_screenshot(folder: Path, number: int, png: bytes) -> str:
-    """Write a screenshot (a PNG file) into the folder of a demonstration, and return its name."""
+    """Write a screenshot (a PNG file) into the folder of a demonstration, and return its name.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     name = screenshot_name(number)
-    (folder / name).write_bytes(png)
+    with report_write_errors(folder / name):
+        (folder / name).write_bytes(png)
     return name
 
 
 def write_demonstration(folder: Path, demonstration: Demonstration) -> None:
-    """Write demonstration.json; its screenshots are written before."""
+    """Write demonstration.json, in place of an earlier one; its screenshots are written before.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     record = {field.name: getattr(demonstration, field.name) for field in fields(demonstration)}
     steps = [
         {
@@ -135,7 +149,8 @@ def write_demonstration(folder: Path, demonstration: Demonstration) -> None:
         }
         for step in demonstration.steps
     ]
-    write_json(folder / FILE_NAME, {"format_version": FORMAT_VERSION, **record, "steps": steps})
+    with report_write_errors(folder / FILE_NAME):
+        write_json(folder / FILE_NAME, {"format_version": FORMAT_VERSION, **record, "steps": steps})
 
 
 def read_demonstration(folder: Path) -> Demonstration:
@@ -146,7 +161,7 @@ def read_demonstration(folder: Path) -> Demonstration:
     """
     path = folder / FILE_NAME
     try:
-        data = path.read_bytes()
+        data = _read_bounded(path)
         version = msgspec.json.decode(data, type=_Header).format_version
         if version != FORMAT_VERSION:
             raise UserError(f"{path}: format version {version}, not {FORMAT_VERSION}", "update deskrl")
@@ -155,7 +170,7 @@ def read_demonstration(folder: Path) -> Demonstration:
         raise UserError(f"{path}: not found", _HINT) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}", _HINT) from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise UserError(f"{path}: not a demonstration: {error}", _HINT) from error
     if (problem := next(_problems(folder, demonstration), None)) is not None:
         raise UserError(f"{path}: {problem}", _HINT)
@@ -170,7 +185,7 @@ def read_screenshot(folder: Path, demonstration: Demonstration, name: str) -> by
     """
     path = folder / name
     try:
-        data = path.read_bytes()
+        data = _read_bounded(path)
         size = decode_image(data, ("PNG",)).size
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}", "restore the file from a copy") from error
@@ -194,6 +209,15 @@ def find_demonstrations(root: Path) -> list[Path]:
     return folders
 
 
+def _read_bounded(path: Path) -> bytes:
+    """Return the content of a file; raises OSError also if it is no regular file, or too large."""
+    with open_regular_file(path) as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {_MAX_BYTES} bytes", str(path))
+    return data
+
+
 class _Header(msgspec.Struct):
     format_version: int
 
@@ -213,10 +237,16 @@ def _problems(folder: Path, demonstration: Demonstration) -> Iterator[str]:
             yield f"{name[:80]!r} cannot be the name of a screenshot"
         elif not (folder / name).is_file():
             yield f"{name} does not exist"
+        elif not (folder / name).resolve().is_relative_to(folder.resolve()):
+            yield f"{name} is a link to a file outside the folder"
     for number, step in enumerate(demonstration.steps):
         action = step.action
         points = [(action.x, action.y), (action.end_x, action.end_y)] if action.has_point else []
         if not all(0 <= x < width and 0 <= y < height for x, y in points):
             yield f"steps[{number}]: the action is outside the screen of {width} x {height} pixels"
+        if unknown := [key for key in action.keys if key_name(key) != key]:
+            yield f"steps[{number}]: unknown key {unknown[0][:20]!r}"
+        if not (0 <= action.seconds < math.inf and action.repeat >= 1):
+            yield f"steps[{number}]: {action.seconds:g} s, {action.repeat} times"
         if action.ends_episode and number + 1 != len(demonstration.steps):
             yield f"steps[{number}]: {action.kind} is not the last action"

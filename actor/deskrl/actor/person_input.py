@@ -27,7 +27,7 @@ def read_action(data: bytes, width: int, height: int) -> Action:
     """
     try:
         action = msgspec.json.decode(data, type=Action)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(f"not an action: {error}") from error
     if action.has_point and not all(
         0 <= x < width and 0 <= y < height for x, y in ((action.x, action.y), (action.end_x, action.end_y))

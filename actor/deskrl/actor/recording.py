@@ -48,6 +48,9 @@ QUEUE = "record"
 """Queue of the recording's rollout, which no replay service knows."""
 _SCREEN_PERIOD_S = 0.15
 _JPEG_QUALITY = 85
+_STOPPED = "the recording was stopped before the end of the episode"
+_INTERRUPTED = "the recording was interrupted"
+"""Fault of a demonstration whose episode has not ended: that of its file if the process is killed."""
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ class RecordingState:
     termination: str
     fault: str
     folder: str
-    """Folder of the demonstration; empty once it has been discarded."""
+    """Folder of the demonstration; empty once nothing of it is left, because it was discarded or has no step."""
 
 
 class Recording:
@@ -126,6 +129,7 @@ class Recording:
         self._screen = _LiveScreen()
         self._changed = asyncio.Event()
         self._started_s = 0.0
+        self._started_unix_s = 0.0
         self._is_discarded = False
         self._running: asyncio.Task[rollout_pb2.EpisodeResult] | None = None
         self.size = (config.desktop.width, config.desktop.height)
@@ -152,43 +156,23 @@ class Recording:
         )
 
     async def run(self) -> Demonstration | None:
-        """Run the episode to its end and write the demonstration; return it, or None if it was discarded.
+        """Run the episode to its end and save the demonstration; return it, or None if it was discarded.
 
-        If the task is cancelled, or a fault ends the episode, the demonstration is written without a reward.
+        If the recording is stopped, or a fault ends the episode, the demonstration is saved without a reward. One
+        without steps is not saved.
 
         Raises:
-            UserError: the desktop does not start.
+            UserError: the desktop does not start, or the demonstration cannot be written.
         """
-        recorded_unix_s = time.time()
-        await self._start_desktop()
-        result, fault = None, ""
-        self._running = asyncio.create_task(self._run_episode())
-        streaming = asyncio.create_task(self._stream_screen())
         try:
-            result = await self._running
-        except Fault as error:
-            fault = str(error)
-        except Exception as error:  # a defect of deskrl; what was played is saved
-            _log.exception("the episode failed")
-            fault = typed_line(error)
-        except asyncio.CancelledError:
-            fault = "the recording was stopped before the end of the episode"
-            self._running.cancel()
-        finally:
-            self._change(phase=Phase.EVALUATING)
-            await asyncio.wait({streaming, self._running})
-        if self._is_discarded:
-            shutil.rmtree(self._folder)
-            self._change(phase=Phase.ENDED, folder="")
-            return None
-        demonstration = self._write(result, fault, recorded_unix_s)
-        self._change(
-            phase=Phase.ENDED,
-            reward=demonstration.reward,
-            termination=demonstration.termination,
-            fault=fault,
-            message="",
-        )
+            demonstration = await self._record()
+        except UserError as error:
+            self._end(fault=error.message)
+            raise
+        if demonstration is None:
+            self._end()
+        else:
+            self._end(demonstration.reward, demonstration.termination, demonstration.fault)
         return demonstration
 
     @property
@@ -225,21 +209,71 @@ class Recording:
 
     def discard(self) -> None:
         """End the episode without a demonstration."""
-        if self._running is not None and self._state.phase is not Phase.ENDED:
-            self._is_discarded = True
+        self._is_discarded = True
+        self.stop()
+
+    def stop(self) -> None:
+        """End the episode without a reward; nothing happens once it has ended."""
+        if self._running is not None:
             self._running.cancel()
 
     def add_image(self, image: common_pb2.Image) -> None:
         """Ignore a screenshot as the policy sees it; the demonstration has those of the whole screen."""
 
     def add_step(self, step: Step) -> None:
-        """Write the screenshot of a step that was executed."""
+        """Save a step that was executed, so that it is not lost with the process.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         choice = self._control.choice
         assert choice is not None
         steps = self._state.steps
         name = write_screenshot(self._folder, len(steps), _encode(choice.screen, "PNG"))
         time_s = round(choice.chosen_s - self._started_s, 3)
-        self._change(steps=(*steps, DemonstrationStep(choice.action, choice.player, name, time_s, choice.thought)))
+        saved = DemonstrationStep(choice.action, choice.player, name, time_s, choice.thought)
+        self._change(steps=(*steps, saved))
+        write_demonstration(self._folder, self._demonstration(None, _INTERRUPTED))
+
+    async def _record(self) -> Demonstration | None:
+        self._started_unix_s = time.time()
+        self._running = asyncio.create_task(self._play())
+        streaming = asyncio.create_task(self._stream_screen())
+        result, fault = None, ""
+        try:
+            result = await self._running
+        except asyncio.CancelledError:
+            fault = _STOPPED
+        except Fault as error:
+            fault = str(error)
+        except UserError as error:
+            if not self._state.steps:
+                raise
+            fault = error.message
+        except Exception as error:  # a defect of deskrl; what was played is saved
+            _log.exception("the episode failed")
+            fault = typed_line(error)
+        finally:
+            self._change(phase=Phase.EVALUATING)
+            await asyncio.wait({streaming})
+        if self._is_discarded:
+            return None
+        demonstration = self._demonstration(result, fault)
+        if demonstration.steps:
+            write_demonstration(self._folder, demonstration)
+        return demonstration
+
+    def _end(self, reward: float | None = None, termination: str = "", fault: str = "") -> None:
+        """Show how the recording ended, and remove the folder if there is nothing in it to keep."""
+        is_kept = bool(self._state.steps) and not self._is_discarded
+        if not is_kept:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        folder = str(self._folder) if is_kept else ""
+        self._change(phase=Phase.ENDED, reward=reward, termination=termination, fault=fault, folder=folder, message="")
+
+    async def _play(self) -> rollout_pb2.EpisodeResult:
+        await self._start_desktop()
+        return await self._run_episode()
 
     async def _start_desktop(self) -> None:
         timeout_s = self._config.desktop.start_timeout_s
@@ -247,7 +281,6 @@ class Recording:
             async with asyncio.timeout(timeout_s):
                 await self._desktop.reset()
         except (DesktopError, OSError) as error:  # OSError includes TimeoutError
-            shutil.rmtree(self._folder)
             reason = f"not ready within {timeout_s:g} s" if isinstance(error, TimeoutError) else one_line(error)
             hint = select_provider(self._config.desktop).provider.start_hint
             raise UserError(f"the desktop did not start: {reason}", hint) from error
@@ -289,13 +322,14 @@ class Recording:
                 self._change(screen=self._screen.number)
             await asyncio.sleep(_SCREEN_PERIOD_S)
 
-    def _write(self, result: rollout_pb2.EpisodeResult | None, fault: str, recorded_unix_s: float) -> Demonstration:
+    def _demonstration(self, result: rollout_pb2.EpisodeResult | None, fault: str) -> Demonstration:
+        """Return the demonstration; writes the screenshot of the end state, which is that of no step."""
         steps = self._state.steps
         final_screenshot = None
         if result is not None and not steps[-1].action.ends_episode:
             assert self._conversation is not None
             final_screenshot = write_screenshot(self._folder, len(steps), _encode(self._conversation.screen, "PNG"))
-        demonstration = Demonstration(
+        return Demonstration(
             task_id=self._task.id,
             application=self._task.domain,
             instruction=self._state.instruction,
@@ -304,7 +338,7 @@ class Recording:
             screen_size=self.size,
             source="deskrl record",
             deskrl_version=VERSION,
-            recorded_unix_s=recorded_unix_s,
+            recorded_unix_s=self._started_unix_s,
             reward=None if result is None else result.reward,
             evidence=None if result is None else msgspec.json.decode(result.evidence_json),
             termination="" if result is None else termination_label(result.termination),
@@ -312,8 +346,6 @@ class Recording:
             steps=steps,
             final_screenshot=final_screenshot,
         )
-        write_demonstration(self._folder, demonstration)
-        return demonstration
 
     def _notify(self) -> None:
         self._change()

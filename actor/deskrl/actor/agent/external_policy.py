@@ -13,6 +13,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from deskrl.actor import metrics
@@ -22,6 +23,7 @@ from deskrl.actor.agent.external_server import UnavailableError, send_request
 from deskrl.actor.agent.inference_client import InferenceError
 from deskrl.actor.agent.policies import ActorPolicy, Decision
 from deskrl.actor.backoff import Backoff
+from deskrl.actor.thread_pool import run_unawaited
 from deskrl.core.config import AgentConfig, InferenceConfig
 from deskrl.core.error_text import one_line
 from deskrl.core.ids import derive_seed
@@ -102,7 +104,7 @@ class ExternalClient:
         reason = "no attempt was made"
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
-                reply = await asyncio.to_thread(send_request, self.config, path, body, left_s, headers)
+                reply = await run_unawaited(partial(send_request, self.config, path, body, left_s, headers))
                 return self._read(path, reply, read)
             except UnavailableError as error:
                 reason = str(error)

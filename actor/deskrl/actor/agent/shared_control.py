@@ -183,12 +183,14 @@ class SharedControl(ActorPolicy):
             if not self._actions.empty():
                 return self._person_decides(conversation, await self._observe_again(conversation), index)
             if self.player is Player.PERSON:
-                await self._wait_for_change()
+                self._changed.clear()
+                await self._changed.wait()
                 is_current = False
                 continue
             if not is_current:
                 newer = screenshot = await self._observe_again(conversation)
                 is_current = True
+                continue  # the person may have acted or taken over meanwhile
             decision = await self._policy_decides(conversation, screenshot, index)
             if decision is not None:
                 return replace(decision, screenshot=newer)
@@ -226,8 +228,9 @@ class SharedControl(ActorPolicy):
 
     async def _unless_changed(self, deciding: Coroutine[Any, Any, Decision]) -> Decision | None:
         """Return a decision of the policy; None if control changes first."""
+        self._changed.clear()
         task = asyncio.create_task(deciding)
-        change = asyncio.create_task(self._wait_for_change())
+        change = asyncio.create_task(self._changed.wait())
         try:
             await asyncio.wait({task, change}, return_when=asyncio.FIRST_COMPLETED)
             return None if change.done() else task.result()
@@ -240,11 +243,6 @@ class SharedControl(ActorPolicy):
         async with self._looking:
             screen = await self._desktop.screenshot()
         return await asyncio.to_thread(conversation.observe, screen)
-
-    async def _wait_for_change(self) -> None:
-        """Wait until control changes or the person acts."""
-        self._changed.clear()
-        await self._changed.wait()
 
     def _give(self, player: Player, message: str) -> None:
         self.player, self.message = player, message

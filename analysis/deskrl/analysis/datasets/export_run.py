@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from deskrl.analysis.datasets.dataset_card import dataset_card
-from deskrl.analysis.datasets.output_folder import output_folder
+from deskrl.analysis.datasets.output_folder import OutputFolder, output_folder
 from deskrl.analysis.datasets.progress_lines import ProgressLines
 from deskrl.analysis.datasets.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from deskrl.analysis.formatting import format_size
 from deskrl.analysis.run_config import read_run_config
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
+from deskrl.core.file_io import report_write_errors
 from deskrl.core.left_out import LeftOut, count_of
 from deskrl.core.rpc import VERSION
 from deskrl.core.run_dir import RunDir
@@ -68,11 +69,11 @@ def export_run(
 ) -> ExportResult:
     """Write the dataset; see `export`. An export that fails leaves no files behind."""
     exporter = _Exporter(read_run_config(run_dir), run_dir, StoreReader(run_dir.replay))
-    with output_folder(out) as partial:
-        (partial / "data").mkdir()
-        result = exporter.write(partial / "data", wanted, max_shard_bytes)
+    with output_folder(out) as folder:
+        result = exporter.write(folder, wanted, max_shard_bytes)
         card = dataset_card(run_dir.root.name, VERSION, result.splits)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        with report_write_errors(out / "README.md"):
+            (folder.path / "README.md").write_text(card, encoding="utf-8")
     return result
 
 
@@ -85,20 +86,22 @@ class _Exporter:
         self._reader = reader
         self._stats: tuple[str, BatchTokenStats] = ("", {})
 
-    def write(self, folder: Path, wanted: EpisodeFilter, max_shard_bytes: int) -> ExportResult:
+    def write(self, folder: OutputFolder, wanted: EpisodeFilter, max_shard_bytes: int) -> ExportResult:
         """Write all rows, and return the result; raises UserError if there are none."""
         result = ExportResult()
         written = ProgressLines()
+        data = folder.path / "data"
+        data.mkdir()
         writers: dict[str, ShardWriter] = {}
         try:
-            for group, episode in self._episodes(wanted):
+            for group, episode in folder.until_interrupted(self._episodes(wanted)):
                 try:
                     rows = self._rows(group, episode, result.left_out)
                 except _EpisodeLeftOut as error:
                     result.left_out.add("episode", str(error), episode.episode_id)
                     continue
                 split = _split_of(group.queue)
-                writer = writers.setdefault(split, ShardWriter(folder, split, max_shard_bytes))
+                writer = writers.setdefault(split, ShardWriter(data, split, max_shard_bytes))
                 writer.add(rows)
                 written.add_episode(len(rows))
                 num_episodes, num_steps = result.splits.get(split, (0, 0))

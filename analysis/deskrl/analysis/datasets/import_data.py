@@ -15,11 +15,12 @@ from deskrl.actor.demonstrations import Demonstration, DemonstrationStep
 from deskrl.analysis.datasets import osworld_results
 from deskrl.analysis.datasets.agentnet import read_agentnet
 from deskrl.analysis.datasets.osworld_results import read_osworld
-from deskrl.analysis.datasets.output_folder import output_folder
+from deskrl.analysis.datasets.output_folder import OutputFolder, output_folder
 from deskrl.analysis.datasets.progress_lines import ProgressLines
 from deskrl.analysis.datasets.recorded_episode import RecordedEpisode
 from deskrl.analysis.datasets.step_decoding import decode_steps
 from deskrl.core.errors import UserError
+from deskrl.core.file_io import report_write_errors
 from deskrl.core.left_out import LeftOut, count_of
 from deskrl.core.rpc import VERSION
 
@@ -77,12 +78,12 @@ def import_episodes(source: Source, out: Path, left_out: LeftOut) -> tuple[int, 
     kind = source.format or recognise_format(source.path)
     if not source.path.exists():
         raise UserError(f"{source.path}: not found", "give a file or folder with recorded episodes")
-    with output_folder(out) as partial:
-        writer = _Writer(partial, left_out)
+    with output_folder(out) as folder:
+        writer = _Writer(folder, left_out)
         if kind is Format.DESKRL:
             writer.copy_all(source.path)
         else:
-            for episode in _episodes(source, kind, left_out):
+            for episode in folder.until_interrupted(_episodes(source, kind, left_out)):
                 writer.write(episode)
         if writer.written.num_episodes == 0:
             left_out.print_table()
@@ -140,7 +141,7 @@ def _episodes(source: Source, kind: Format, left_out: LeftOut) -> Iterator[Recor
 class _Writer:
     """Writes demonstrations into a folder and counts what cannot be written."""
 
-    def __init__(self, out: Path, left_out: LeftOut) -> None:
+    def __init__(self, out: OutputFolder, left_out: LeftOut) -> None:
         self._out = out
         self._left_out = left_out
         self.written = ProgressLines()
@@ -191,7 +192,7 @@ class _Writer:
 
     def copy_all(self, root: Path) -> None:
         """Copy the valid demonstrations below a folder."""
-        for folder in demonstrations.find_demonstrations(root):
+        for folder in self._out.until_interrupted(demonstrations.find_demonstrations(root)):
             try:
                 demonstration = demonstrations.read_demonstration(folder)
                 names = {step.screenshot for step in demonstration.steps} | {demonstration.final_screenshot} - {None}
@@ -205,11 +206,12 @@ class _Writer:
             copy = self._new_folder(demonstration.task_id)
             demonstrations.create_folder(copy)
             for name, data in images.items():
-                (copy / name).write_bytes(data)
+                with report_write_errors(copy / name):
+                    (copy / name).write_bytes(data)
             demonstrations.write_demonstration(copy, demonstration)
             self.written.add_episode(len(demonstration.steps))
 
     def _new_folder(self, task_id: str) -> Path:
         """Return the path of the next demonstration: its number and its task, in characters that paths may have."""
         name = _UNSAFE.sub("_", task_id)[:_MAX_NAME_CHARACTERS]
-        return self._out / f"{self.written.num_episodes:06d}-{name}"
+        return self._out.path / f"{self.written.num_episodes:06d}-{name}"

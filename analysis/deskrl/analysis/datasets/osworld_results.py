@@ -30,12 +30,13 @@ from deskrl.analysis.datasets.recorded_episode import (
     text_of,
 )
 from deskrl.core.errors import UserError
-from deskrl.core.file_io import read_json_object
+from deskrl.core.file_io import open_regular_file, read_json_object
 from deskrl.core.left_out import LeftOut
 
 FILE_NAME = "traj.jsonl"
 
 _INITIAL_SCREENSHOTS = ("initial_state.png", "step_0.png", "step_0_*.png", "step_reset*.png")
+_MAX_SCORE_BYTES = 100
 _WAIT_S = 1.0
 """Duration of WAIT in OSWorld's environment, in seconds."""
 _SPECIAL = {
@@ -88,12 +89,17 @@ def read_osworld(root: Path, tasks: Path | None, left_out: LeftOut) -> Iterator[
         if not text_of(task, "instruction"):
             left_out.add("episode", "its task file has no instruction", name)
             continue
+        try:
+            steps = list(_steps(path, name, left_out))
+        except UserError as error:
+            left_out.add("episode", f"its {FILE_NAME} cannot be read", f"{name} ({error.message})")
+            continue
         yield RecordedEpisode(
             name=name,
             task_id=task_id,
             instruction=text_of(task, "instruction"),
             source="OSWorld",
-            steps=list(_steps(path, name, left_out)),
+            steps=steps,
             reward=_read_score(folder / "result.txt"),
             application=application,
             task=task,
@@ -127,7 +133,8 @@ def _read_screenshot(folder: Path, name: str) -> bytes:
 def _read_score(path: Path) -> float | None:
     """Return the score of an episode; None if it is missing or not a finite number."""
     try:
-        score = float(path.read_text(encoding="utf-8"))
+        with open_regular_file(path) as file:
+            score = float(file.read(_MAX_SCORE_BYTES))
     except (OSError, ValueError):
         return None
     return score if math.isfinite(score) else None

@@ -83,15 +83,16 @@ def open_dataset_file(path: Path) -> pq.ParquetFile:
     hint = "give a dataset that deskrl data export has written"
     try:
         file = pq.ParquetFile(path, pre_buffer=False)  # else it holds whole row groups in memory
-    except (pa.ArrowInvalid, OSError) as error:
+        schema = file.schema_arrow
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a Parquet file: {' '.join(str(error).split())[:200]}", hint) from error
-    version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY)
+    version = (schema.metadata or {}).get(_VERSION_KEY)
     if version is None:
         raise UserError(f"{path}: has no format version of deskrl", hint)
     if version != str(FORMAT_VERSION).encode():
         written = version.decode(errors="replace")[:20]
         raise UserError(f"{path}: format version {written}, but this deskrl reads {FORMAT_VERSION}", "update deskrl")
-    wrong = [name for name, (kind, _) in COLUMNS.items() if _type_of(file.schema_arrow, name) != kind]
+    wrong = [name for name, (kind, _) in COLUMNS.items() if _type_of(schema, name) != kind]
     if wrong:
         raise UserError(f"{path}: columns are missing or have another type: {', '.join(wrong)}", hint)
     return file

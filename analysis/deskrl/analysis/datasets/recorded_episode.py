@@ -12,6 +12,7 @@ from typing import Any
 from deskrl.actor.agent.action_language import PolicyResponse
 from deskrl.actor.demonstrations import Player
 from deskrl.core.errors import UserError
+from deskrl.core.file_io import open_regular_file
 from deskrl.core.left_out import LeftOut
 
 MAX_FILE_BYTES = 64 * 1024**2
@@ -102,7 +103,7 @@ def read_lines(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str, A
     """
     number = 0
     try:
-        with open(path, "rb") as file:
+        with open_regular_file(path) as file:
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1
                 name = f"{path.name}:{number}"

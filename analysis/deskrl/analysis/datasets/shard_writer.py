@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deskrl.analysis.datasets.parquet_schema import COLUMNS, dataset_schema
+from deskrl.core.file_io import report_write_errors
 
 MAX_GROUP_ROWS = 100
 """Rows of a row group, which viewers of datasets read as a whole."""
@@ -43,7 +45,11 @@ class ShardWriter:
         self.num_rows = 0
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the rows of one episode, which are never divided between two files."""
+        """Write the rows of one episode, which are never divided between two files.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         if self._shard_bytes + self._row_bytes >= self._max_shard_bytes:
             self._end_shard()
         for row in rows:
@@ -54,7 +60,7 @@ class ShardWriter:
         self.num_rows += len(rows)
 
     def close(self) -> list[Path]:
-        """Complete the files and return their paths."""
+        """Complete the files and return their paths; raises UserError if they cannot be written."""
         self._end_shard()
         num_shards = len(self._paths)
         return [
@@ -64,13 +70,20 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close the file that is being written without completing it."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
 
     def _end_group(self) -> None:
         if not self._rows:
             return
+        with report_write_errors(self._folder / f"{self._split}-*.parquet"):
+            self._write_group()
+        self._shard_bytes += self._row_bytes
+        self._rows, self._row_bytes = [], 0
+
+    def _write_group(self) -> None:
         if self._writer is None:
             path = self._folder / f"{self._split}-{len(self._paths):05d}.partial"
             scalars = [name for name, (kind, _) in COLUMNS.items() if not pa.types.is_nested(kind)]
@@ -81,10 +94,11 @@ class ShardWriter:
             )
             self._paths.append(path)
         self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
-        self._shard_bytes += self._row_bytes
-        self._rows, self._row_bytes = [], 0
 
     def _end_shard(self) -> None:
         self._end_group()
-        self.abandon()
+        if self._writer is not None:
+            with report_write_errors(self._folder / f"{self._split}-*.parquet"):
+                self._writer.close()
+            self._writer = None
         self._shard_bytes = 0

@@ -29,6 +29,7 @@ from deskrl.analysis.recorder.recorder_app import RecorderApp
 from deskrl.core import process_lifecycle, rpc
 from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
+from deskrl.core.left_out import count_of
 from deskrl.core.process_lifecycle import StopEvent
 from deskrl.proto.v1 import rollout_pb2
 
@@ -83,11 +84,12 @@ async def _record(
         try:
             async with server:
                 print(f"recording {task.id} at {server.url}?token={app.token} (Ctrl-C to stop)", flush=True)
-                demonstration = await _run_until(recording, stop)
-                await app.wait_until_seen(_LAST_PAGE_S)
+                try:
+                    demonstration = await _run_until(recording, stop)
+                finally:
+                    await app.wait_until_seen(_LAST_PAGE_S)
         finally:
             await desktop.close()
-    # Printed here, because the event loop does not end before a request to the policy's server has.
     return _report(demonstration, folder)
 
 
@@ -96,8 +98,10 @@ def _report(demonstration: Demonstration | None, folder: Path) -> int:
     if demonstration is None:
         print("discarded", flush=True)
         return 0
-    num = len(demonstration.steps)
-    steps = f"{num} step{'s' if num != 1 else ''}"
+    if not demonstration.steps:
+        print(f"nothing was saved, because no step was played: {demonstration.fault}", flush=True)
+        return 1
+    steps = count_of(len(demonstration.steps), "step")
     if demonstration.reward is None:
         print(f"saved {steps} without a reward in {folder}: {demonstration.fault}", flush=True)
         return 1
@@ -112,7 +116,7 @@ async def _run_until(recording: Recording, stop: StopEvent) -> Demonstration | N
     stopping = asyncio.create_task(stop.wait_async())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    running.cancel()  # does nothing once it has ended
+    recording.stop()
     return await running
 
 

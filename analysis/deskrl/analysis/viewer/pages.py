@@ -21,6 +21,7 @@ from deskrl.core.config import RunConfig
 from deskrl.core.errors import UserError
 from deskrl.core.run_dir import RunDir
 from deskrl.core.step_codec import CodecError, Step, decode_step
+from deskrl.launch.run_control import is_running
 from deskrl.launch.run_state import is_evaluation
 from deskrl.learner.batches.token_stats import EpisodeTokenStats, read_token_stats
 from deskrl.replay.store_reader import ImageUnavailable, StoreReader, StoreSnapshot
@@ -154,11 +155,16 @@ class ViewerPages:
 
     def live(self) -> Page:
         """Render the desktops of the episodes in progress."""
-        return self._render("live.html.j2", title=f"live · {self._config.name}", desktops=self._live_views())
+        return self._render("live.html.j2", title=f"live · {self._config.name}", **self._live_values())
 
     def live_desktops(self) -> Page:
         """Render the part of the page `live` that changes, which an open page polls."""
-        return self._render("live_desktops.html.j2", desktops=self._live_views())
+        return self._render("live_desktops.html.j2", **self._live_values())
+
+    def _live_values(self) -> dict[str, Any]:
+        # A run that was killed leaves episodes in its store that look as if they were in progress.
+        in_progress = is_running(self._run_dir)
+        return {"in_progress": in_progress, "desktops": self._live_views() if in_progress else []}
 
     def _live_views(self) -> list[LiveView]:
         names = self._task_names()

@@ -1,19 +1,24 @@
 // Page of `deskrl record`: shows the live screen, and turns gestures on it into actions, one request each.
 const $ = (id) => document.getElementById(id);
 const headers = { "X-Deskrl-Token": new URLSearchParams(location.search).get("token") };
-const screen = $("screen"), picture = $("picture"), marks = $("marks");
+const screen = $("screen"), keyboard = $("keyboard"), picture = $("picture"), marks = $("marks");
 const DRAG_PIXELS = 6, CLICK_MS = 300, WHEEL_MS = 250, TEXT_MS = 900, NOTCH = 100;
 let state = { version: 0, phase: "connecting", screen_size: [1280, 720], screen: 0, steps: [] };
 let shown = 0;
+let problem = ""; // why the last request was refused, until one is accepted
+let changed_ms = 0; // time of the last change of what is being waited for
 
 const mayAct = () => state.phase === "playing" && state.player === "person";
+const focus = () => keyboard.focus({ preventScroll: true });
 
 // Requests are sent one after another, so that actions keep their order.
 let sending = Promise.resolve();
 function post(path, body) {
   sending = sending.then(async () => {
-    const response = await fetch(path, { method: "POST", headers, body: body && JSON.stringify(body) }).catch(() => null);
-    note(response?.ok ? "" : response ? await response.text() : "The action was not received.");
+    const request = { method: "POST", headers, body: body && JSON.stringify(body), keepalive: true };
+    const response = await fetch(path, request).catch(() => null);
+    problem = response?.ok ? "" : response ? `Not executed: ${await response.text()}` : "Not executed: deskrl record does not answer.";
+    showHint();
   });
 }
 function act(action) {
@@ -22,11 +27,15 @@ function act(action) {
   if ("x" in action) mark(action);
   post("/action", action);
 }
-function note(text) { $("hint").textContent = text || defaultHint(); }
+function showHint() {
+  $("hint").textContent = problem || defaultHint();
+  $("hint").classList.toggle("problem", problem !== "");
+}
 function defaultHint() {
   if (state.phase !== "playing") return "";
-  if (state.player === "policy") return "The policy has control.";
-  if (state.is_acting || state.num_waiting) return state.num_waiting ? `Executing, ${state.num_waiting} more to come…` : "Executing…";
+  const num_s = Math.floor((Date.now() - changed_ms) / 1000), time = num_s > 1 ? ` ${num_s} s` : "";
+  if (state.is_acting) return state.num_waiting ? `Executing, ${state.num_waiting} more to come…${time}` : `Executing…${time}`;
+  if (state.player === "policy") return `The policy is choosing its next action…${time}`;
   return "Click, drag, scroll and type on the screen. Each becomes one action.";
 }
 
@@ -47,8 +56,9 @@ function begin(kind, pauseMs, values, action) {
   gesture.timer = setTimeout(flush, pauseMs);
   return gesture;
 }
+addEventListener("pagehide", flush);
 function showPending() {
-  const text = gesture?.kind === "text" ? gesture.text : "";
+  const text = (gesture?.kind === "text" ? gesture.text : "") + composed;
   $("pending").hidden = !text;
   $("pending").textContent = text && `typing ${text}▏`;
 }
@@ -80,9 +90,13 @@ function mark({ x, y, end_x, end_y }) {
 }
 
 let pressed = null;
+screen.addEventListener("mousedown", (event) => event.preventDefault()); // the keyboard keeps the focus
 screen.addEventListener("pointerdown", (event) => {
-  event.preventDefault();
-  screen.focus();
+  focus();
+  if (state.phase === "playing" && state.player === "policy") {
+    problem = "The policy has control. Take over to act yourself.";
+    showHint();
+  }
   if (!mayAct()) return;
   screen.setPointerCapture(event.pointerId);
   const from = point(event);
@@ -129,20 +143,20 @@ screen.addEventListener("wheel", (event) => {
   turned.y += event.deltaY * unit;
 }, { passive: false });
 
-screen.addEventListener("keydown", (event) => {
-  if (event.isComposing || ["Control", "Shift", "Alt", "Meta", "AltGraph", "Dead", "Process"].includes(event.key)) return;
-  event.preventDefault();
-  if (!mayAct()) return;
+// Keys go to a field that nobody sees, in which the browser composes characters (dead keys, input methods).
+let composed = "";
+const COMPOSING = ["Control", "Shift", "Alt", "Meta", "AltGraph", "Dead", "Compose", "Process", "Unidentified"];
+keyboard.addEventListener("keydown", (event) => {
+  if (event.isComposing || COMPOSING.includes(event.key) || !mayAct()) return;
   const isCommand = (event.ctrlKey || event.altKey || event.metaKey) && !event.getModifierState("AltGraph");
-  const isText = event.key.length === 1 && !isCommand;
+  if (event.key.length === 1 && !isCommand) return; // it arrives as input
+  event.preventDefault();
   const typed = gesture?.kind === "text" ? gesture : null;
-  if (isText || (typed && event.key === "Enter" && !event.shiftKey && !isCommand)) {
-    const text = begin("text", TEXT_MS, { text: "" }, () => ({ kind: "type", text: text.text }));
-    text.text += isText ? event.key : "\n";
-    showPending();
-    if (!isText) flush();
+  if (typed && event.key === "Enter" && !event.shiftKey && !isCommand) {
+    addText("\n");
+    flush();
   } else if (typed && event.key === "Backspace" && !isCommand) {
-    typed.text = typed.text.slice(0, -1);
+    typed.text = [...typed.text].slice(0, -1).join(""); // whole characters
     if (!typed.text) { clearTimeout(typed.timer); gesture = null; }
     showPending();
   } else {
@@ -150,6 +164,23 @@ screen.addEventListener("keydown", (event) => {
     act({ kind: "hotkey", keys: [...held(event), key] });
   }
 });
+keyboard.addEventListener("input", (event) => { if (!event.isComposing) takeText(); });
+keyboard.addEventListener("compositionupdate", (event) => {
+  composed = mayAct() ? event.data : "";
+  if (gesture?.kind === "text") clearTimeout(gesture.timer);
+  showPending();
+});
+keyboard.addEventListener("compositionend", () => { composed = ""; takeText(); });
+function takeText() {
+  const text = keyboard.value;
+  keyboard.value = "";
+  if (mayAct() && (text || gesture?.kind === "text")) addText(text);
+  showPending();
+}
+function addText(text) {
+  const typed = begin("text", TEXT_MS, { text: "" }, () => ({ kind: "type", text: typed.text }));
+  typed.text += text;
+}
 
 $("text_form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -162,12 +193,12 @@ $("keys_form").addEventListener("submit", (event) => {
   if (keys.length) act({ kind: "hotkey", keys });
   $("keys").value = "";
 });
-$("move").addEventListener("click", () => { $("move").ariaPressed = String($("move").ariaPressed !== "true"); screen.focus(); });
-$("wait").addEventListener("click", () => { act({ kind: "wait", seconds: 1 }); screen.focus(); });
+$("move").addEventListener("click", () => { $("move").ariaPressed = String($("move").ariaPressed !== "true"); focus(); });
+$("wait").addEventListener("click", () => { act({ kind: "wait", seconds: 1 }); focus(); });
 $("finished").addEventListener("click", () => act({ kind: "finished" }));
 $("infeasible").addEventListener("click", () => act({ kind: "infeasible" }));
 $("hand_over").addEventListener("click", () => { flush(); post("/hand_over"); });
-$("take_over").addEventListener("click", () => { post("/take_over"); screen.focus(); });
+$("take_over").addEventListener("click", () => { post("/take_over"); focus(); });
 $("discard").addEventListener("click", () => { if (confirm("Discard this recording?")) post("/discard"); });
 
 const VEILS = { starting: "Starting the desktop…", setting_up: "Setting up the task…", evaluating: "Evaluating the end state…", ended: "" };
@@ -178,7 +209,7 @@ function show() {
   document.title = `${state.task_id} · deskrl record`;
   $("task").textContent = state.task_id;
   $("instruction").textContent = state.instruction;
-  $("progress").textContent = `step ${state.steps.length} of at most ${state.max_steps}`;
+  $("progress").textContent = `${state.steps.length} of at most ${state.max_steps} steps`;
   $("phase").textContent = state.phase.replace("_", " ");
   $("phase").className = `verdict ${state.phase}`;
   $("veil").textContent = VEILS[state.phase] ?? "";
@@ -190,13 +221,12 @@ function show() {
   document.querySelectorAll("[data-player]").forEach((it) => it.classList.toggle("current", it.dataset.player === state.player));
   $("hand_over").hidden = state.player === "policy";
   $("take_over").hidden = state.player !== "policy";
-  document.querySelectorAll("#own button, #own input, #control button").forEach((it) => { it.disabled = !isPlaying; });
-  document.querySelectorAll("#own button, #own input").forEach((it) => { it.disabled ||= !mayAct(); });
-  $("discard").disabled = state.phase === "starting";
+  $("control").disabled = !isPlaying;
+  $("own").disabled = !mayAct();
   $("controls").hidden = state.phase === "ended";
   showSteps();
   if (state.phase === "ended") showResult();
-  note("");
+  showHint();
 }
 function showSteps() {
   const list = $("steps");
@@ -213,12 +243,15 @@ function showSteps() {
   }
 }
 function showResult() {
-  screen.blur();
+  keyboard.blur();
+  problem = "";
   $("result").hidden = false;
-  $("reward").textContent = state.folder ? (state.reward === null ? "No reward" : `Reward ${+state.reward.toPrecision(3)}`) : "Discarded";
+  const isDiscarded = !state.folder && !state.fault;
+  $("reward").textContent = isDiscarded ? "Discarded" : !state.folder ? "Nothing was saved" : state.reward === null ? "No reward" : `Reward ${+state.reward.toPrecision(3)}`;
   $("reward").className = state.reward ? "good" : "";
-  $("outcome").textContent = state.fault || (state.termination && `The episode ended: ${state.termination.replaceAll("_", " ")}.`);
-  $("folder").textContent = state.folder && `Saved in ${state.folder}`;
+  $("outcome").textContent = (state.fault && state.fault[0].toUpperCase() + state.fault.slice(1)) || (state.termination && `The episode ended: ${state.termination.replaceAll("_", " ")}.`);
+  $("saved").hidden = !state.folder;
+  $("folder").textContent = state.folder;
 }
 async function showScreen() {
   if (shown === state.screen) return;
@@ -231,7 +264,10 @@ async function follow() {
   while (state.phase !== "ended") {
     const response = await fetch(`/state?after=${state.version}`, { headers }).catch(() => null);
     if (response?.ok) {
+      const last = state;
       state = await response.json();
+      if (["phase", "player", "is_acting"].some((key) => state[key] !== last[key])) changed_ms = Date.now();
+      if (state.player !== last.player) problem = "";
       show();
       await showScreen();
     } else {
@@ -241,5 +277,6 @@ async function follow() {
     }
   }
 }
-screen.focus();
+focus();
+setInterval(showHint, 1000);
 follow();

@@ -29,17 +29,20 @@ if (fresh) {
   }, 3000);
 }
 const live = document.querySelector("#live");
-if (live) {
-  let shown = "";
-  setInterval(async () => {
+const stale = document.querySelector("#stale");
+async function refreshLive() {
+  for (let shown = ""; !document.querySelector("#over"); ) {
+    await new Promise((resume) => setTimeout(resume, 1000));
     const response = await fetch("/live/desktops").catch(() => null);
+    stale.hidden = response?.ok === true;
     const html = response?.ok ? await response.text() : shown;
-    if (html === shown) return;
+    if (html === shown) continue;
     shown = html;
     const next = document.createElement("div");
     next.innerHTML = html;
     // Images that are loaded before they are shown do not flicker.
     await Promise.all([...next.querySelectorAll("img")].map((image) => { image.loading = "eager"; return image.decode().catch(() => {}); }));
     live.replaceChildren(...next.children);
-  }, 1000);
+  }
 }
+if (live) refreshLive();
