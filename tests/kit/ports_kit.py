@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
+
+# Below the ports that the kernel gives to outgoing connections, one of which would otherwise occupy the port of a
+# service while it restarts: even a client of that service, which tries to connect until it is back.
+_PORTS = range(20_000, 32_000)
 
 
 def free_port() -> int:
@@ -15,15 +20,11 @@ def free_port() -> int:
 def free_ports(num: int) -> list[int]:
     """Return `num` consecutive free ports; the actors of a run use consecutive ports."""
     while True:
-        with contextlib.ExitStack() as probes:
-            first = probes.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            ports = [int(first.getsockname()[1])]
-            with contextlib.suppress(OSError, OverflowError):
-                while len(ports) < num:
-                    probes.enter_context(socket.socket()).bind(("127.0.0.1", ports[-1] + 1))
-                    ports.append(ports[-1] + 1)
-                return ports
+        first = secrets.choice(_PORTS[: len(_PORTS) - num + 1])
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(first, first + num):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return list(range(first, first + num))
 
 
 def free_address() -> str:

@@ -157,7 +157,11 @@ class ReplayProcess:
         with open(self._log, "w") as log:  # a pipe that is not read would block the service
             self.process = subprocess.Popen(command, stderr=log)
         with rpc.connect_sync(self.config.replay.address) as channel:
-            grpc.channel_ready_future(channel).result(timeout=_DEADLINE_S)
+            try:
+                grpc.channel_ready_future(channel).result(timeout=_DEADLINE_S)
+            except grpc.FutureTimeoutError:
+                status = self.process.poll()
+                raise AssertionError(f"replay is not ready, status {status}: {self._log.read_text()[-3000:]}") from None
 
     def client(self) -> ReplayClient:
         client = ReplayClient(self.config.replay.address)
