@@ -18,7 +18,7 @@ from pydantic import Field
 
 from deskrl.core.config import GrpoConfig, Section
 from deskrl.core.registry import with_options
-from deskrl.learner.loss_registry import LossInputs, LossResult
+from deskrl.learner.loss_interface import LossInputs, LossResult
 
 
 class CispoOptions(Section):

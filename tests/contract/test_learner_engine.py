@@ -15,12 +15,13 @@ from deepspeed_kit import SHOTS, Episode, load, make_rows, run_in_ranks, take_st
 from learner_kit import SIZE, ToyPolicy, build_model, demonstrate, run_episode
 from torch import Tensor
 
-from deskrl.core.config import LearnerConfig
+from deskrl.core.config import GrpoConfig, LearnerConfig
 from deskrl.core.ids import image_hash
 from deskrl.core.prompt_rendering import read_image_sizing
 from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
 from deskrl.learner.batches.packing import Row, micro_batches, pack
 from deskrl.learner.episode_types import Trajectory
+from deskrl.learner.loss_interface import LossInputs
 from deskrl.learner.losses import gspo_loss, imitation_loss
 from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine
 from deskrl.learner.warm_start import demonstration, image_sizes
@@ -85,9 +86,17 @@ def test_turns_and_their_loss_do_not_depend_on_packing_and_micro_batches(folder:
             micro = collator.collate([rows[index] for index in batch])
             with torch.no_grad():
                 logprobs_N = policy(micro, 0.7).logprobs_N
-            prox_N, ones_N = logprobs_N - 0.1 * micro.target_N.sin(), torch.ones_like(logprobs_N)
-            sampled = micro.behaviour_logprobs_N, ones_N, micro.trajectory_N > 2, micro.turn_N
-            result = gspo_loss(logprobs_N, prox_N, *sampled, 8.0, 0.02, 0.02, 2.0)
+            inputs = LossInputs(
+                logprobs_N=logprobs_N,
+                prox_logprobs_N=logprobs_N - 0.1 * micro.target_N.sin(),
+                behaviour_logprobs_N=micro.behaviour_logprobs_N,
+                advantages_N=torch.ones_like(logprobs_N),
+                entropy_N=torch.zeros_like(logprobs_N),
+                from_buffer_N=micro.trajectory_N > 2,
+                turn_N=micro.turn_N,
+                denominators_N=torch.full_like(logprobs_N, 8.0),
+            )
+            result = gspo_loss(inputs, GrpoConfig(), clip_low=0.02, clip_high=0.02)
             total += float(result.loss)
             lengths += micro.turn_N.bincount().tolist()
         return total, sorted(lengths)

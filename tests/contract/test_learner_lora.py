@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from deepspeed_kit import SHOTS, load, run_in_ranks
 from learner_kit import ToyPolicy, build_model
-from lora_kit import BOTH, build_padded_model, check_results, sample_rows, train_and_resume, train_and_serve
+from lora_kit import BOTH, build_padded_model, check_results, sample_rows, train_and_resume
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deskrl.core.config import LoraConfig, RunConfig
 from deskrl.core.errors import UserError
+from deskrl.core.process_lifecycle import StopEvent
 from deskrl.learner import components
 from deskrl.learner.batches.collator import Collator, MicroBatch
 from deskrl.learner.batches.packing import Row
@@ -192,6 +194,21 @@ def test_the_learner_adds_the_configured_adapter_and_caches_the_features_of_its_
     assert {id(p) for p in policy.parameters() if p.requires_grad} == {id(p) for p in policy.adapter.parameters()}
 
 
+def quantised_copy(folder: Path, target: Path) -> Path:
+    """Return a copy of a model folder whose configuration says that its weights are quantised."""
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    return target
+
+
+def test_the_learner_rejects_a_quantised_model_before_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+    quantised = quantised_copy(folder, tmp_path / "quantised")
+    config = RunConfig.model_validate({"model": {"path": quantised}, "learner": {"lora": {"rank": 4}}})
+    with pytest.raises(UserError, match=r"weights quantised by awq cannot be trained, not even by learner\.lora"):
+        components.build_components(config, StopEvent())
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -207,22 +224,11 @@ def test_a_target_that_no_layer_has_is_rejected(folder: Path, config: dict[str, 
 
 
 def test_two_ranks_save_resume_publish_and_merge_an_adapter_exactly(folder: Path, tmp_path: Path) -> None:
-    run_in_ranks(train_and_resume, 2, folder, [{"zero_stage": 1}, {"zero_stage": 3}], tmp_path)
+    """With a sharded model and selective activation checkpointing; `tests/long` has the other ZeRO stages."""
+    cases = [{"zero_stage": 1}, {"zero_stage": 3, "activation_checkpointing": "selective"}]
+    run_in_ranks(train_and_resume, 2, folder, cases, tmp_path)
     whole, sharded = check_results(folder, tmp_path, 2)
     assert sharded == pytest.approx(whole, rel=1e-3)
-
-
-def test_ranks_that_shard_the_model_compute_with_exactly_the_weights_that_they_publish(
-    folder: Path, tmp_path: Path
-) -> None:
-    stages = [
-        {"zero_stage": 2},
-        {"zero_stage": 3, "activation_checkpointing": "off"},
-        {"zero_stage": 3, "activation_checkpointing": "full"},
-    ]
-    run_in_ranks(train_and_serve, 2, folder, [{"dtype": "bfloat16"} | stage for stage in stages], tmp_path)
-    whole, *others = json.loads((tmp_path / "norms.json").read_text())
-    assert others == [pytest.approx(whole, rel=0.02)] * len(others)
 
 
 # Checkpoints of other runs.
@@ -260,15 +266,51 @@ def test_the_adapter_of_another_model_is_neither_merged_nor_resumed(folder: Path
 def test_what_cannot_be_merged_is_rejected(folder: Path, tmp_path: Path) -> None:
     policy, _ = load_adapted(folder, LANGUAGE)
     adapter = save(policy, tmp_path / "adapter", tmp_path / "nowhere")
+    quantised = quantised_copy(folder, tmp_path / "quantised")
     for arguments, expected in (
         ((folder, tmp_path / "merged"), "contains no adapter"),
         ((adapter, folder, folder), "exists already"),
         ((adapter, tmp_path / "merged"), "its model .*nowhere is not on this machine"),
+        ((adapter, tmp_path / "merged", quantised), "quantised: an adapter cannot be merged into weights .* by awq"),
     ):
         with pytest.raises(UserError, match=expected):
             merge_adapter(*arguments)
+
+
+def without_a_tensor(adapter: Path) -> None:
     tensors = load_file(adapter / lora.WEIGHTS)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, adapter / lora.WEIGHTS)
-    with pytest.raises(UserError, match="has no counterpart"):
+
+
+def of_a_wider_model(adapter: Path) -> None:
+    tensors = load_file(adapter / lora.WEIGHTS)
+    save_file({name: torch.cat([it, it], dim=1) for name, it in tensors.items()}, adapter / lora.WEIGHTS)
+
+
+def truncated(adapter: Path) -> None:
+    (adapter / lora.WEIGHTS).write_bytes((adapter / lora.WEIGHTS).read_bytes()[:-100])
+
+
+def without_its_configuration(adapter: Path) -> None:
+    (adapter / lora.CONFIG).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (without_a_tensor, "has no counterpart .hint: give the adapter's own model with --base, or copy"),
+        (of_a_wider_model, "does not fit the model .*size mismatch"),
+        (truncated, "does not fit the model .*incomplete metadata"),
+        (without_its_configuration, "contains no adapter .adapter_config.json is missing"),
+    ],
+)
+def test_an_adapter_that_is_damaged_or_of_another_base_is_rejected_and_leaves_nothing(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], expected: str
+) -> None:
+    policy, _ = load_adapted(folder, LANGUAGE)
+    adapter = save(policy, tmp_path / "adapter", folder)
+    damage(adapter)
+    with pytest.raises(UserError, match=expected):
         merge_adapter(adapter, tmp_path / "merged", folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

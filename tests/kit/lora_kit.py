@@ -46,7 +46,7 @@ def sample_rows(folder: Path) -> list[Row]:
 
 
 class Training:
-    """Engine that trains an adapter on the imitation loss."""
+    """Engine that trains an adapter on the imitation loss; under ZeRO 3 it releases every parameter after use."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         policy, collator = load(folder)
@@ -57,7 +57,8 @@ class Training:
         part = policy.architecture
         for model in (part.language_model(policy.model), part.vision_tower(policy.model)):
             activation_checkpointing.enable(model, config.activation_checkpointing)
-        self.engine = DeepSpeedEngine(policy, config)
+        with sharding_as_of_a_large_model():
+            self.engine = DeepSpeedEngine(policy, config)
         self.loader = MicroBatchLoader(collator, self.engine.rank, self.engine.world_size, 64, lambda: None)
         self.probe = collator.collate(sample_rows(folder))
         self.shard = self.loader.shard(sample_rows(folder))
@@ -70,7 +71,10 @@ class Training:
 
 
 def train_and_resume(folder: Path, cases: list[dict[str, Any]], results: Path) -> None:
-    """In each rank and case: train, checkpoint, train on, and repeat from the checkpoint with a new engine."""
+    """In each rank and case: train, checkpoint, train on, and repeat from the checkpoint with a new engine.
+
+    The learner's logprobs are compared with those of the weights that it publishes.
+    """
     for number, settings in enumerate(cases):
         store = CheckpointStore(results / f"checkpoints-{number}", folder, {"learner.lora.rank": 4})
         store.folder.mkdir(exist_ok=True)
@@ -84,6 +88,8 @@ def train_and_resume(folder: Path, cases: list[dict[str, Any]], results: Path) -
         with engine.policy.adapter.disabled():
             initial = training.score()
         at_checkpoint = training.score()
+        if engine.rank == 0:
+            assert torch.equal(at_checkpoint, served_logprobs(folder, weights, training.probe)), settings
         after = [training.step() for _ in range(2)]
         assert writer.finish()
         engine.barrier()
@@ -99,21 +105,6 @@ def train_and_resume(folder: Path, cases: list[dict[str, Any]], results: Path) -
             (results / f"norms-{number}.json").write_text(json.dumps([*norms, *after]))
         writer.close()
     engine.close()
-
-
-def train_and_serve(folder: Path, cases: list[dict[str, Any]], results: Path) -> None:
-    """In each rank and case: train, and compare the learner's logprobs with those of the weights that it publishes."""
-    norms = []
-    with sharding_as_of_a_large_model():
-        for settings in cases:
-            training = Training(folder, settings)
-            norms.append([training.step() for _ in range(3)])
-            weights, scored = training.engine.weights(), training.score()
-            if training.engine.rank == 0:
-                assert torch.equal(scored, served_logprobs(folder, weights, training.probe)), settings
-    if training.engine.rank == 0:
-        (results / "norms.json").write_text(json.dumps(norms))
-    training.engine.close()
 
 
 def served_logprobs(folder: Path, weights: dict[str, Tensor], probe: MicroBatch) -> Tensor:

@@ -43,6 +43,14 @@ def test_two_ranks_save_resume_and_publish_an_adapter_exactly_with_sharded_gradi
         assert norms == pytest.approx(one, rel=1e-3)
 
 
+def test_two_ranks_save_resume_and_publish_an_adapter_exactly_in_half_precision(folder: Path, tmp_path: Path) -> None:
+    sharded = [{"zero_stage": 3, "activation_checkpointing": mode} for mode in ("off", "selective", "full")]
+    cases = [{"dtype": "bfloat16"} | case for case in ({"zero_stage": 2}, *sharded)]
+    run_in_ranks(train_and_resume, 2, folder, cases, tmp_path)
+    whole, *others = check_results(folder, tmp_path, len(cases))
+    assert others == [pytest.approx(whole, rel=0.02)] * len(others)
+
+
 def up(runs: Path, name: str, *arguments: str) -> Path:
     """Run the smoke configuration with options to its end, whether or not criteria are met; return its directory."""
     ports = ["--replay.address", f"127.0.0.1:{free_port()}", "--inference.address", f"127.0.0.1:{free_port()}"]

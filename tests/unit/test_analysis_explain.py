@@ -401,6 +401,14 @@ def test_a_reference_policy_takes_the_memory_of_its_weights(learner: dict[str, A
     assert memory.total - learner_memory(without, SMALL_SHAPE, longest_trajectory(config)).total == memory.reference
 
 
+def test_a_quantised_model_is_rejected(tmp_path: Path) -> None:
+    """Its memory would be predicted as that of the original model, and `deskrl up` rejects it."""
+    quantised = {"model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(UserError, match="weights quantised by awq cannot be trained"):
+        build_explanation(config_of(model={"path": tmp_path}), [], Assumptions())
+
+
 def test_offloaded_reference_weights_count_as_far_as_they_exceed_what_scoring_does_not_need() -> None:
     learner = {"grpo": {"kl_coefficient": 0.1}, "offload_reference": True}
     config = config_of(tasks={"max_steps": 4}, learner=learner)

@@ -19,8 +19,8 @@ from deskrl.core.config import GrpoConfig, RunConfig
 from deskrl.core.errors import UserError
 from deskrl.learner.curriculum import Curriculum
 from deskrl.learner.extensions import check_extensions
-from deskrl.learner.loss_registry import LOSSES, LossInputs, compute_loss, select_loss
-from deskrl.learner.losses import policy_loss
+from deskrl.learner.loss_interface import LossInputs
+from deskrl.learner.loss_registry import LOSSES, compute_loss, select_loss
 from deskrl.learner.metrics.run_trackers import RunTrackers
 from deskrl.testing import advantages, losses, task_samplers, trackers
 
@@ -70,25 +70,19 @@ class TestCispoExample(losses.LossSuite):
     options: Mapping[str, Any] = {"clip_high": 2.0}
 
 
-def test_the_built_in_loss_is_the_policy_loss_with_the_keys_of_grpo() -> None:
+def test_the_built_in_loss_uses_the_keys_of_grpo() -> None:
     config = GrpoConfig(clip_low=0.1, clip_high=0.15, importance_cap=1.2, dual_clip=1.5)
     inputs = losses.make_inputs(12)
     result = compute_loss(select_loss(config), inputs, config)
-    expected = policy_loss(
-        inputs.logprobs_N,
-        inputs.prox_logprobs_N,
-        inputs.behaviour_logprobs_N,
-        inputs.advantages_N,
-        inputs.from_buffer_N,
-        inputs.denominators_N,
-        clip_low=0.1,
-        clip_high=0.15,
-        importance_cap=1.2,
-        dual_clip=1.5,
-    )
-    assert result.loss.equal(expected.loss)
-    assert result.clipped_N.equal(expected.clipped_N) and bool(result.clipped_N.any())
-    assert result.importance_N.equal(expected.importance_N)
+    advantages_N = inputs.advantages_N
+    weight_N = (inputs.prox_logprobs_N - inputs.behaviour_logprobs_N).exp().clamp(max=1.2)
+    weight_N[inputs.from_buffer_N] = 1.0
+    ratio_N = (inputs.logprobs_N - inputs.prox_logprobs_N).exp()
+    gain_N = torch.minimum(ratio_N * advantages_N, ratio_N.clamp(0.9, 1.15) * advantages_N)
+    gain_N = torch.where(advantages_N < 0, torch.maximum(gain_N, 1.5 * advantages_N), gain_N)
+    assert result.loss.equal(-(weight_N * gain_N / inputs.denominators_N).sum())
+    assert result.clipped_N.tolist() == (gain_N != ratio_N * advantages_N).tolist() and bool(result.clipped_N.any())
+    assert result.importance_N.equal(weight_N)
 
 
 def test_cispo_keeps_the_gradient_of_a_clipped_token_at_its_largest_weight() -> None:
@@ -155,7 +149,7 @@ FAULTY_LOSSES = {
 def test_the_suite_finds_a_faulty_loss(tmp_path: Path, fault: str) -> None:
     expression, check = FAULTY_LOSSES[fault]
     (tmp_path / "own_loss.py").write_text(
-        "import torch\nfrom deskrl.learner.loss_registry import LossResult\n"
+        "import torch\nfrom deskrl.learner.loss_interface import LossResult\n"
         "def faulty(i, config, options):\n"
         f"    return LossResult({expression}, i.from_buffer_N, torch.ones_like(i.advantages_N))\n"
     )
@@ -185,7 +179,7 @@ def test_a_result_that_cannot_be_trained_on_is_an_error_that_names_the_loss(
     tmp_path: Path, result: str, problem: str
 ) -> None:
     (tmp_path / "own_result.py").write_text(
-        f"from deskrl.learner.loss_registry import LossResult\ndef loss(i, config, options):\n    return {result}\n"
+        f"from deskrl.learner.loss_interface import LossResult\ndef loss(i, config, options):\n    return {result}\n"
     )
     config = GrpoConfig(loss="own_result:loss")
     with pytest.raises(UserError, match="^learner.grpo.loss: own_result:loss " + problem):

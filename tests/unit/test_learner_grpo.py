@@ -17,6 +17,7 @@ from deskrl.learner.batches.packing import Row
 from deskrl.learner.episode_types import Trajectory
 from deskrl.learner.group_filter import FilteredGroup
 from deskrl.learner.grpo import build_training_batch, learning_rate, update
+from deskrl.learner.loss_interface import LossInputs
 from deskrl.learner.losses import policy_loss
 from deskrl.learner.metrics.update_stats import UpdateReport
 from deskrl.learner.policy.deepspeed_engine import StepOutcome
@@ -209,11 +210,18 @@ def test_coefficients_of_0_leave_the_update_bit_for_bit_that_of_the_policy_loss(
     logprob = torch.tensor(-1.0, requires_grad=True)
     total = 0.0
     for advantage, num_tokens in ((0.5, 3), (-0.5, 5)):
-        tokens, denominators = torch.full((num_tokens,), -1.0), torch.full((num_tokens,), 6.0)
-        advantages, corrected = torch.full((num_tokens,), advantage), torch.zeros(num_tokens, dtype=torch.bool)
-        result = policy_loss(
-            logprob.expand(num_tokens), tokens, tokens, advantages, corrected, denominators, 0.2, 0.3, 2.0
+        tokens = torch.full((num_tokens,), -1.0)
+        inputs = LossInputs(
+            logprobs_N=logprob.expand(num_tokens),
+            prox_logprobs_N=tokens,
+            behaviour_logprobs_N=tokens,
+            advantages_N=torch.full_like(tokens, advantage),
+            entropy_N=torch.zeros_like(tokens),
+            from_buffer_N=torch.zeros_like(tokens, dtype=torch.bool),
+            turn_N=torch.zeros_like(tokens, dtype=torch.long),
+            denominators_N=torch.full_like(tokens, 6.0),
         )
+        result = policy_loss(inputs, GrpoConfig())
         torch.autograd.backward(result.loss)
         total += float(result.loss.detach())
     report, engine = update_of(GrpoConfig(loss_denominator_tokens=3, kl_coefficient=0.0, entropy_coefficient=0.0))
@@ -271,7 +279,7 @@ def test_a_marked_loss_gets_the_gradient_of_the_entropy(tmp_path: Path, monkeypa
     """The entropy is -logprob: 8 tokens of weight 1 / 8 make a gradient of -1."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "entropy_loss.py").write_text(
-        "import torch\nfrom deskrl.learner.loss_registry import LossResult, with_entropy_gradient\n"
+        "import torch\nfrom deskrl.learner.loss_interface import LossResult, with_entropy_gradient\n"
         "@with_entropy_gradient\n"
         "def marked(inputs, config, options):\n"
         "    assert inputs.entropy_N.requires_grad\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deskrl.core.config import KlEstimator
-from deskrl.learner.loss_registry import LossResult
+from deskrl.core.config import GrpoConfig, KlEstimator
+from deskrl.learner.loss_interface import LossInputs, LossResult
 from deskrl.learner.losses import (
     cispo_loss,
     gspo_loss,
@@ -18,8 +18,36 @@ from deskrl.learner.losses import (
     regularised,
     token_denominators,
     turn_means,
-    uncorrected_tokens,
 )
+
+CONFIG = GrpoConfig(clip_low=0.2, clip_high=0.3, importance_cap=2.0)
+
+
+def inputs_of(
+    logprobs_N: Tensor,
+    prox_logprobs_N: Tensor,
+    behaviour_logprobs_N: Tensor,
+    advantages: list[float],
+    from_buffer: list[bool] | None = None,
+    turns: list[int] | None = None,
+    denominator: float | Tensor = 1.0,
+) -> LossInputs:
+    return LossInputs(
+        logprobs_N=logprobs_N,
+        prox_logprobs_N=prox_logprobs_N,
+        behaviour_logprobs_N=behaviour_logprobs_N,
+        advantages_N=torch.tensor(advantages),
+        entropy_N=torch.zeros(len(advantages)),
+        from_buffer_N=torch.tensor(from_buffer or [False] * len(advantages)),
+        turn_N=torch.tensor(turns or [0] * len(advantages)),
+        denominators_N=torch.as_tensor(denominator).expand(len(advantages)),
+    )
+
+
+def differentiate(result: LossResult, logprobs_N: Tensor) -> tuple[LossResult, Tensor]:
+    """Return a result without gradient, and its gradient."""
+    (gradient,) = torch.autograd.grad(result.loss, logprobs_N)
+    return replace(result, loss=result.loss.detach()), gradient
 
 
 def loss_of(
@@ -27,25 +55,14 @@ def loss_of(
     prox: list[float],
     behaviour: list[float],
     advantages: list[float],
-    uncorrected: list[bool] | None = None,
+    from_buffer: list[bool] | None = None,
     denominator: float | Tensor = 1.0,
-    dual_clip: float = 0.0,
+    config: GrpoConfig = CONFIG,
 ) -> tuple[LossResult, Tensor]:
     logprobs = torch.tensor(current, requires_grad=True)
-    result = policy_loss(
-        logprobs,
-        torch.tensor(prox),
-        torch.tensor(behaviour),
-        torch.tensor(advantages),
-        torch.tensor(uncorrected or [False] * len(current)),
-        denominator,
-        clip_low=0.2,
-        clip_high=0.3,
-        importance_cap=2.0,
-        dual_clip=dual_clip,
-    )
-    (gradient,) = torch.autograd.grad(result.loss, logprobs)
-    return replace(result, loss=result.loss.detach()), gradient
+    sampled = torch.tensor(prox), torch.tensor(behaviour)
+    inputs = inputs_of(logprobs, *sampled, advantages, from_buffer, denominator=denominator)
+    return differentiate(policy_loss(inputs, config), logprobs)
 
 
 def test_on_policy_the_gradient_is_minus_the_advantage() -> None:
@@ -84,7 +101,8 @@ def test_the_gradient_of_a_token_of_negative_advantage_is_unbounded_without_a_du
 def test_a_dual_clip_bounds_only_tokens_of_negative_advantage_above_ratio_3() -> None:
     """Ratios 4, 2 and 4 with advantages -0.5, -0.5 and 1: the losses are 3 * 0.5, 2 * 0.5 and -1.3."""
     ratios = [math.log(4.0), math.log(2.0), math.log(4.0)]
-    result, gradient = loss_of(ratios, [0.0] * 3, [0.0] * 3, [-0.5, -0.5, 1.0], dual_clip=3.0)
+    clipped = CONFIG.model_copy(update={"dual_clip": 3.0})
+    result, gradient = loss_of(ratios, [0.0] * 3, [0.0] * 3, [-0.5, -0.5, 1.0], config=clipped)
     assert float(result.loss) == pytest.approx(1.5 + 1.0 - 1.3)
     assert gradient.tolist() == pytest.approx([0.0, 1.0, 0.0])
     assert result.clipped_N.tolist() == [True, False, True]
@@ -114,12 +132,12 @@ def test_stale_tokens_have_importance_weights_truncated_at_2() -> None:
     assert gradient.tolist() == pytest.approx([-1.5, -0.5, -2.0])
 
 
-def test_an_uncorrected_token_has_importance_weight_1_whatever_its_behaviour_logprob() -> None:
+def test_a_token_of_a_stored_success_has_importance_weight_1_whatever_its_behaviour_logprob() -> None:
     """At a difference of nine nats, the importance weight would be 0.0001."""
     truncated, _ = loss_of([-9.5], [-9.5], [-0.5], [1.0])
     assert float(truncated.importance_N) == pytest.approx(math.exp(-9))
-    uncorrected, gradient = loss_of([-9.5], [-9.5], [-0.5], [1.0], uncorrected=[True])
-    assert float(uncorrected.importance_N) == 1.0
+    stored, gradient = loss_of([-9.5], [-9.5], [-0.5], [1.0], from_buffer=[True])
+    assert float(stored.importance_N) == 1.0
     assert gradient.tolist() == pytest.approx([-1.0])
 
 
@@ -127,22 +145,21 @@ def test_success_weighting_decides_whether_a_stored_success_has_its_truncated_im
     """One fresh token with prox / behaviour = 1.5, then tokens of a stored success with 0.5 and 4, truncated at 2."""
     prox = [math.log(0.6), math.log(0.2), math.log(0.8)]
     behaviour = [math.log(0.4), math.log(0.4), math.log(0.2)]
-    from_buffer_N = torch.tensor([False, True, True])
     expected = {"one": [1.5, 1.0, 1.0], "truncated": [1.5, 0.5, 2.0]}
-    for weighting in ("one", "truncated"):
-        uncorrected_N = uncorrected_tokens(from_buffer_N, "truncated", weighting)
-        result, gradient = loss_of(prox, prox, behaviour, [1.0] * 3, uncorrected_N.tolist())
-        assert result.importance_N.tolist() == pytest.approx(expected[weighting])
-        assert gradient.tolist() == pytest.approx([-weight for weight in expected[weighting]])
-        assert uncorrected_tokens(from_buffer_N, "off", weighting).all()
+    for weighting, weights in expected.items():
+        config = CONFIG.model_copy(update={"success_weighting": weighting})
+        result, gradient = loss_of(prox, prox, behaviour, [1.0] * 3, [False, True, True], config=config)
+        assert result.importance_N.tolist() == pytest.approx(weights)
+        assert gradient.tolist() == pytest.approx([-weight for weight in weights])
+        uniform = config.model_copy(update={"importance_weighting": "off"})
+        result, _ = loss_of(prox, prox, behaviour, [1.0] * 3, [False, True, True], config=uniform)
+        assert result.importance_N.tolist() == [1.0] * 3
 
 
 def test_no_gradient_flows_through_the_proximal_policy() -> None:
     logprobs = torch.tensor([-1.0], requires_grad=True)
-    result = policy_loss(
-        logprobs, logprobs, torch.tensor([-1.5]), torch.tensor([1.0]), torch.tensor([False]), 1.0, 0.2, 0.3, 2.0
-    )
-    (gradient,) = torch.autograd.grad(result.loss, logprobs)
+    inputs = inputs_of(logprobs, logprobs, torch.tensor([-1.5]), [1.0])
+    _, gradient = differentiate(policy_loss(inputs, CONFIG), logprobs)
     assert float(gradient) == pytest.approx(-math.exp(0.5))
 
 
@@ -155,21 +172,18 @@ def logs(*probabilities: float) -> Tensor:
 
 
 def gspo_of(
-    ratios: list[float], turns: list[int], advantages: list[float], **changed: Tensor
+    ratios: list[float],
+    turns: list[int],
+    advantages: list[float],
+    behaviour_logprobs_N: Tensor | None = None,
+    from_buffer: list[bool] | None = None,
+    denominator: float | Tensor = 2.0,
 ) -> tuple[LossResult, Tensor]:
-    """Return the loss of tokens with these ratios pi / pi_prox, denominator 2, clipped at 0.8 and 1.3."""
-    logprobs = logs(*ratios).requires_grad_()
-    inputs = {
-        "prox_logprobs_N": torch.zeros(len(ratios)),
-        "behaviour_logprobs_N": torch.zeros(len(ratios)),
-        "advantages_N": torch.tensor(advantages),
-        "uncorrected_N": torch.zeros(len(ratios), dtype=torch.bool),
-        "turn_N": torch.tensor(turns),
-        **changed,
-    }
-    result = gspo_loss(logprobs, **inputs, denominator=2.0, clip_low=0.2, clip_high=0.3, importance_cap=2.0)
-    (gradient,) = torch.autograd.grad(result.loss, logprobs)
-    return replace(result, loss=result.loss.detach()), gradient
+    """Return the loss of tokens with these ratios pi / pi_prox, clipped at 0.8 and 1.3."""
+    logprobs, prox_N = logs(*ratios).requires_grad_(), torch.zeros(len(ratios))
+    behaviour_N = prox_N if behaviour_logprobs_N is None else behaviour_logprobs_N
+    inputs = inputs_of(logprobs, prox_N, behaviour_N, advantages, from_buffer, turns, denominator)
+    return differentiate(gspo_loss(inputs, CONFIG, clip_low=0.2, clip_high=0.3), logprobs)
 
 
 def test_the_ratio_of_gspo_is_the_geometric_mean_over_the_tokens_of_a_turn() -> None:
@@ -191,20 +205,9 @@ def test_gspo_clips_all_tokens_of_a_turn_together() -> None:
 
 def test_gspo_of_one_turn_per_episode_is_the_mean_of_the_papers_sequence_objectives() -> None:
     """Episodes of 1 and 3 tokens with ratios 1.1 and 0.9: -(1.1 * 1 + 0.9 * -1) / 2, with their own denominators."""
-    logprobs = logs(1.1, 0.9, 0.9, 0.9).requires_grad_()
-    zeros = torch.zeros(4)
-    result = gspo_loss(
-        logprobs,
-        zeros,
-        zeros,
-        torch.tensor([1.0, -1.0, -1.0, -1.0]),
-        zeros.bool(),
-        torch.tensor([0, 1, 1, 1]),
-        token_denominators(torch.tensor([1, 3]), 2, "trajectory_tokens", 64)[torch.tensor([0, 1, 1, 1])],
-        *(0.2, 0.3, 2.0),
-    )
-    (gradient,) = torch.autograd.grad(result.loss, logprobs)
-    assert float(result.loss.detach()) == pytest.approx(-(1.1 - 0.9) / 2)
+    denominators_N = token_denominators(torch.tensor([1, 3]), 2, "trajectory_tokens", 64)[torch.tensor([0, 1, 1, 1])]
+    result, gradient = gspo_of([1.1, 0.9, 0.9, 0.9], [0, 1, 1, 1], [1.0, -1.0, -1.0, -1.0], denominator=denominators_N)
+    assert float(result.loss) == pytest.approx(-(1.1 - 0.9) / 2)
     assert gradient.tolist() == pytest.approx([-1.1 / 2, *[0.9 / 2 / 3] * 3])
 
 
@@ -215,7 +218,7 @@ def test_gspo_corrects_stale_turns_by_a_truncated_weight_of_the_whole_turn() -> 
         [0, 0, 1, 2],
         [1.0] * 4,
         behaviour_logprobs_N=logs(1.0, 1 / 2.25, 0.25, 0.25),
-        uncorrected_N=torch.tensor([False, False, False, True]),
+        from_buffer=[False, False, False, True],
     )
     assert result.importance_N.tolist() == pytest.approx([1.5, 1.5, 2.0, 1.0])
     assert gradient.tolist() == pytest.approx([-0.75, -0.75, -1.0, -0.5])
@@ -230,20 +233,12 @@ def test_cispo_bounds_the_ratio_and_keeps_the_gradient() -> None:
     """Ratios 1, 5 and 0.1 at logprob -1, bounded above by 4 and not below; importance 1, 1 and 2; denominator 2."""
     logprobs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
     prox = torch.tensor([-1.0, -1.0 - math.log(5.0), -1.0 - math.log(0.1)])
-    result = cispo_loss(
-        logprobs,
-        prox,
-        prox - torch.tensor([0.0, 0.0, math.log(3.0)]),
-        torch.tensor([0.5, 0.5, -1.0]),
-        torch.tensor([False, True, False]),
-        2.0,
-        clip_high=3.0,
-        importance_cap=2.0,
-    )
-    (gradient,) = torch.autograd.grad(result.loss, logprobs)
+    behaviour = prox - torch.tensor([0.0, 0.0, math.log(3.0)])
+    inputs = inputs_of(logprobs, prox, behaviour, [0.5, 0.5, -1.0], [False, True, False], denominator=2.0)
+    result, gradient = differentiate(cispo_loss(inputs, CONFIG, clip_high=3.0), logprobs)
     assert result.importance_N.tolist() == pytest.approx([1.0, 1.0, 2.0])
     assert gradient.tolist() == pytest.approx([-0.25, -1.0, 0.1])
-    assert float(result.loss.detach()) == pytest.approx(0.25 + 1.0 - 0.1)
+    assert float(result.loss) == pytest.approx(0.25 + 1.0 - 0.1)
     assert result.clipped_N.tolist() == [False, True, False]
 
 

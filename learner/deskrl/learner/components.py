@@ -35,7 +35,7 @@ from deskrl.learner.replay_client import ReplayClient
 from deskrl.learner.weights.bucket_sender import BucketSender
 from deskrl.learner.weights.canary import CanaryProbe, make_canary
 from deskrl.learner.weights.publisher import TOLERANCE_FLOAT32, TOLERANCE_HALF, TOLERANCE_TF32, Publisher
-from deskrl.models.model_checks import check_complete
+from deskrl.models.model_checks import check_complete, check_model_not_quantized
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,11 @@ def build_components(config: RunConfig, stop: StopEvent) -> Components:
         stop: event that cancels the learner's work.
 
     Raises:
-        UserError: an extension cannot be selected, or the tasks, the model or its processor cannot be read.
+        UserError: an extension cannot be selected, the model cannot be trained, or the tasks, the model or its
+            processor cannot be read.
     """
     check_complete(config.model_folder, config.model.architecture)
+    check_model_not_quantized(config)
     check_extensions(config)
     accelerator.check_dtype(config.learner.dtype, accelerator.capability())
     folder = RunDir(config.run_dir)

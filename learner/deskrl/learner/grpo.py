@@ -21,7 +21,8 @@ from deskrl.learner.batches.packing import Row, pack, token_staleness
 from deskrl.learner.batches.token_stats_collector import TokenStatsCollector
 from deskrl.learner.episode_types import Trajectory
 from deskrl.learner.group_filter import FilteredGroup
-from deskrl.learner.loss_registry import LossInputs, compute_loss, needs_entropy_gradient, select_loss
+from deskrl.learner.loss_interface import LossInputs
+from deskrl.learner.loss_registry import compute_loss, needs_entropy_gradient, select_loss
 from deskrl.learner.losses import kl_divergence, regularised, token_denominators
 from deskrl.learner.metrics.update_stats import UpdateReport, UpdateStats
 from deskrl.learner.policy.deepspeed_engine import DeepSpeedEngine

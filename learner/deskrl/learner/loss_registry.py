@@ -1,66 +1,14 @@
-"""Registry of policy losses: the contract of a loss, and the built-in ones.
-
-A loss is a function `loss(inputs, config, options)` of one micro-batch that returns a `LossResult`. Micro-batches are
-cut between any two turns, never within one, and their losses are added up; a turn is one step of an episode, the tokens
-of one action. A loss is therefore a sum over tokens in which each token's share is divided by its denominator, depends
-on no token of another turn, and is the same for the same inputs.
-"""
+"""Registry of policy losses: selects and computes a loss, and has the built-in ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from deskrl.core.config import GrpoConfig, Section
 from deskrl.core.config.value_types import Fraction, PositiveFactor
 from deskrl.core.errors import UserError
 from deskrl.core.registry import Extension, Registry, missing_arguments, with_options
-
-if TYPE_CHECKING:  # the preflight checks select a loss without loading an engine
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """Action tokens of a micro-batch (suffix N); there may be none. All tensors are on one device."""
-
-    logprobs_N: Tensor
-    """Logprobs under the current policy, in float32; with gradient."""
-    prox_logprobs_N: Tensor
-    """Logprobs under the proximal policy, the one before the update."""
-    behaviour_logprobs_N: Tensor
-    """Logprobs recorded when the tokens were sampled."""
-    advantages_N: Tensor
-    """Advantage of each token's trajectory."""
-    entropy_N: Tensor
-    """Entropy of the distribution that each token was taken from, in nats; with gradient only for a loss marked by
-    `with_entropy_gradient`, or with an entropy bonus (`learner.grpo.entropy_coefficient`)."""
-    from_buffer_N: Tensor
-    """Whether a token belongs to a success from the success buffer."""
-    turn_N: Tensor
-    """Index of each token's turn, counted from 0 in the micro-batch, which has all tokens of the turn."""
-    denominators_N: Tensor
-    """What the loss of each token is divided by (`learner.grpo.loss_denominator`)."""
-
-
-@dataclass(frozen=True)
-class LossResult:
-    """Loss of a micro-batch, with statistics of its tokens; only the loss carries a gradient."""
-
-    loss: Tensor
-    """Scalar: sum of the tokens' losses, each divided by its denominator."""
-    clipped_N: Tensor
-    """Whether clipping removed the gradient of each token; booleans."""
-    importance_N: Tensor
-    """Importance weight of each token; 1 without importance weighting."""
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further values of each token by name, of shape (N,). Their means over the tokens of an update are its record's
-    `loss_metrics`."""
-
-
-Loss = Callable[[LossInputs, GrpoConfig, Any], LossResult]
-"""Function of a micro-batch's tokens, the configuration of GRPO, and an instance of its own `Options` or None."""
+from deskrl.learner.loss_interface import Loss, LossInputs, LossResult
 
 LOSSES: Registry[Loss] = Registry(
     "policy loss",
@@ -68,14 +16,6 @@ LOSSES: Registry[Loss] = Registry(
     "deskrl.losses",
     lambda found: missing_arguments(found, "inputs", "config", "options"),
 )
-
-Marked = TypeVar("Marked", bound=Callable[..., Any])
-
-
-def with_entropy_gradient(loss: Marked) -> Marked:
-    """Mark a loss whose gradient passes through `LossInputs.entropy_N`, which costs a second pass over the logits."""
-    loss.differentiates_entropy = True  # type: ignore[attr-defined]
-    return loss
 
 
 def needs_entropy_gradient(loss: Extension[Loss], config: GrpoConfig) -> bool:
@@ -120,22 +60,10 @@ def result_problem(result: Any, inputs: LossInputs) -> str | None:
 
 
 @LOSSES.register("grpo")
-def grpo_loss(inputs: LossInputs, config: GrpoConfig, options: None) -> LossResult:
-    """Return the token-level clipped policy gradient with truncated importance weights (see `losses.policy_loss`)."""
-    from deskrl.learner.losses import policy_loss, uncorrected_tokens
+def _grpo(inputs: LossInputs, config: GrpoConfig, options: None) -> LossResult:
+    from deskrl.learner.losses import policy_loss
 
-    return policy_loss(
-        inputs.logprobs_N,
-        inputs.prox_logprobs_N,
-        inputs.behaviour_logprobs_N,
-        inputs.advantages_N,
-        uncorrected_tokens(inputs.from_buffer_N, config.importance_weighting, config.success_weighting),
-        inputs.denominators_N,
-        config.clip_low,
-        config.clip_high,
-        config.importance_cap,
-        config.dual_clip,
-    )
+    return policy_loss(inputs, config)
 
 
 class GspoOptions(Section):
@@ -149,22 +77,10 @@ class GspoOptions(Section):
 
 @LOSSES.register("gspo")
 @with_options(GspoOptions)
-def gspo(inputs: LossInputs, config: GrpoConfig, options: GspoOptions) -> LossResult:
-    """Return the loss of GSPO, with the ratio of each turn in place of a sequence's (see `losses.gspo_loss`)."""
-    from deskrl.learner.losses import gspo_loss, uncorrected_tokens
+def _gspo(inputs: LossInputs, config: GrpoConfig, options: GspoOptions) -> LossResult:
+    from deskrl.learner.losses import gspo_loss
 
-    return gspo_loss(
-        inputs.logprobs_N,
-        inputs.prox_logprobs_N,
-        inputs.behaviour_logprobs_N,
-        inputs.advantages_N,
-        uncorrected_tokens(inputs.from_buffer_N, config.importance_weighting, config.success_weighting),
-        inputs.turn_N,
-        inputs.denominators_N,
-        options.clip_low,
-        options.clip_high,
-        config.importance_cap,
-    )
+    return gspo_loss(inputs, config, options.clip_low, options.clip_high)
 
 
 class CispoOptions(Section):
@@ -176,17 +92,7 @@ class CispoOptions(Section):
 
 @LOSSES.register("cispo")
 @with_options(CispoOptions)
-def cispo(inputs: LossInputs, config: GrpoConfig, options: CispoOptions) -> LossResult:
-    """Return the loss of CISPO, which keeps the gradients of all tokens (see `losses.cispo_loss`)."""
-    from deskrl.learner.losses import cispo_loss, uncorrected_tokens
+def _cispo(inputs: LossInputs, config: GrpoConfig, options: CispoOptions) -> LossResult:
+    from deskrl.learner.losses import cispo_loss
 
-    return cispo_loss(
-        inputs.logprobs_N,
-        inputs.prox_logprobs_N,
-        inputs.behaviour_logprobs_N,
-        inputs.advantages_N,
-        uncorrected_tokens(inputs.from_buffer_N, config.importance_weighting, config.success_weighting),
-        inputs.denominators_N,
-        options.clip_high,
-        config.importance_cap,
-    )
+    return cispo_loss(inputs, config, options.clip_high)

@@ -1,4 +1,4 @@
-"""Policy losses, their regularisation and the imitation loss, as pure functions of logprobs.
+"""Policy losses, their regularisation and the imitation loss, as pure functions of the tokens of a micro-batch.
 
 Every tensor is flat over action tokens (suffix N). A turn is one step of an episode: the tokens of one action.
 
@@ -16,25 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deskrl.core.config import KlEstimator
-from deskrl.learner.loss_registry import LossResult
+from deskrl.core.config import GrpoConfig, KlEstimator
+from deskrl.learner.loss_interface import LossInputs, LossResult
 
 _MAX_LOG_RATIO, _MAX_K3 = 20.0, 10.0
 """Bounds of the estimator k3: of the difference of logprobs, and of the estimate."""
 
 
-def policy_loss(
-    logprobs_N: Tensor,
-    prox_logprobs_N: Tensor,
-    behaviour_logprobs_N: Tensor,
-    advantages_N: Tensor,
-    uncorrected_N: Tensor,
-    denominator: float | Tensor,
-    clip_low: float,
-    clip_high: float,
-    importance_cap: float,
-    dual_clip: float = 0.0,
-) -> LossResult:
+def policy_loss(inputs: LossInputs, config: GrpoConfig) -> LossResult:
     """Return the token-level clipped policy-gradient loss with truncated importance weights.
 
         w_t    = min(pi_prox / pi_behaviour, importance_cap)      1 for uncorrected tokens
@@ -47,41 +36,23 @@ def policy_loss(
     bounds, Ye et al. (arXiv:1912.09729) for the dual clip, decoupled PPO (arXiv:2110.00641) for the proximal policy.
 
     Args:
-        logprobs_N: logprobs under the current policy; carry the gradient.
-        prox_logprobs_N: logprobs under the proximal policy.
-        behaviour_logprobs_N: logprobs recorded when the tokens were sampled.
-        advantages_N: advantage of each token's trajectory.
-        uncorrected_N: whether a token has importance weight 1 (see `uncorrected_tokens`).
-        denominator: divides the loss of every token, or of each (see `token_denominators`).
-        clip_low: the ratio is clipped below 1 - clip_low.
-        clip_high: the ratio is clipped above 1 + clip_high.
-        importance_cap: upper bound of the importance weight.
-        dual_clip: upper bound of the ratio for tokens of negative advantage, above 1; 0 disables it.
+        inputs: tokens of a micro-batch.
+        config: bounds of the ratio and of the importance weights.
     """
-    prox_logprobs_N = prox_logprobs_N.detach()
-    importance_N = _importance_weights(prox_logprobs_N - behaviour_logprobs_N, uncorrected_N, importance_cap)
-    ratio_N = (logprobs_N - prox_logprobs_N).exp()
+    prox_logprobs_N, advantages_N = inputs.prox_logprobs_N.detach(), inputs.advantages_N
+    importance_N = _importance_weights(prox_logprobs_N - inputs.behaviour_logprobs_N, inputs, config)
+    ratio_N = (inputs.logprobs_N - prox_logprobs_N).exp()
     gain_N = ratio_N * advantages_N
-    clipped_gain_N = torch.minimum(gain_N, ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantages_N)
-    if dual_clip:
-        floor_N = torch.where(advantages_N < 0, dual_clip * advantages_N, torch.full_like(advantages_N, -math.inf))
+    clipped_gain_N = torch.minimum(gain_N, ratio_N.clamp(1 - config.clip_low, 1 + config.clip_high) * advantages_N)
+    if config.dual_clip:
+        bound_N = config.dual_clip * advantages_N
+        floor_N = torch.where(advantages_N < 0, bound_N, torch.full_like(advantages_N, -math.inf))
         clipped_gain_N = torch.maximum(clipped_gain_N, floor_N)
-    loss = -(importance_N * clipped_gain_N / denominator).sum()
+    loss = -(importance_N * clipped_gain_N / inputs.denominators_N).sum()
     return LossResult(loss=loss, clipped_N=(clipped_gain_N != gain_N).detach(), importance_N=importance_N)
 
 
-def gspo_loss(
-    logprobs_N: Tensor,
-    prox_logprobs_N: Tensor,
-    behaviour_logprobs_N: Tensor,
-    advantages_N: Tensor,
-    uncorrected_N: Tensor,
-    turn_N: Tensor,
-    denominator: float | Tensor,
-    clip_low: float,
-    clip_high: float,
-    importance_cap: float,
-) -> LossResult:
+def gspo_loss(inputs: LossInputs, config: GrpoConfig, clip_low: float, clip_high: float) -> LossResult:
     """Return the loss of GSPO, whose ratios are those of whole turns, normalised by their lengths.
 
         w_k    = min(exp(mean_k(log pi_prox - log pi_behaviour)), importance_cap)    1 for uncorrected tokens
@@ -94,31 +65,19 @@ def gspo_loss(
     gives the paper's mean over sequences if an episode has one turn. Source: GSPO (arXiv:2507.18071, section 4.1).
 
     Args:
-        logprobs_N: logprobs under the current policy; carry the gradient.
-        prox_logprobs_N: logprobs under the proximal policy.
-        behaviour_logprobs_N: logprobs recorded when the tokens were sampled.
-        advantages_N: advantage of each token's trajectory.
-        uncorrected_N: whether a token has importance weight 1 (see `uncorrected_tokens`).
-        turn_N: index of each token's turn; all tokens of a turn are present.
-        denominator: divides the loss of every token, or of each (see `token_denominators`).
+        inputs: tokens of a micro-batch.
+        config: bound of the importance weights.
         clip_low: the ratio of a turn is clipped below 1 - clip_low.
         clip_high: the ratio of a turn is clipped above 1 + clip_high.
-        importance_cap: upper bound of the importance weight.
     """
-    prox_logprobs_N = prox_logprobs_N.detach()
-    log_ratio_N = turn_means(prox_logprobs_N - behaviour_logprobs_N, turn_N)
-    importance_N = _importance_weights(log_ratio_N, uncorrected_N, importance_cap)
-    ratio_N = turn_means(logprobs_N - prox_logprobs_N, turn_N).exp()
+    prox_logprobs_N, advantages_N = inputs.prox_logprobs_N.detach(), inputs.advantages_N
+    log_ratio_N = turn_means(prox_logprobs_N - inputs.behaviour_logprobs_N, inputs.turn_N)
+    importance_N = _importance_weights(log_ratio_N, inputs, config)
+    ratio_N = turn_means(inputs.logprobs_N - prox_logprobs_N, inputs.turn_N).exp()
     gain_N = ratio_N * advantages_N
     clipped_gain_N = torch.minimum(gain_N, ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantages_N)
-    loss = -(importance_N * clipped_gain_N / denominator).sum()
+    loss = -(importance_N * clipped_gain_N / inputs.denominators_N).sum()
     return LossResult(loss, (clipped_gain_N != gain_N).detach(), importance_N, {"turn_ratio": ratio_N.detach()})
-
-
-def _importance_weights(log_ratio_N: Tensor, uncorrected_N: Tensor, importance_cap: float) -> Tensor:
-    """Return the truncated importance weights exp(log_ratio_N), 1 for uncorrected tokens."""
-    weights_N = log_ratio_N.exp().clamp(max=importance_cap)
-    return torch.where(uncorrected_N, torch.ones_like(weights_N), weights_N)
 
 
 def turn_means(values_N: Tensor, turn_N: Tensor) -> Tensor:
@@ -128,16 +87,7 @@ def turn_means(values_N: Tensor, turn_N: Tensor) -> Tensor:
     return (sums_K / torch.bincount(turn_N, minlength=num_turns).clamp(min=1))[turn_N]
 
 
-def cispo_loss(
-    logprobs_N: Tensor,
-    prox_logprobs_N: Tensor,
-    behaviour_logprobs_N: Tensor,
-    advantages_N: Tensor,
-    uncorrected_N: Tensor,
-    denominator: float | Tensor,
-    clip_high: float,
-    importance_cap: float,
-) -> LossResult:
+def cispo_loss(inputs: LossInputs, config: GrpoConfig, clip_high: float) -> LossResult:
     """Return the loss of CISPO, which bounds the ratio of a token without removing the token's gradient.
 
         w_t  = min(pi_prox / pi_behaviour, importance_cap)      1 for uncorrected tokens
@@ -147,21 +97,33 @@ def cispo_loss(
     Source: CISPO of MiniMax-M1 (arXiv:2506.13585, section 3.1), which has no lower bound either.
 
     Args:
-        logprobs_N: logprobs under the current policy; carry the gradient.
-        prox_logprobs_N: logprobs under the proximal policy.
-        behaviour_logprobs_N: logprobs recorded when the tokens were sampled.
-        advantages_N: advantage of each token's trajectory.
-        uncorrected_N: whether a token has importance weight 1 (see `uncorrected_tokens`).
-        denominator: divides the loss of every token, or of each (see `token_denominators`).
+        inputs: tokens of a micro-batch.
+        config: bound of the importance weights.
         clip_high: the ratio is bounded by 1 + clip_high.
-        importance_cap: upper bound of the importance weight.
     """
-    prox_logprobs_N = prox_logprobs_N.detach()
-    importance_N = _importance_weights(prox_logprobs_N - behaviour_logprobs_N, uncorrected_N, importance_cap)
-    ratio_N = (logprobs_N.detach() - prox_logprobs_N).exp()
+    prox_logprobs_N = inputs.prox_logprobs_N.detach()
+    importance_N = _importance_weights(prox_logprobs_N - inputs.behaviour_logprobs_N, inputs, config)
+    ratio_N = (inputs.logprobs_N.detach() - prox_logprobs_N).exp()
     bounded_N = ratio_N.clamp(max=1 + clip_high)
-    loss = -(importance_N * bounded_N * advantages_N * logprobs_N / denominator).sum()
+    loss = -(importance_N * bounded_N * inputs.advantages_N * inputs.logprobs_N / inputs.denominators_N).sum()
     return LossResult(loss, bounded_N < ratio_N, importance_N)
+
+
+def _importance_weights(log_ratio_N: Tensor, inputs: LossInputs, config: GrpoConfig) -> Tensor:
+    """Return the truncated importance weights exp(log_ratio_N), 1 for uncorrected tokens."""
+    weights_N = log_ratio_N.exp().clamp(max=config.importance_cap)
+    return torch.where(uncorrected_tokens(inputs, config), torch.ones_like(weights_N), weights_N)
+
+
+def uncorrected_tokens(inputs: LossInputs, config: GrpoConfig) -> Tensor:
+    """Return which tokens have importance weight 1, as if the proximal policy had sampled them.
+
+    All have it without `importance_weighting`. Those of stored successes have it unless `success_weighting` is
+    `truncated`: their behaviour policy may be so old that their weight would vanish.
+    """
+    if config.importance_weighting == "off":
+        return torch.ones_like(inputs.from_buffer_N)
+    return inputs.from_buffer_N if config.success_weighting == "one" else torch.zeros_like(inputs.from_buffer_N)
 
 
 def kl_divergence(logprobs_N: Tensor, reference_logprobs_N: Tensor, estimator: KlEstimator) -> Tensor:
@@ -221,24 +183,6 @@ def regularised(
     if entropy_coefficient:
         loss = loss - entropy_coefficient * (entropy_N / denominators_N).sum()
     return loss
-
-
-def uncorrected_tokens(
-    from_buffer_N: Tensor,
-    importance_weighting: Literal["truncated", "off"],
-    success_weighting: Literal["one", "truncated"],
-) -> Tensor:
-    """Return which tokens have importance weight 1, as if the proximal policy had sampled them.
-
-    Args:
-        from_buffer_N: whether a token belongs to a success from the success buffer.
-        importance_weighting: `off` exempts all tokens.
-        success_weighting: `one` exempts the tokens of stored successes, whose behaviour policy may be so old that their
-            weight would vanish; `truncated` weights them like all other tokens.
-    """
-    if importance_weighting == "off":
-        return torch.ones_like(from_buffer_N)
-    return from_buffer_N if success_weighting == "one" else torch.zeros_like(from_buffer_N)
 
 
 def token_denominators(

@@ -19,7 +19,8 @@ import torch
 
 from deskrl.core.config import GrpoConfig
 from deskrl.core.registry import Extension
-from deskrl.learner.loss_registry import LOSSES, Loss, LossInputs, LossResult, compute_loss
+from deskrl.learner.loss_interface import Loss, LossInputs, LossResult
+from deskrl.learner.loss_registry import LOSSES, compute_loss
 
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-6
 _TRAJECTORY_STARTS, _ADVANTAGES = [0, 3, 7, 10], [0.9, -0.6, 0.4, -0.25]

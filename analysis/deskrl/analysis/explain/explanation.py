@@ -34,6 +34,7 @@ from deskrl.launch.sizing.footprint import (
     replica_memory,
 )
 from deskrl.launch.sizing.inputs import read_inputs, screenshot_size
+from deskrl.models.model_checks import check_model_not_quantized
 
 _NOTABLE_SHARE = 0.15
 """Share of training time from which on moving sharded weights is worth a remark."""
@@ -67,8 +68,9 @@ def build_explanation(config: RunConfig, notes: Sequence[Note], assumed: Assumpt
     """Compute the explanation of a run; arguments as in `main.explain`.
 
     Raises:
-        UserError: the configuration contradicts itself.
+        UserError: the configuration contradicts itself, or the model cannot be trained.
     """
+    check_model_not_quantized(config)
     check_consistency(config)
     inputs = read_inputs(config)
     size, patches, tokens = screenshot_size(config, inputs.model.image_sizing)

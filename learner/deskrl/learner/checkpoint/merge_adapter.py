@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from deskrl.core.errors import UserError
 from deskrl.core.file_io import read_json_object
 from deskrl.learner.checkpoint.checkpoint_files import base_fingerprint, copy_model_files
 from deskrl.learner.policy.lora import CONFIG, WEIGHTS
-from deskrl.models.model_checks import check_complete, fingerprint_weights
+from deskrl.models.model_checks import check_complete, fingerprint_weights, quantization_method
 
 _HINT = "give the folder of a checkpoint that was written with learner.lora.rank above 0"
+_UNFIT_HINT = "give the adapter's own model with --base, or copy the adapter again from its source"
 
 
 def merge_adapter(adapter: Path, output: Path, base: Path | None = None, architecture: str | None = None) -> None:
@@ -31,17 +33,24 @@ def merge_adapter(adapter: Path, output: Path, base: Path | None = None, archite
     """
     if output.exists():
         raise UserError(f"{output}: exists already", "choose another folder for the merged model")
-    if not (adapter / WEIGHTS).is_file():
-        raise UserError(f"{adapter}: contains no adapter ({WEIGHTS})", _HINT)
+    for name in (WEIGHTS, CONFIG):
+        if not (adapter / name).is_file():
+            raise UserError(f"{adapter}: contains no adapter ({name} is missing)", _HINT)
     base = base or _base_of(adapter)
     check_complete(base, architecture)
+    if method := quantization_method(base):
+        raise UserError(
+            f"{base}: an adapter cannot be merged into weights quantised by {method}",
+            "give the original model with --base",
+        )
     expected = base_fingerprint(adapter)
     if expected is not None and expected != fingerprint_weights(base):
         raise UserError(f"{adapter}: the adapter belongs to another model than {base}", "give its model with --base")
+    merged = _merged_model(adapter, base)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _merged_model(adapter, base).save_pretrained(partial)
+    merged.save_pretrained(partial)
     copy_model_files(base, partial)  # replaces the config.json of transformers too
     os.rename(partial, output)
 
@@ -57,19 +66,21 @@ def _base_of(adapter: Path) -> Path:
 def _merged_model(adapter: Path, base: Path) -> Any:
     """Load a model with an adapter and merge them as the learner does, in the numeric type of the model."""
     from peft import PeftModel
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from transformers import AutoModelForImageTextToText
 
     try:
+        with safe_open(adapter / WEIGHTS, "pt") as file:
+            stored = set(file.keys())
         model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
-        # Without the cast to float32, which the learner does not do before merging.
-        wrapped = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise UserError(f"{adapter}: does not fit the model {base} ({one_line(error, 300)})", _HINT) from error
-    with safe_open(adapter / WEIGHTS, "pt") as file:
-        stored = set(file.keys())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # this is an error below
+            # Without the cast to float32, which the learner does not do before merging.
+            wrapped = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{adapter}: does not fit the model {base} ({one_line(error, 300)})", _UNFIT_HINT) from error
     live = {name.replace(".default.", ".") for name, _ in wrapped.named_parameters() if ".lora_" in name}
-    if stored != live:  # peft only warns
+    if stored != live:
         name = min(stored ^ live)
-        raise UserError(f"{adapter}: does not fit the model {base}: {name} has no counterpart", _HINT)
+        raise UserError(f"{adapter}: does not fit the model {base}: {name} has no counterpart", _UNFIT_HINT)
     return wrapped.merge_and_unload()

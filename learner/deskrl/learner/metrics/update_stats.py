@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deskrl.learner.batches.collator import MicroBatch
 from deskrl.learner.batches.token_stats import BatchTokenStats
-from deskrl.learner.loss_registry import LossInputs, LossResult
+from deskrl.learner.loss_interface import LossInputs, LossResult
 
 Reduce = Callable[[Sequence[float]], list[float]]
 """Collective operation that reduces each number over all ranks."""
