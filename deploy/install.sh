@@ -57,6 +57,10 @@ if ! browser=$(browser_package); then
     exit 2
 fi
 [ -z "$browser" ] || packages+=("$browser")
+# Tests render the manifests for Kubernetes, if there is a kubectl or apt offers one.
+if [[ " $* " == *" test "* ]] && ! command -v kubectl >/dev/null && apt-cache show kubernetes-client &>/dev/null; then
+    packages+=(kubernetes-client)
+fi
 
 missing=()
 for package in "${packages[@]}"; do

@@ -25,18 +25,30 @@ jobs_of() { # ROLE: print array index and id of each pending or running job of a
     squeue --me --noheader --array --states=PENDING,RUNNING,CONFIGURING,SUSPENDED --format=%K:%F_%K --name="deskrl-$name-$1"
 }
 
+await_ends() { # wait until no job of the run is ending: Slurm then lists those that it has requeued as pending
+    local message="$name: waiting for jobs that are ending" run=deskrl-$name
+    local jobs=$run-replay,$run-learner,$run-inference,$run-actor
+    while [ -n "$(squeue --me --noheader --states=COMPLETING --name="$jobs")" ]; do
+        [ -z "$message" ] || echo "$message"
+        message=''
+        sleep 1
+    done
+}
+
 submit() { # ROLE [sbatch option ...]
-    local role=$1 own="SBATCH_${1^^}" log=$1
+    local role=$1 own="SBATCH_${1^^}" log=$1 warning_s=60
     shift
-    case $role in actor | inference) log=$role-%a ;; esac
+    case $role in
+    actor | inference) log=$role-%a ;;
+    learner) warning_s=300 ;; # it completes a checkpoint that it is writing
+    esac
     # A store in replay.folder is on the disk of one node, to which the run directory has a link.
-    if [ "$role" = replay ] && [ -n "$replay_folder" ]; then
-        set -- --no-requeue "$@"
-        [ ! -L "$folder/replay" ] || [ ! -s "$folder/replay_node" ] || set -- --nodelist="$(<"$folder/replay_node")" "$@"
+    if [ "$role" = replay ] && [ -n "$replay_folder" ] && [ -L "$folder/replay" ] && [ -s "$folder/replay_node" ]; then
+        set -- --nodelist="$(<"$folder/replay_node")" "$@"
     fi
     # shellcheck disable=SC2086 # the variable holds several options
     sbatch --parsable --job-name="deskrl-$name-$role" --output="$folder/logs/$log.log" --open-mode=append \
-        "${options[@]}" ${!own-} "$@" "$here/role.sh" "$role" "$config"
+        --requeue --signal="B:USR1@$warning_s" "${options[@]}" ${!own-} "$@" "$here/role.sh" "$role" "$config"
 }
 
 scale() { # ROLE COUNT: make elements 0 to COUNT - 1 of its array pending or running, and end all others
@@ -59,6 +71,7 @@ options=("$@") after=()
 case $command in
 start)
     mkdir -p "$folder/logs" "$folder/addresses"
+    await_ends
     if [ -z "$(jobs_of replay)$(jobs_of learner)" ]; then
         rm -f "$folder"/addresses/*
         after=(--dependency="afterok:$(submit prepare)" --kill-on-invalid-dep=yes)
@@ -70,6 +83,7 @@ start)
     scale actor "$num_actors"
     ;;
 scale)
+    await_ends
     scale inference "$num_replicas"
     scale actor "$num_actors"
     ;;

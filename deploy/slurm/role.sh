@@ -2,14 +2,21 @@
 # Runs one role as a Slurm job, which launch.sh submits. Usage: role.sh ROLE CONFIG
 # The node of the replay job is known only once it runs, so it writes its address to RUN/addresses/, and the other roles
 # wait for it.
+# SIGTERM (scancel, preemption, scontrol requeue) stops the role. SIGUSR1, which Slurm sends before the time limit
+# (--signal), stops it and requeues the job, unless the run has ended. A role that crashes is started again.
 set -euo pipefail
 role=$1 config=$2
-eval "$(deskrl size "$config")"
-addresses=$folder/addresses
 here=$(hostname -f 2>/dev/null || hostname)
+job=$SLURM_JOB_ID
+# In one element of an array, SLURM_JOB_ID is the id of the whole array.
+[ -z "${SLURM_ARRAY_JOB_ID-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+child='' stopping='' requeue='' status=0
+readonly INVALID_INPUT=2 STOPPED=143 MAX_RESTARTS=20 RESTART_PAUSE_S=2
 
-publish() { # ADDRESS: write the address of the replay service, atomically
-    printf '%s\n' "$1" >"$addresses/.$SLURM_JOB_ID" && mv "$addresses/.$SLURM_JOB_ID" "$addresses/replay"
+stop() { # end the role, or this script if the role has not started
+    stopping=1
+    [ -n "$child" ] || exit $STOPPED
+    kill -TERM "$child" 2>/dev/null || true
 }
 
 await_replay() { # wait for the address of the replay service, and print it
@@ -17,37 +24,68 @@ await_replay() { # wait for the address of the replay service, and print it
     cat "$addresses/replay"
 }
 
-case $role in
-prepare)
-    exec deskrl prepare "$config"
-    ;;
-replay)
-    node=${SLURMD_NODENAME:-$here}
+run() { # ARGUMENTS: run deskrl to its end, whatever signals arrive, and return its status
+    deskrl "$@" &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal interrupts wait
+    wait "$child"
+}
+
+move_to() { # NODE: requeue this job, to run on that node
+    echo "role.sh: the store of this run is on $1, not on ${SLURMD_NODENAME:-$here}: the job is requeued to run there"
+    trap '' TERM # which the first command causes
+    scontrol requeue "$job" && scontrol update "JobId=$job" "ReqNodeList=$1"
+}
+
+run_replay() { # publish the address of the service, and run it
+    local node=${SLURMD_NODENAME:-$here}
     if [ -L "$folder/replay" ] && [ -s "$folder/replay_node" ] && [ "$(<"$folder/replay_node")" != "$node" ]; then
-        echo "role.sh: the store of this run is on $(<"$folder/replay_node"), not on $node (hint: launch.sh start)" >&2
-        exit 2
+        move_to "$(<"$folder/replay_node")"
+        exit
     fi
     printf '%s\n' "$node" >"$folder/replay_node"
     export DESKRL_REPLAY__ADDRESS=$here:$replay_port
-    publish "$DESKRL_REPLAY__ADDRESS"
-    exec deskrl replay "$config"
-    ;;
-esac
-DESKRL_REPLAY__ADDRESS=$(await_replay)
-export DESKRL_REPLAY__ADDRESS DESKRL_INFERENCE__NUM_REPLICAS=0 # replicas register with the replay service instead
-case $role in
-inference)
-    export DESKRL_INFERENCE__JOIN=true DESKRL_INFERENCE__ADDRESS=$here:$((inference_port + SLURM_ARRAY_TASK_ID))
-    exec deskrl inference "$config"
-    ;;
-actor)
-    exec deskrl actor "$config" --index "$SLURM_ARRAY_TASK_ID"
-    ;;
-esac
-deskrl learner "$config" &
-learner=$!
-trap 'kill -TERM $learner' TERM
-wait "$learner" || wait "$learner" # the signal interrupts the first wait
-for other in actor inference replay; do
-    scancel --me --name="deskrl-$name-$other" # the run has ended
+    printf '%s\n' "$DESKRL_REPLAY__ADDRESS" >"$addresses/.$SLURM_JOB_ID"
+    mv "$addresses/.$SLURM_JOB_ID" "$addresses/replay" # atomically
+    run replay "$config"
+}
+
+run_client() { # run a role that calls the replay service
+    DESKRL_REPLAY__ADDRESS=$(await_replay)
+    export DESKRL_REPLAY__ADDRESS DESKRL_INFERENCE__NUM_REPLICAS=0 # replicas register with the replay service instead
+    case $role in
+    learner) run learner "$config" ;;
+    actor) run actor "$config" --index "$SLURM_ARRAY_TASK_ID" ;;
+    inference)
+        export DESKRL_INFERENCE__JOIN=true DESKRL_INFERENCE__ADDRESS=$here:$((inference_port + SLURM_ARRAY_TASK_ID))
+        run inference "$config"
+        ;;
+    esac
+}
+
+trap stop TERM
+trap 'requeue=1; stop' USR1
+values=$(deskrl size "$config")
+eval "$values"
+addresses=$folder/addresses
+for ((restarts = 0; ; restarts++)); do
+    status=0
+    case $role in
+    prepare) exec deskrl prepare "$config" ;;
+    replay) run_replay || status=$? ;;
+    *) run_client || status=$? ;;
+    esac
+    case $status in 0 | "$INVALID_INPUT" | "$STOPPED") break ;; esac
+    [ -z "$stopping" ] && ((restarts < MAX_RESTARTS)) || break
+    echo "role.sh: $role ended with status $status and is started again"
+    sleep $RESTART_PAUSE_S
+    [ -z "$stopping" ] || break
 done
+if [ "$role" = learner ] && [ $status = 0 ]; then
+    for other in actor inference replay; do
+        scancel --me --name="deskrl-$name-$other" # the run has ended
+    done
+elif [ -n "$requeue" ] && [ $status != $INVALID_INPUT ]; then
+    scontrol requeue "$job"
+fi
+exit $status

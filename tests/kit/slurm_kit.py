@@ -13,8 +13,10 @@ from pathlib import Path
 
 from ports_kit import free_port
 
-_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 _START_S = 60.0
+_REQUEUE_DELAY_S = 5
+"""Time in seconds for which a requeued job waits before it starts again: the lifetime of its credentials."""
 
 
 def slurm_unavailable_reason() -> str:
@@ -63,7 +65,7 @@ def _configuration(folder: Path) -> str:
         "SlurmdPort": free_port(),
         "SlurmUser": "root",
         "AuthType": "auth/munge",
-        "AuthInfo": f"socket={folder / 'munge.socket'}",
+        "AuthInfo": f"socket={folder / 'munge.socket'},cred_expire={_REQUEUE_DELAY_S}",
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "spool",
         "SlurmctldPidFile": folder / "slurmctld.pid",

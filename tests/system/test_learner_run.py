@@ -37,6 +37,7 @@ from deskrl.cli.main import main
 from deskrl.core import ids, rpc
 from deskrl.core.config import RunConfig, dump_config
 from deskrl.core.presets import PRESETS
+from deskrl.core.process_lifecycle import STOPPED_STATUS
 from deskrl.core.run_dir import RunDir
 from deskrl.core.step_codec import decode_step
 from deskrl.launch.acceptance import expected_of, success_buffer_criterion
@@ -94,10 +95,10 @@ class ToyRun:
         self._learners.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
         return self._learners[-1]
 
-    def finish(self, learner: subprocess.Popen[str]) -> str:
-        """Wait until the learner ends with status 0; return its log."""
+    def finish(self, learner: subprocess.Popen[str], status: int = 0) -> str:
+        """Wait until the learner ends with an exit status; return its log."""
         _, log = learner.communicate(timeout=_DEADLINE_S)
-        assert learner.returncode == 0, log[-3000:]
+        assert learner.returncode == status, log[-3000:]
         return log
 
     def metrics(self, kind: str) -> list[dict[str, Any]]:
@@ -396,14 +397,14 @@ TWO_RANKS = {"num_processes": 2, "zero_stage": 3}
 @pytest.mark.parametrize(
     ("ranks", "kl_coefficient"), [({}, 0.0), (TWO_RANKS, 0.1)], ids=["one rank", "two, sharded, with a reference"]
 )
-def test_sigterm_ends_the_learner_with_status_0_and_the_next_start_resumes(
+def test_sigterm_ends_the_learner_with_a_status_of_its_own_and_the_next_start_resumes(
     start_run: Callable[..., ToyRun], ranks: dict[str, Any], kl_coefficient: float
 ) -> None:
     run = start_run(grpo={**GRPO, "kl_coefficient": kl_coefficient}, **ranks)
     learner = run.start()
     run.wait_for(lambda: len(run.metrics("update")) == 1, learner)
     learner.send_signal(signal.SIGTERM)
-    run.finish(learner)
+    run.finish(learner, STOPPED_STATUS)
     _forget_last_update(run.folder.metrics)
     run.finish(run.start())
     assert [update["update"] for update in run.metrics("update")] == [1, 2, 3]

@@ -23,6 +23,9 @@ from types import FrameType
 SUPERVISOR_VARIABLE = "DESKRL_SUPERVISOR_PID"
 """Environment variable with the process id of the supervisor, inherited by its descendants."""
 
+STOPPED_STATUS = 128 + signal.SIGTERM
+"""Exit status of a role that was asked to stop before its work was complete, and whose work another start resumes."""
+
 GRACE_S = 15.0
 """Time between the SIGTERM and the SIGKILL that a role sends itself after its supervisor has ended, in seconds."""
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from deskrl.core import ids
 from deskrl.core.config import RunConfig
 from deskrl.core.metrics_server import serve_metrics
-from deskrl.core.process_lifecycle import die_with_parent, stop_event
+from deskrl.core.process_lifecycle import STOPPED_STATUS, die_with_parent, stop_event
 from deskrl.core.step_codec import VersionSpan
 from deskrl.learner import cancellation
 from deskrl.learner.batch_agreement import BatchDamagedError
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 def run(config: RunConfig) -> int:
     """Train as configured, resuming from the newest checkpoint if there is one, and return the exit status.
 
-    SIGTERM cancels the update in progress; the newest checkpoint is kept, and the status is 0.
+    SIGTERM cancels the update in progress; the newest checkpoint is kept, and the status is `STOPPED_STATUS`.
     """
     die_with_parent()
     stop = stop_event()
@@ -49,10 +49,12 @@ def run(config: RunConfig) -> int:
         Learner(config, components).run()
     except cancellation.Stopped:
         _log.info("stopped; the newest checkpoint is kept")
+        return STOPPED_STATUS
     except Exception:
         if not stop.is_set():
             raise
         _log.info("stopped during a call to another rank or role", exc_info=True)
+        return STOPPED_STATUS
     finally:
         components.close()
     return 0

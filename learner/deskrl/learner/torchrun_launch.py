@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deskrl.core.process_lifecycle import STOPPED_STATUS
+
 _INVALID_INPUT = 2
 """Exit status of a rank that rejected its input (UserError)."""
 
@@ -11,7 +13,8 @@ _INVALID_INPUT = 2
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun and return the exit status: 0 if all ranks succeeded, 2 if one rejected its input, else 1.
 
-    SIGTERM and SIGINT are forwarded to the ranks; once they have stopped, the status is 0, as for a single rank.
+    SIGTERM and SIGINT are forwarded to the ranks; once they have stopped, the status is `STOPPED_STATUS`, as for a
+    single rank.
 
     Args:
         arguments: command-line arguments of torchrun.
@@ -25,5 +28,5 @@ def main(arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         return _INVALID_INPUT if any(failure.exitcode == _INVALID_INPUT for failure in error.failures.values()) else 1
     except SignalException:
-        pass
+        return STOPPED_STATUS
     return 0

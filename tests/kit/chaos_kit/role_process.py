@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from deskrl.core.process_lifecycle import STOPPED_STATUS
 from deskrl.launch.supervisor import USER_ERROR_STATUS
 
 _STOP_S = 60.0
@@ -123,7 +124,10 @@ class RoleProcess:
             self.lock.release()
 
     def stop(self) -> int:
-        """Stop the process (SIGTERM) and return its exit status; 0 if it had not yet installed its signal handler."""
+        """Stop the process (SIGTERM) and return its exit status.
+
+        The status is 0 if its work was not complete (STOPPED_STATUS) or it had not yet installed its signal handler.
+        """
         with self.lock:
             assert self._process is not None
             self._signal(self.pid, signal.SIGCONT)
@@ -133,7 +137,8 @@ class RoleProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 status = self._process.wait()
-            return 0 if status == -signal.SIGTERM and self.last_line() == _NO_OUTPUT else status
+            is_early = status == -signal.SIGTERM and self.last_line() == _NO_OUTPUT
+            return 0 if is_early or status == STOPPED_STATUS else status
 
     def last_line(self) -> str:
         """Return the last line that the process wrote."""
