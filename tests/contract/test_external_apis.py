@@ -312,8 +312,16 @@ def test_a_rejected_request_or_an_invalid_reply_is_a_fault_that_does_not_show_th
 @pytest.mark.parametrize("api", APIS)
 def test_a_server_that_stays_exhausted_is_a_fault_after_the_time_limit(play: Play, api: str) -> None:
     exhausted = Reply({"error": {"type": "overloaded_error"}}, 529, {"retry-after": "0.05"})
-    with pytest.raises(InferenceError, match=r"no response within 0\.3 s; last error: .*529.*overloaded_error"):
-        play(api, *[exhausted] * 50, timeout_s=0.3)
+    with pytest.raises(InferenceError, match=r"no response within 1 s; last error: .*529.*overloaded_error"):
+        play(api, *[exhausted] * 50, timeout_s=1.0)
+
+
+def test_an_attempt_that_the_time_limit_interrupts_does_not_hide_what_the_server_reported(play: Play) -> None:
+    exhausted = Reply({"error": {"type": "overloaded_error"}}, 529, {"retry-after": "0.05"})
+    slow = anthropic_reply(say("a" * 500), stop_reason="end_turn")
+    slow.pause_s = 0.02
+    with pytest.raises(InferenceError, match=r"no response within 1 s; last error: .*529.*overloaded_error"):
+        play("anthropic_messages", exhausted, slow, timeout_s=1.0)
 
 
 def test_a_server_that_asks_for_a_pause_beyond_the_time_limit_is_a_fault(play: Play) -> None:

@@ -101,13 +101,14 @@ class ExternalClient:
         body = {"model": self.config.external_model, **fields, **self.config.external_parameters}
         deadline_s = time.monotonic() + self._timeout_s
         backoff = Backoff(longest_s=_LONGEST_PAUSE_S)
-        reason = "no attempt was made"
+        reason = ""
         while (left_s := deadline_s - time.monotonic()) > 0:
             try:
                 reply = await run_unawaited(partial(send_request, self.config, path, body, left_s, headers))
                 return self._read(path, reply, read)
             except UnavailableError as error:
-                reason = str(error)
+                if not reason or time.monotonic() < deadline_s:  # else the limit is the cause, not the server
+                    reason = str(error)
                 pause_s = error.retry_after_s
             if pause_s is None:
                 await backoff.sleep()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -108,7 +109,7 @@ def send_request(
     deadline_s = time.monotonic() + timeout_s
     try:
         with _open(request, timeout_s) as response:
-            return json.loads(_read(response, deadline_s))
+            return json.loads(b"".join(_read(response, deadline_s)))
     except urllib.error.HTTPError as error:
         raise _status_error(error, key, deadline_s) from None  # its cause has the headers, and with them the key
     except (OSError, http.client.HTTPException) as error:
@@ -143,33 +144,34 @@ def _open(request: urllib.request.Request, timeout_s: float) -> Any:
     return urllib.request.build_opener(_NoRedirection, *handlers).open(request, timeout=timeout_s)
 
 
-def _read(response: http.client.HTTPResponse, deadline_s: float) -> bytes:
-    """Return the body of a response.
+def _read(response: http.client.HTTPResponse, deadline_s: float) -> Iterator[bytes]:
+    """Yield the body of a response in parts.
 
     Raises:
         TimeoutError: the deadline on the monotonic clock has passed.
         ConnectionError: the connection was closed too early.
         ValueError: the response is too long.
     """
-    data = bytearray()
-    while chunk := response.read1(_CHUNK_BYTES):
-        data += chunk
-        if len(data) > MAX_REPLY_BYTES:
+    num_bytes = 0
+    while part := response.read1(_CHUNK_BYTES):
+        yield part
+        num_bytes += len(part)
+        if num_bytes > MAX_REPLY_BYTES:
             raise ValueError(f"the response is longer than {MAX_REPLY_BYTES} bytes")
         if time.monotonic() > deadline_s:
             raise TimeoutError("the response is incomplete at the time limit")
     if response.length:
         raise ConnectionError("the connection was closed before the end of the response")
-    return bytes(data)
 
 
 def _status_error(error: urllib.error.HTTPError, key: str, deadline_s: float) -> Exception:
     """Return the exception for a response with an error status."""
-    try:
-        body = _read(error, deadline_s).decode(errors="replace")  # type: ignore[arg-type]  # it has the same methods
-    except (OSError, ValueError, http.client.HTTPException):
-        body = ""
-    reason = f"{error.url}: {error.code} {one_line(_without(key, body), _ERROR_CHARACTERS) if body else ''}"
+    body = bytearray()
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+        for part in _read(error, deadline_s):  # type: ignore[arg-type]  # it has the same methods
+            body += part
+    text = body.decode(errors="replace")
+    reason = f"{error.url}: {error.code} {one_line(_without(key, text), _ERROR_CHARACTERS) if text else ''}"
     if error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in _TRANSIENT:
         return InferenceError(reason)
     try:
