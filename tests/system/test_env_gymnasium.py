@@ -184,6 +184,7 @@ def test_nothing_is_left_after_an_end_of_the_process_without_close(tmp_path: Pat
     program = (
         "import json, os, signal, sys, threading, gymnasium, deskrl.env\n"
         "from deskrl.actor.actions import Action, ActionKind\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored\n"
         "env = gymnasium.make('deskrl/Desktop-v0', config=json.loads(sys.argv[1]))\n"
         "env.reset(seed=1)\n"
         "threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
