@@ -166,7 +166,7 @@ def test_an_invalid_configuration_is_rejected_with_its_keys(
         (("up", SMOKE, "twice"), "twice"),
         (
             ("up", SMOKE, "--desktop.provider=vmwre"),
-            "desktop.provider: unknown desktop provider 'vmwre' (hint: choose one of docker, embedded, ",
+            "desktop.provider: unknown desktop provider 'vmwre' (hint: choose one of desktop_env, docker, ",
         ),
         (
             ("up", SMOKE, "--replay.address=localhost"),
@@ -187,7 +187,7 @@ def test_an_invalid_configuration_is_rejected_with_its_keys(
             ("up", SMOKE, "--learner.lora.rank=8", '--learner.lora.targets=["q_porj"]'),
             "learner.lora.targets: no linear layer of the model is called q_porj (hint: choose from down_proj, ",
         ),
-        (("merge-adapter", "nowhere", "merged"), "nowhere: contains no adapter (adapter_model.safetensors)"),
+        (("merge-adapter", "nowhere", "merged"), "nowhere: contains no adapter (adapter_model.safetensors is missing)"),
         (("explain", SMOKE, "--act-s=soon"), "argument --act-s: soon: Input should be a valid number"),
         (("explain", "--arpo", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
         (("up", "--arpo", SMOKE), "not readable as YAML"),
