@@ -1,14 +1,43 @@
-"""Start attempts of the desktops of one actor process: which of them are set aside, and when the process gives up."""
+"""Starts of desktops: one with a time limit, and the record of those of an actor process, which gives up at last."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+
+from deskrl.actor.desktops.base import Desktop, DesktopError
+from deskrl.core.error_text import one_line, typed_line
 
 _MAX_REASON_CHARACTERS = 300
 
 
 class DesktopStartError(RuntimeError):
     """None of the process's desktops could be started for `desktop.start_retry_timeout_s`."""
+
+
+class DesktopNotReadyError(DesktopError):
+    """A desktop did not start, or could not be reset; the message is the reason in one line."""
+
+
+async def reset_in_time(desktop: Desktop, timeout_s: float) -> None:
+    """Reset a desktop, or start it if it does not run.
+
+    Args:
+        desktop: desktop to reset.
+        timeout_s: time limit in seconds.
+
+    Raises:
+        DesktopNotReadyError: it did not start, or not in time.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await desktop.reset()
+    except TimeoutError as error:
+        raise DesktopNotReadyError(f"not ready within {timeout_s:g} s") from error
+    except DesktopError as error:
+        raise DesktopNotReadyError(one_line(error)) from error
+    except OSError as error:  # such as a full disk
+        raise DesktopNotReadyError(typed_line(error)) from error
 
 
 class DesktopStarts:

@@ -30,6 +30,7 @@ from deskrl.actor.demonstrations import (
     write_demonstration,
     write_screenshot,
 )
+from deskrl.actor.desktop_starts import DesktopNotReadyError, reset_in_time
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.desktops.provider_registry import select_provider
 from deskrl.actor.episode import Episode, Fault
@@ -37,7 +38,7 @@ from deskrl.actor.metrics import DesktopState, termination_label
 from deskrl.actor.rewards.episode_reward import make_reward
 from deskrl.actor.task import Task
 from deskrl.core.config import RunConfig
-from deskrl.core.error_text import one_line, typed_line
+from deskrl.core.error_text import typed_line
 from deskrl.core.errors import UserError
 from deskrl.core.ids import episode_id, group_id
 from deskrl.core.rpc import VERSION
@@ -276,14 +277,11 @@ class Recording:
         return await self._run_episode()
 
     async def _start_desktop(self) -> None:
-        timeout_s = self._config.desktop.start_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._desktop.reset()
-        except (DesktopError, OSError) as error:  # OSError includes TimeoutError
-            reason = f"not ready within {timeout_s:g} s" if isinstance(error, TimeoutError) else one_line(error)
+            await reset_in_time(self._desktop, self._config.desktop.start_timeout_s)
+        except DesktopNotReadyError as error:
             hint = select_provider(self._config.desktop).provider.start_hint
-            raise UserError(f"the desktop did not start: {reason}", hint) from error
+            raise UserError(f"the desktop did not start: {error}", hint) from error
 
     async def _run_episode(self) -> rollout_pb2.EpisodeResult:
         episode = Episode(

@@ -20,7 +20,7 @@ from deskrl.actor import metrics
 from deskrl.actor.agent.conversation import Agent
 from deskrl.actor.agent.policies import ActorPolicy, ScriptedPolicy
 from deskrl.actor.backoff import Backoff
-from deskrl.actor.desktop_starts import DesktopStarts
+from deskrl.actor.desktop_starts import DesktopNotReadyError, DesktopStarts, reset_in_time
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.episode import Episode, Fault, is_true_within
 from deskrl.actor.episode_sender import EpisodeSender
@@ -246,16 +246,13 @@ class Worker:
         desktop = self._desktop = self._desktop or self._make_desktop()
         started_s = time.monotonic()
         try:
-            async with asyncio.timeout(self._config.start_timeout_s):
-                await desktop.reset()
-        except (DesktopError, OSError) as error:  # OSError includes TimeoutError and a full disk
-            is_timeout = isinstance(error, TimeoutError)
-            reason = f"not ready within {self._config.start_timeout_s:g} s" if is_timeout else typed_line(error)
-            _log.warning("a desktop did not start, is set aside and retried: %s", reason)
+            await reset_in_time(desktop, self._config.start_timeout_s)
+        except DesktopNotReadyError as error:
+            _log.warning("a desktop did not start, is set aside and retried: %s", error)
             metrics.START_FAILURES.inc()
             self._discard()
             self._gauge.enter(DesktopState.SET_ASIDE)
-            self._starts.record_failure(self, reason)
+            self._starts.record_failure(self, str(error))
             return False
         if is_retry:
             _log.info("a desktop that was set aside has started")

@@ -7,7 +7,6 @@ the caller. After a fault, `start` runs the episode again as the replay service 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
 import logging
@@ -23,7 +22,8 @@ from deskrl.actor.agent.action_language import InitialPrompt
 from deskrl.actor.agent.conversation import Agent
 from deskrl.actor.agent.language_registry import select_language
 from deskrl.actor.agent.prompts import initial_prompt
-from deskrl.actor.desktops.base import Desktop, DesktopError
+from deskrl.actor.desktop_starts import DesktopNotReadyError, reset_in_time
+from deskrl.actor.desktops.base import Desktop
 from deskrl.actor.desktops.provider_registry import check_usable, make_desktop, reap_desktops
 from deskrl.actor.episode import Episode
 from deskrl.actor.extensions import check_extensions
@@ -35,7 +35,6 @@ from deskrl.actor.tasks.noise import add_rollout_noise
 from deskrl.actor.tasks.task_schema import parse_task
 from deskrl.actor.worker import End, is_desktop_reusable, run_to_end
 from deskrl.core.config import RunConfig
-from deskrl.core.error_text import typed_line
 from deskrl.core.errors import UserError
 from deskrl.core.ids import derive_seed, new_id
 from deskrl.core.step_codec import Step
@@ -172,8 +171,6 @@ class EpisodePlayer:
         """Abandon a running episode and remove the desktop. The next `start` creates another one."""
         await self._abandon()
         await self._discard()
-        with contextlib.suppress(OSError):  # not empty while other processes have desktops
-            desktops_dir(self.config).rmdir()
 
     def add_image(self, image: common_pb2.Image) -> None:
         """Receive a screenshot of the running episode."""
@@ -264,17 +261,14 @@ class EpisodePlayer:
             await asyncio.to_thread(reap_desktops, limits, root)
             self._desktop = make_desktop(limits, new_id("desktop"), root)
         try:
-            async with asyncio.timeout(limits.start_timeout_s):
-                await self._desktop.reset()
+            await reset_in_time(self._desktop, limits.start_timeout_s)
         except asyncio.CancelledError:
             await self._discard()
             raise
-        except (DesktopError, OSError) as error:  # OSError includes TimeoutError and a full disk
+        except DesktopNotReadyError as error:
             await self._discard()
-            is_timeout = isinstance(error, TimeoutError)
-            reason = f"not ready within {limits.start_timeout_s:g} s" if is_timeout else typed_line(error)
             kind = metrics.fault_label(rollout_pb2.FAULT_KIND_DESKTOP_START)
-            raise DesktopFault.of_kind(kind, f"the desktop did not start: {reason}") from error
+            raise DesktopFault.of_kind(kind, f"the desktop did not start: {error}") from error
         return self._desktop
 
     async def _abandon(self) -> None:

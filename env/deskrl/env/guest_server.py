@@ -17,6 +17,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from deskrl.actor.desktop_starts import reset_in_time
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.desktops.provider_registry import check_usable, make_desktop, reap_desktops
 from deskrl.actor.main import desktops_dir
@@ -46,19 +47,12 @@ async def serve(config: DesktopConfig, run_root: Path) -> None:
         async with await asyncio.start_server(_forwarder(desktop), "127.0.0.1", 0) as server:
             reply = json.dumps({"port": server.sockets[0].getsockname()[1]})
             while True:
-                async with asyncio.timeout(config.start_timeout_s):
-                    await desktop.reset()
+                await reset_in_time(desktop, config.start_timeout_s)
                 print(reply, flush=True)
                 if not await asyncio.to_thread(sys.stdin.readline):
                     return
     finally:
         await desktop.close()
-        await asyncio.to_thread(_remove_if_empty, run_root)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # other processes have desktops
-        folder.rmdir()
 
 
 def _forwarder(desktop: Desktop) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
