@@ -80,7 +80,7 @@ class DesktopTools:
         Raises:
             DesktopFault: the infrastructure ended the episode.
         """
-        if self._turn is not None and self._turn.end is None and self._fault is None:
+        if self._is_running:
             self._act(Action(ActionKind.FINISHED))
         if self._fault is not None:
             raise self._fault
@@ -168,15 +168,17 @@ class DesktopTools:
         """
         return self._act(Action(ActionKind.INFEASIBLE))
 
+    @property
+    def _is_running(self) -> bool:
+        return self._turn is not None and self._turn.end is None and self._fault is None
+
     def _act(self, action: Action) -> _Blocks:
-        if self._turn is None or self._turn.end is not None or self._fault is not None:
-            return [{"type": "text", "text": "The task has ended."}]
-        try:
-            self._turn = self._desktop.step(action)
-        except DesktopFault as fault:
-            self._fault = fault
-            return [{"type": "text", "text": "The task has ended."}]
-        if self._turn.end is not None:
+        if self._is_running:
+            try:
+                self._turn = self._desktop.step(action)
+            except DesktopFault as fault:
+                self._fault = fault
+        if self._turn is None or not self._is_running:
             return [{"type": "text", "text": "The task has ended."}]
         return [_image(self._turn)]
 

@@ -5,7 +5,6 @@ verifiers selects a taskset by the name of a top-level module: `examples/other_t
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import verifiers.v1 as vf
 
 from deskrl.actor.actions import Action, ActionKind
+from deskrl.actor.agent.external_policy import data_url
 from deskrl.actor.agent.language_registry import select_language
 from deskrl.actor.agent.prompts import initial_prompt
 from deskrl.core.ids import derive_seed
@@ -108,5 +108,4 @@ async def _play(player: EpisodePlayer, turn: Turn, interaction: Any) -> EpisodeE
 
 
 def _image(turn: Turn) -> vf.ImageUrlContentPart:
-    url = f"data:image/png;base64,{base64.b64encode(turn.png).decode()}"
-    return vf.ImageUrlContentPart(image_url=vf.ImageUrlSource(url=url))
+    return vf.ImageUrlContentPart(image_url=vf.ImageUrlSource(url=data_url(turn.png)))
