@@ -145,7 +145,7 @@ def test_a_desktop_without_a_free_session_does_not_start(server: OpenEnvServer) 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such image": ({"image_key": "screen"}, "image_key: the observation has no screen, but"),
-    "no image": ({"image_key": "mission"}, "mission is no image in base64"),
+    "no image": ({"image_key": "mission"}, "mission is not an image in base64"),
     "no instruction": ({"instruction_key": "task"}, "the observation of a reset has no text 'task'"),
     "no such field": ({"actions": {"click": {"x": 1, "y": 1, "z": 1}}}, "click: the action has no z, but label"),
     "missing field": ({"actions": {"click": {"x": "{x}"}}}, "click: y is missing"),

@@ -119,7 +119,7 @@ BODY_FORMS: dict[str, Form] = {
     "many arrays": reply(b'{"x": [' + b"[]," * 2_000_000 + b"[]]}"),
     "wrong screen size": reply(bytes(4 * 9), "200 OK", "X-Width: 3", "X-Height: 3"),
     "huge screen size": reply(bytes(16), "200 OK", "X-Width: 1000000", "X-Height: 1000000"),
-    "screen size that is no number": reply(bytes(16), "200 OK", "X-Width: \xb2", "X-Height: -1"),
+    "screen size that is not a number": reply(bytes(16), "200 OK", "X-Width: \xb2", "X-Height: -1"),
 }
 """Complete responses whose body is invalid for the operations that use it."""
 

@@ -1,6 +1,6 @@
 """Worker extension that adds deskrl's suppression of tokens, and nothing else, to a bare vLLM.
 
-A logits processor is no alternative, because vLLM 0.26 falls back to its older model runner with it.
+A logits processor is not an alternative, because vLLM 0.26 falls back to its older model runner with it.
 """
 
 from __future__ import annotations

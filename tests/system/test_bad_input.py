@@ -103,7 +103,7 @@ def run_dir(tmp_path: Path) -> Path:
             '{ id = "target_game:Target-v0" }',
             "desktop.provider_options: target_game:Target-v0: the action space Discrete(4) needs a table of actions",
         ),
-        ('{ id = "A-v0", actions = { left = 0 } }', "desktop.provider_options.actions: 'left' is no gesture"),
+        ('{ id = "A-v0", actions = { left = 0 } }', "desktop.provider_options.actions: 'left' is not a gesture"),
         ("{}", "desktop.provider_options.id: "),
     ],
 )

@@ -148,7 +148,7 @@ def test_failures_damage_and_surplus_steps_are_left_out(source: Path, config: Ru
     (damaged / "screenshots" / "0000.png").write_bytes(b"")
     left_out = render_demonstrations(config, source)
     assert left_out.reasons("demonstration") == {
-        "its reward is no success": 2,
+        "its reward is not above the success threshold": 2,
         "it is damaged": 1,
         "none of its steps can be imitated": 1,
     }

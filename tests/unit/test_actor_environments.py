@@ -72,10 +72,10 @@ def test_the_end_of_an_episode_is_no_gesture(kind: ActionKind) -> None:
 @pytest.mark.parametrize(
     ("actions", "reason"),
     [
-        ({"left": 0}, "'left' is no gesture; known are click"),
-        ({"finished": 0}, "'finished' is no gesture"),
-        ({"press lefd": 0}, "'lefd' is no key"),
-        ({"press ": 0}, "'' is no key"),
+        ({"left": 0}, "'left' is not a gesture; known are click"),
+        ({"finished": 0}, "'finished' is not a gesture"),
+        ({"press lefd": 0}, "'lefd' is not a key"),
+        ({"press ": 0}, "'' is not a key"),
         ({"click": ["{x}", "{text}"]}, r"click: has no placeholder {text}, but {x}, {y}"),
         ({"press a": "{x}"}, r"press a: has no placeholder {x}, but none"),
     ],
@@ -256,13 +256,13 @@ def test_an_image_of_an_observation_is_a_file_in_base64_or_an_array() -> None:
     ("observation", "reason"),
     [
         ({"other": 1}, "the observation has no 'screen', but other"),
-        ({"screen": "no base64"}, "screen is no image in base64"),
+        ({"screen": "no base64"}, "screen is not an image in base64"),
         ({"screen": base64.b64encode(b"text").decode()}, "neither complete nor of an allowed format"),
         ({"screen": 7}, "screen is neither an image in base64 nor an array"),
-        ({"screen": [1, 2, 3]}, "screen is no array of pixels"),
-        ({"screen": [[256]]}, "screen is no array of pixels"),
+        ({"screen": [1, 2, 3]}, "screen is not an array of pixels"),
+        ({"screen": [[256]]}, "screen is not an array of pixels"),
         ({"screen": [[[1, 2]]]}, r"the shape \(1, 1, 2\) is not that of an image"),
-        ({"screen": [[1], [2, 3]]}, "screen is no array of pixels"),
+        ({"screen": [[1], [2, 3]]}, "screen is not an array of pixels"),
     ],
 )
 def test_an_observation_without_the_image_is_rejected(observation: dict[str, Any], reason: str) -> None:

@@ -223,7 +223,7 @@ def test_the_person_gets_control_with_a_message_when_the_policy_fails_or_wants_t
         assert game.control.message == ""
 
     game = play(scenario, response, POLICY_CLICK)
-    assert len(game.policy.prompts[1]) == 3, "the failed response is no part of the conversation"
+    assert len(game.policy.prompts[1]) == 3, "the failed response is not part of the conversation"
 
 
 def test_a_look_never_overlaps_with_an_operation_of_the_episode() -> None:

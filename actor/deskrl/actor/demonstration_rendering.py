@@ -100,7 +100,7 @@ class _Renderer:
             demonstration = read_demonstration(folder)
             reward = demonstration.reward
             if reward is None or not is_success(reward, self._config.replay.success_threshold):
-                self._left_out.add("demonstration", "its reward is no success", str(folder))
+                self._left_out.add("demonstration", "its reward is not above the success threshold", str(folder))
                 return None
             return self._render(folder, demonstration)
         except UserError as error:

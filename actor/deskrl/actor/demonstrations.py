@@ -210,7 +210,7 @@ def find_demonstrations(root: Path) -> list[Path]:
 
 
 def _read_bounded(path: Path) -> bytes:
-    """Return the content of a file; raises OSError also if it is no regular file, or too large."""
+    """Return the content of a file; raises OSError also if it is not a regular file, or too large."""
     with open_regular_file(path) as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:

@@ -47,7 +47,7 @@ def open_regular_file(path: Path) -> BinaryIO:
     """Open a file for reading, also through a link.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file: a pipe would block, and a device may have no end.
+        OSError: it cannot be opened, or is not a regular file: a pipe would block, and a device may have no end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -56,7 +56,7 @@ class OpenEnvDesktop(Environment):  # type: ignore[misc]  # its package may not 
             episode_id: name of the episode; None: a new one.
             task: id of the task; None: the seed chooses one.
             group: see `EpisodePlayer.start`.
-            options: none is known.
+            options: others, which are rejected.
         """
         if options:
             raise UserError(f"reset has no option {min(options)!r}", "give seed, episode_id, task or group")

@@ -34,7 +34,7 @@ class UpdateRejected(ValueError):
 def checkpoint_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model folder's tensors by name, from the headers of its safetensors files.
 
-    An output head that is tied to the embeddings is left out: it is no tensor of its own.
+    An output head that is tied to the embeddings is left out: it is not a tensor of its own.
 
     Raises:
         UserError: there are no safetensors files, or one is not readable.

@@ -33,7 +33,7 @@ _SOURCE = "rollouts r CROSS JOIN groups g ON g.position = r.group_position"
 
 @dataclass(frozen=True)
 class EpisodeFilter:
-    """Conditions that an episode must all satisfy; an empty or None field is no condition."""
+    """Conditions that an episode must all satisfy; an empty or None field is not a condition."""
 
     task: str = ""
     queue: str = ""

@@ -263,7 +263,7 @@ class Desktop(ABC):
         Returns:
             The instruction of the episode; None if the environment gives none.
         """
-        raise UnsupportedOperation("this desktop is no environment with episodes of its own")
+        raise UnsupportedOperation("this desktop has no episodes of its own")
 
     async def has_episode_ended(self) -> bool:
         """Return whether the environment has ended the episode, so that further actions have no effect."""
@@ -271,4 +271,4 @@ class Desktop(ABC):
 
     async def episode_outcome(self) -> EpisodeOutcome:
         """Return the environment's reward of the episode so far."""
-        raise UnsupportedOperation("this desktop is no environment with episodes of its own")
+        raise UnsupportedOperation("this desktop has no episodes of its own")

@@ -149,7 +149,7 @@ class EmbeddedDesktop(GuestDesktop):
         """Return evidence that the sandbox was ended from outside.
 
         Nothing in the session can send a signal to the guest server. If a signal ended it, the sender was another
-        process of this machine or the kernel's out-of-memory killer; the latter is no evidence if the desktop has
+        process of this machine or the kernel's out-of-memory killer; the latter is not evidence if the desktop has
         reached its own memory limit.
         """
         if self._was_closed:

@@ -54,7 +54,7 @@ class Environment(ABC):
 
     @abstractmethod
     async def step(self, gesture: Gesture) -> Observation | None:
-        """Execute a gesture; None if it is no action of this environment."""
+        """Execute a gesture; return None if the environment has no action for it."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -117,8 +117,8 @@ def _canonical(name: str) -> tuple[str, tuple[str, ...]]:
             return name, _PLACEHOLDERS[kind]
         except (ValueError, KeyError):
             known = ", ".join(_PLACEHOLDERS)
-            raise ValueError(f"{name!r} is no gesture; known are {known}, and keys such as 'press left'") from None
+            raise ValueError(f"{name!r} is not a gesture; known are {known}, and keys such as 'press left'") from None
     keys = [(key_name(part), part) for part in name.removeprefix(_PRESS).strip().split("+")]
     if unknown := [part for key, part in keys if key is None]:
-        raise ValueError(f"{name!r}: {unknown[0]!r} is no key; write 'press left', 'press a' or 'press ctrl+s'")
+        raise ValueError(f"{name!r}: {unknown[0]!r} is not a key; write 'press left', 'press a' or 'press ctrl+s'")
     return _PRESS + "+".join(str(key) for key, _ in keys), ()

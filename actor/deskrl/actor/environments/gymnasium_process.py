@@ -9,7 +9,7 @@ A request is one line of JSON: the first one describes the environment (`Gymnasi
 A reply is one line of JSON, followed by the pixels of an RGB image if it has the key `size`:
 
     {"size": [w, h], "reward": 0.0, "end": "", "instruction": null}    the environment was reset, or made a step
-    {"ignored": true}                                                  the gesture is no action of the environment
+    {"ignored": true}                                                  the environment has no action for the gesture
     {"opened": true}, {"error": "..."}, {"mistake": "...", "hint": "..."}
 
 A mistake is one of the configuration. The process ends when its input is closed or the actor has ended.

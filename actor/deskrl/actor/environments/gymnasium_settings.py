@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 RENDER, OBSERVATION = "render", "observation"
-"""Sources of the image that are no key of the observation."""
+"""Sources of the image that are not keys of the observation."""
 
 
 @dataclass(frozen=True)

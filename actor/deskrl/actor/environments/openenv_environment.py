@@ -98,9 +98,9 @@ class OpenEnvEnvironment(Environment):
             await self._http.close()  # and with it the connection, at whose end the server removes the session
 
     def end_cause(self) -> str | None:
-        """Return why there is no connection; None if there is one."""
+        """Return why the server is not connected; None if it is connected."""
         if self._socket is None:
-            return "there is no connection to the OpenEnv server"
+            return "the OpenEnv server is not connected"
         return self._lost() if self._socket.closed else None
 
     def _lost(self) -> str:
@@ -122,7 +122,7 @@ class OpenEnvEnvironment(Environment):
         try:
             found = json.loads(reply.data)
             if not isinstance(found["data"], dict):
-                raise TypeError("data is no object")
+                raise TypeError("data is not an object")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DesktopError(f"{self._address} sent no reply of OpenEnv's protocol: {one_line(error)}") from error
         return dict(found)

@@ -25,7 +25,7 @@ def decode_observation_image(observation: Mapping[str, Any], image_key: str, sha
         shape_key: key of the shape of an image that is a flat array; empty: it is not flat.
 
     Raises:
-        ImageError: there is no such image.
+        ImageError: the observation does not have this key, or its value is not an image.
     """
     if image_key not in observation:
         raise ImageError(f"the observation has no {image_key!r}, but {', '.join(observation) or 'nothing'}")
@@ -34,13 +34,13 @@ def decode_observation_image(observation: Mapping[str, Any], image_key: str, sha
         try:
             return decode_image(base64.b64decode(value.rpartition("base64,")[2], validate=True))
         except binascii.Error as error:
-            raise ImageError(f"{image_key} is no image in base64") from error
+            raise ImageError(f"{image_key} is not an image in base64") from error
     if not isinstance(value, list) or not value:
         raise ImageError(f"{image_key} is neither an image in base64 nor an array")
     try:
         return _from_array(value, _shape(value, observation[shape_key] if shape_key else None))
     except (KeyError, TypeError, ValueError) as error:
-        raise ImageError(f"{image_key} is no array of pixels: {type(error).__name__}: {error}") from error
+        raise ImageError(f"{image_key} is not an array of pixels: {type(error).__name__}: {error}") from error
 
 
 def _shape(value: Sequence[Any], shape: Any) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ def default_table(space: spaces.Space[Any]) -> dict[str, Any]:
 
 
 def check_table(space: spaces.Space[Any], table: Mapping[str, Any]) -> None:
-    """Raise SpaceError if the table is empty, or a template of it is no action of the space."""
+    """Raise SpaceError if the table is empty, or a template in it is not an action of the space."""
     if not table:
         raise SpaceError(f"the action space {space} needs a table of actions")
     for name, template in table.items():

@@ -98,7 +98,7 @@ class SessionBox(SessionProcesses):
 
     @abstractmethod
     def pid_of_x_client(self, x_pid: int) -> int | None:
-        """Translate a process id that the X server reports; None if it is no process of the session."""
+        """Translate a process id that the X server reports; None if it is not a process of the session."""
 
     @abstractmethod
     def end(self) -> None:

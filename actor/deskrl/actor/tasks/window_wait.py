@@ -1,7 +1,7 @@
 """Wait at the end of a setup until the applications that it started show complete windows.
 
-A window is complete if it is no splash screen and shows more than one colour, and if neither it nor the screen changes.
-Without this wait, a policy would first see an empty desktop, a white window or a splash screen.
+A window is complete if it is not a splash screen and shows more than one colour, and if neither it nor the screen
+changes. Without this wait, a policy would first see an empty desktop, a white window or a splash screen.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def _pattern(model: Any, architecture: LearnerArchitecture, config: LoraConfig) 
 
 
 def _exclusions(model: Any, architecture: LearnerArchitecture, config: LoraConfig, names: Collection[str]) -> list[str]:
-    """Return the names that the pattern matches although they are no linear layers, such as convolutions."""
+    """Return the names that the pattern matches although they are not linear layers, such as convolutions."""
     pattern = re.compile(_pattern(model, architecture, config))
     return [name for name, _ in model.named_modules() if pattern.fullmatch(name) and name not in names]
 
