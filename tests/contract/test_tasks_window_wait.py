@@ -25,38 +25,54 @@ PAGE = "data:text/html,<body style='background:green'>text"
 BROWSER = ["chromium", f"--app={PAGE}", "--start-maximized"]
 
 
-def task(*command: str) -> Task:
-    config = [{"type": "launch", "parameters": {"command": list(command)}}]
+def task(*commands: list[str]) -> Task:
+    pause = {"type": "sleep", "parameters": {"seconds": 1}}
+    launches = [{"type": "launch", "parameters": {"command": command}} for command in commands]
+    config = [step for launch in launches for step in (launch, pause)][:-1]
     document = {"id": "t", "instruction": "-", "config": config, "evaluator": {"func": "infeasible"}}
     return parse_task(json.dumps(document).encode(), "t")
 
 
-async def first_screenshot(desktop: Desktop, command: list[str], config: DesktopConfig) -> Image.Image:
-    """Set up a task that starts one program, and return what the policy sees first."""
-    await setup_task(desktop, task(*command), 0, config)
+async def first_screenshot(desktop: Desktop, config: DesktopConfig, *commands: list[str]) -> Image.Image:
+    """Set up a task that starts programs one after the other, and return what the policy sees first."""
+    await setup_task(desktop, task(*commands), 0, config)
     return await desktop.settle()
+
+
+async def first_screenshot_of(
+    provider: str, run_root: Path, config: DesktopConfig, *commands: list[str]
+) -> Image.Image:
+    """Return what the policy sees first on an embedded desktop, directly or as a remote guest."""
+    async with running_desktop(config, run_root) as desktop:
+        assert isinstance(desktop, EmbeddedDesktop)
+        if provider == "embedded":
+            return await first_screenshot(desktop, config, *commands)
+        async with forwarding_guest(desktop) as address:
+            remote_config = RemoteConfig.model_validate({"addresses": [address]})
+            config = config.model_copy(update={"provider": "remote", "num_envs": 1, "remote": remote_config})
+            remote = make_desktop(config, "remote", run_root / "remote")
+            await remote.start()
+            try:
+                return await first_screenshot(remote, config, *commands)
+            finally:
+                await remote.close()
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 @pytest.mark.parametrize("provider", ["embedded", "remote"])
 def test_the_first_screenshot_shows_the_page_of_a_browser(provider: str, run_root: Path) -> None:
-    async def scenario() -> Image.Image:
-        config = DesktopConfig()
-        async with running_desktop(config, run_root) as desktop:
-            assert isinstance(desktop, EmbeddedDesktop)
-            if provider == "embedded":
-                return await first_screenshot(desktop, BROWSER, config)
-            async with forwarding_guest(desktop) as address:
-                config = DesktopConfig(provider="remote", num_envs=1, remote=RemoteConfig(addresses=(address,)))
-                remote = make_desktop(config, "remote", run_root / "remote")
-                await remote.start()
-                try:
-                    return await first_screenshot(remote, BROWSER, config)
-                finally:
-                    await remote.close()
-
-    screen = asyncio.run(scenario())
+    screen = asyncio.run(first_screenshot_of(provider, run_root, DesktopConfig(), BROWSER))
     assert screen.getpixel((100, 600)) == GREEN
+
+
+@pytest.mark.skipif(shutil.which("mousepad") is None, reason="mousepad is not installed")
+@pytest.mark.parametrize("provider", ["embedded", "remote"])
+def test_a_window_behind_an_empty_part_of_another_one_is_not_waited_for(
+    provider: str, run_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_front = ["xterm", "-geometry", "200x60+0+0"]
+    asyncio.run(first_screenshot_of(provider, run_root, DesktopConfig(window_timeout_s=20), ["mousepad"], in_front))
+    assert [record.getMessage() for record in caplog.records if "window" in record.getMessage()] == []
 
 
 @pytest.mark.skipif(shutil.which("gimp") is None, reason="gimp is not installed")
@@ -64,7 +80,7 @@ def test_the_first_screenshot_shows_no_splash_screen(run_root: Path) -> None:
     async def scenario() -> list[tuple[str, bool]]:
         config = DesktopConfig(window_timeout_s=50)
         async with running_desktop(config, run_root) as desktop:
-            await first_screenshot(desktop, ["gimp"], config)
+            await first_screenshot(desktop, config, ["gimp"])
             return [(window["title"], window["is_splash"]) for window in await desktop.windows()]
 
     assert asyncio.run(scenario()) == [("GNU Image Manipulation Program", False)]

@@ -77,23 +77,41 @@ class DesktopDouble:
     async def execute(self, command: str, *, shell: bool = False, timeout_s: float = 30.0) -> CommandResult:
         """Return the windows of the current frame as the shell program prints them."""
         assert "wmctrl -lGx" in command and shell and not self.can_observe_host
-        return CommandResult(0, "".join(map(line, self._frames[0][0])) + "garbage\n", "")
+        windows = self._frames[0][0]
+        return CommandResult(0, stack_line(windows) + "".join(map(line, windows)) + "garbage\n", "")
 
     async def settle(self, min_quiet_s: float = 0.0) -> Image.Image:
         """Return the screen of the current frame."""
         return self._next()[1]
 
 
+def stack_line(windows: Sequence[dict[str, Any]]) -> str:
+    """Return the ids of the windows from the bottom of the stack to its top, as printed by xprop."""
+    shown = [window for window in windows if window["stack_position"] is not None]
+    ids = ", ".join(hex(window["id"]) for window in sorted(shown, key=lambda window: window["stack_position"]))
+    return f"_NET_CLIENT_LIST_STACKING(WINDOW): window id # {ids}\n"
+
+
 def line(window: dict[str, Any]) -> str:
     kind = "_NET_WM_WINDOW_TYPE_SPLASH" if window["is_splash"] else "_NET_WM_WINDOW_TYPE_NORMAL"
     place = f"{window['x']} {window['y']} {window['width']} {window['height']}"
     title = window["title"]
-    return f"_NET_WM_WINDOW_TYPE(ATOM) = {kind}|0x{window['id']:08x}  0 {place} gimp.Gimp host {title}\n"
+    state = "_NET_WM_STATE:  not found."
+    return f"_NET_WM_WINDOW_TYPE(ATOM) = {kind}{state}|0x{window['id']:08x}  0 {place} gimp.Gimp host {title}\n"
 
 
-def window(number: int, title: str = "GNU Image", is_splash: bool = False) -> dict[str, Any]:
-    geometry = {"x": 20, "y": 10, "width": 160, "height": 80}
-    return {"id": number, "title": title, "window_class": "gimp.Gimp", "is_splash": is_splash, **geometry}
+def window(
+    number: int,
+    title: str = "GNU Image",
+    *,
+    is_splash: bool = False,
+    stack_position: int | None = 0,
+    box: tuple[int, int, int, int] = (20, 10, 180, 90),
+) -> dict[str, Any]:
+    left, top, right, bottom = box
+    geometry = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+    names = {"id": number, "title": title, "window_class": "gimp.Gimp"}
+    return {**names, "is_splash": is_splash, "stack_position": stack_position, **geometry}
 
 
 def screen(content: str) -> Image.Image:
@@ -155,6 +173,31 @@ def test_an_incomplete_window_is_waited_for_until_the_limit(
     assert 0.2 <= time.monotonic() - started_s < 5
     (record,) = caplog.records
     assert record.getMessage() == f"task: the episode begins before the windows are complete: {reason}"
+
+
+LOWER, UPPER = (60, 30, 120, 70), (50, 20, 130, 80)
+
+
+@pytest.mark.parametrize("can_observe_host", [True, False])
+@pytest.mark.parametrize("stack_positions", [(0, 1), (None, 0)], ids=["covered", "minimised"])
+def test_a_window_that_cannot_be_seen_is_not_waited_for(
+    stack_positions: tuple[int | None, int], can_observe_host: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    lower, upper = stack_positions
+    windows = [window(7, stack_position=lower, box=LOWER), window(8, stack_position=upper, box=UPPER)]
+    picture = screen("empty")
+    picture.paste(WHITE, UPPER)
+    picture.paste((200, 0, 0), (52, 22, 60, 25))
+    wait([(windows, picture)], can_observe_host=can_observe_host)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("can_observe_host", [True, False])
+def test_the_visible_part_of_a_window_is_waited_for(can_observe_host: bool, caplog: pytest.LogCaptureFixture) -> None:
+    windows = [window(7, stack_position=0), window(8, stack_position=1, box=(20, 10, 50, 90))]
+    wait([(windows, screen("drawn"))], can_observe_host=can_observe_host, limit_s=0.2)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("a window shows one colour only")
 
 
 def test_a_complete_window_costs_one_screenshot() -> None:

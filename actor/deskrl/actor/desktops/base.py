@@ -157,7 +157,8 @@ class Desktop(ABC):
         """Return the windows on the screen, oldest first, or an empty list if the provider cannot list them.
 
         Each record has `id`, `title`, `window_class`, `x`, `y`, `width`, `height`, `is_splash` (whether the application
-        declares the window as a splash screen), and two facts that no program on the desktop can write about itself:
+        declares the window as a splash screen), `stack_position` (a window covers those with lower positions; None if
+        it is minimised), and two facts that no program on the desktop can write about itself:
 
             is_setup_program    whether the window belongs to a process that `stop_policy_programs` keeps
             executable          path of that process's program; empty if it is unknown

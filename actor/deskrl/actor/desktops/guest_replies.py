@@ -30,5 +30,6 @@ class WindowRecord(TypedDict):
     width: int
     height: int
     is_splash: NotRequired[bool]
+    stack_position: NotRequired[int | None]
     is_setup_program: NotRequired[bool]
     executable: NotRequired[str]

@@ -20,7 +20,7 @@ from deskrl.actor.guest.x_connection import XConnection
 
 _POLL_S = 0.02
 _MAX_WINDOWS, _MAX_TREE_WINDOWS = 1000, 20_000
-_MAX_TYPES = 8
+_MAX_ATOMS = 16
 _MAX_TEXT_WORDS = 1024
 """Size limit of a text property in units of four bytes."""
 _SOURCE_PAGER = 2  # EWMH source indication: direct user action
@@ -38,6 +38,8 @@ class Window(NamedTuple):
     height: int
     is_splash: bool
     """Whether the application declares the window as a splash screen."""
+    stack_position: int | None
+    """A window covers those with lower positions; None if it is minimised."""
 
     def to_record(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -165,11 +167,14 @@ def paint_background(display: Display, colour: int) -> None:
 
 
 def _list(display: Display) -> list[Window]:
-    ids = _property(display, display.screen().root, "_NET_CLIENT_LIST", _MAX_WINDOWS)
-    found = (
-        _describe(display, int(window)) for window in (ids if ids is not None and not isinstance(ids, str) else ())
-    )
+    stack = _listed_ids(display, "_NET_CLIENT_LIST_STACKING")
+    found = (_describe(display, window, stack) for window in _listed_ids(display, "_NET_CLIENT_LIST"))
     return [window for window in found if window is not None]
+
+
+def _listed_ids(display: Display, name: str) -> list[int]:
+    ids = _property(display, display.screen().root, name, _MAX_WINDOWS)
+    return [int(window) for window in (ids if ids is not None and not isinstance(ids, str) else ())]
 
 
 def _tree(display: Display) -> list[int]:
@@ -205,19 +210,27 @@ def _owner(display: Display, window_id: int) -> int:
     return next((int(entry.value[0]) for entry in answer.ids if entry.spec.mask == mask and entry.value), 0)
 
 
-def _describe(display: Display, window_id: int) -> Window | None:
+def _describe(display: Display, window_id: int, stack: Sequence[int]) -> Window | None:
     window = display.create_resource_object("window", window_id)
     try:
         title = _text(display, window, "_NET_WM_NAME") or _text(display, window, "WM_NAME")
         names = _text(display, window, "WM_CLASS").split("\0")
-        types = _property(display, window, "_NET_WM_WINDOW_TYPE", _MAX_TYPES)
+        is_splash = _contains(display, window, "_NET_WM_WINDOW_TYPE", "_NET_WM_WINDOW_TYPE_SPLASH")
+        is_minimised = _contains(display, window, "_NET_WM_STATE", "_NET_WM_STATE_HIDDEN")
         geometry = window.get_geometry()
         corner = display.screen().root.translate_coords(window, 0, 0)
     except XError:  # the window was closed meanwhile
         return None
     window_class = ".".join(name for name in names if name)
-    is_splash = isinstance(types, Sequence) and display.intern_atom("_NET_WM_WINDOW_TYPE_SPLASH") in types
-    return Window(window_id, title, window_class, corner.x, corner.y, geometry.width, geometry.height, is_splash)
+    position = stack.index(window_id) if window_id in stack and not is_minimised else None
+    place = (corner.x, corner.y, geometry.width, geometry.height)
+    return Window(window_id, title, window_class, *place, is_splash, position)
+
+
+def _contains(display: Display, window: Any, name: str, atom: str) -> bool:
+    """Return whether a property of a window is a list of atoms with this one among them."""
+    atoms = _property(display, window, name, _MAX_ATOMS)
+    return isinstance(atoms, Sequence) and display.intern_atom(atom) in atoms
 
 
 def _text(display: Display, window: Any, name: str) -> str:

@@ -1,18 +1,20 @@
 """Wait at the end of a setup until the applications that it started show complete windows.
 
-A window is complete if it is not a splash screen and shows more than one colour, and if neither it nor the screen
-changes. Without this wait, a policy would first see an empty desktop, a white window or a splash screen.
+A window is complete if it is not a splash screen, its visible part shows more than one colour, and neither it nor the
+screen changes. Without this wait, a policy would first see an empty desktop, a white window or a splash screen.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from PIL import Image
 
@@ -33,11 +35,13 @@ _SETUP_FRACTION = 0.9
 _POINTER_RADIUS = 32
 _MIN_SIDE = 16
 _LIST_WINDOWS = """
+printf '%s\\n' "$(xprop -root _NET_CLIENT_LIST_STACKING 2>/dev/null | tr -d '\\n')"
 wmctrl -lGx | while read -r id rest
-do printf '%s|%s\\n' "$(xprop -id "$id" _NET_WM_WINDOW_TYPE 2>/dev/null | tr -d '\\n')" "$id $rest"
+do printf '%s|%s\\n' "$(xprop -id "$id" _NET_WM_WINDOW_TYPE _NET_WM_STATE 2>/dev/null | tr -d '\\n')" "$id $rest"
 done
 """
-"""Shell program for guests whose provider cannot list windows: type, then the line of wmctrl, of each window."""
+"""Shell program for guests whose provider cannot list windows: the ids from the bottom of the stack to its top in one
+line, then a line for each window with its type and state and the line of wmctrl."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class _Window:
     box: tuple[int, int, int, int]
     """Left, top, right and bottom edge in pixels."""
     is_splash: bool
+    is_minimised: bool
 
 
 def started_programs(steps: Sequence[TypedItem]) -> frozenset[str] | None:
@@ -107,7 +112,7 @@ class WindowWait:
                 last = screen
                 if not is_quiet or await self._list() != windows:
                     missing = "the screen changes"
-                elif not await asyncio.to_thread(_has_blank_window, screen, self._new(windows)):
+                elif not await asyncio.to_thread(_has_blank_window, screen, windows, self._before):
                     return
                 else:
                     missing = "a window shows one colour only"
@@ -129,17 +134,19 @@ class WindowWait:
         return ""
 
     async def _list(self) -> list[_Window]:
+        """Return the windows from the bottom of the stack to its top."""
         if not self._desktop.can_observe_host:
             result = await self._desktop.execute(_LIST_WINDOWS, shell=True, timeout_s=self._config.step_timeout_s)
-            return [window for line in result.stdout.splitlines() if (window := _parse_window(line)) is not None]
+            return _parse_windows(result.stdout)
         return [
             _Window(
                 window["id"],
                 window["title"],
                 (window["x"], window["y"], window["x"] + window["width"], window["y"] + window["height"]),
                 bool(window.get("is_splash")),
+                window.get("stack_position", 0) is None,
             )
-            for window in await self._desktop.windows()
+            for window in sorted(await self._desktop.windows(), key=_stack_position)
         ]
 
 
@@ -153,33 +160,59 @@ def _program(command: str | Sequence[str]) -> str:
     return next((name for name in names if name not in _PREFIXES), "")
 
 
+def _stack_position(window: Mapping[str, Any]) -> int:
+    position = window.get("stack_position")
+    return -1 if position is None else int(position)
+
+
+def _parse_windows(output: str) -> list[_Window]:
+    """Parse the output of `_LIST_WINDOWS`; lines of another form are left out."""
+    first, *lines = output.splitlines() or [""]
+    stack = [int(number, 16) for number in re.findall(r"0x[0-9a-f]+", first)]
+    windows = [window for line in lines if (window := _parse_window(line)) is not None]
+    return sorted(windows, key=lambda window: stack.index(window.id) if window.id in stack else -1)
+
+
 def _parse_window(line: str) -> _Window | None:
-    """Parse a line of `_LIST_WINDOWS`; return None if it has another form."""
-    window_type, _, description = line.partition("|")
+    properties, _, description = line.partition("|")
     fields = description.split(maxsplit=8)  # id, desktop, x, y, width, height, class, host, title
     try:
         number, x, y, width, height = int(fields[0], 16), *map(int, fields[2:6])
     except (ValueError, IndexError):
         return None
     title = fields[8] if len(fields) > 8 else ""
-    return _Window(number, title, (x, y, x + width, y + height), "_SPLASH" in window_type)
+    box = (x, y, x + width, y + height)
+    return _Window(number, title, box, "_SPLASH" in properties, "_STATE_HIDDEN" in properties)
 
 
-def _has_blank_window(screen: Image.Image, windows: Sequence[_Window]) -> bool:
-    """Return whether a window shows one colour only, apart from the pointer, which is in the centre at first."""
-    centre_x, centre_y = screen.width // 2, screen.height // 2
-    for window in windows:
-        left, top = max(window.box[0], 0), max(window.box[1], 0)
-        right, bottom = min(window.box[2], screen.width), min(window.box[3], screen.height)
-        if right - left < _MIN_SIDE or bottom - top < _MIN_SIDE:
-            continue
-        content = screen.crop((left, top, right, bottom))
-        colour = content.crop((0, 0, 1, 1)).resize((2 * _POINTER_RADIUS, 2 * _POINTER_RADIUS))
-        corner = (centre_x - left - _POINTER_RADIUS, centre_y - top - _POINTER_RADIUS)
-        content.paste(colour, corner)
-        if content.getcolors(1) is not None:
+def _has_blank_window(screen: Image.Image, windows: Sequence[_Window], before: Set[int]) -> bool:
+    """Return whether the visible part of a window that is not in `before` shows one colour only.
+
+    The pointer, which is in the centre at first, is not counted.
+    """
+    shown = [window for window in windows if not window.is_minimised]
+    for index, window in enumerate(shown):
+        visible = Image.new("L", screen.size)
+        visible.paste(255, window.box)
+        for above in shown[index + 1 :]:
+            visible.paste(0, above.box)
+        visible.paste(0, _pointer_box(screen))
+        left, top, right, bottom = visible.getbbox() or (0, 0, 0, 0)
+        is_too_small = right - left < _MIN_SIDE or bottom - top < _MIN_SIDE
+        if window.id not in before and not is_too_small and _has_one_colour(screen, visible):
             return True
     return False
+
+
+def _pointer_box(screen: Image.Image) -> tuple[int, int, int, int]:
+    x, y = screen.width // 2, screen.height // 2
+    return (x - _POINTER_RADIUS, y - _POINTER_RADIUS, x + _POINTER_RADIUS, y + _POINTER_RADIUS)
+
+
+def _has_one_colour(screen: Image.Image, mask: Image.Image) -> bool:
+    """Return whether all pixels of a non-empty mask have one colour."""
+    histogram = screen.histogram(mask)
+    return all(sum(map(bool, histogram[start : start + 256])) == 1 for start in range(0, len(histogram), 256))
 
 
 def _are_equal(first: Image.Image, second: Image.Image) -> bool:
