@@ -78,3 +78,9 @@ def test_the_command_fails_for_tasks_that_are_solved_initially_unsolvable_or_wit
     assert "fails" in lines["solved"]
     assert "fails" in lines["unsolvable"]
     assert "no scripted solution" in lines["unscripted"]
+
+
+def test_a_phase_that_takes_too_long_is_named() -> None:
+    config = CONFIG.model_copy(update={"desktop": CONFIG.desktop.model_copy(update={"setup_timeout_s": 0.001})})
+    (proof,) = asyncio.run(prove(load_tasks(ids=SAMPLE[:1]), config, num_repeats=0))
+    assert proof.problems == ["TimeoutError: setup took longer than 0.001 s"]

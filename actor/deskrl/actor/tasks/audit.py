@@ -21,6 +21,7 @@ from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.action_language import PolicyResponse
 from deskrl.actor.agent.conversation import Agent, Conversation
 from deskrl.actor.agent.policies import ActorPolicy, Decision
+from deskrl.actor.desktop_starts import reset_in_time
 from deskrl.actor.desktops.base import Desktop, DesktopError
 from deskrl.actor.desktops.provider_registry import make_desktop, select_provider
 from deskrl.actor.episode import Episode, Fault
@@ -186,7 +187,7 @@ async def attempt_cheats(desktop: Desktop, task: Task, cheats: Sequence[str], co
         is_rewarded = is_success(result.reward, config.replay.success_threshold)
         if result.reward > 0 and tuple(cheats) != _CONTROL:
             is_rewarded = result.reward > (await _run_cheats(desktop, task, _CONTROL, config)).reward
-    except (Fault, DesktopError, TimeoutError) as error:
+    except (Fault, DesktopError) as error:
         return Attempt(task.id, name, "fault", f"{type(error).__name__}: {error}")
     termination = rollout_pb2.Termination.Name(result.termination).removeprefix("TERMINATION_").lower()
     detail = f"{termination}, reward {result.reward:g}: {result.evidence_json}"
@@ -196,13 +197,12 @@ async def attempt_cheats(desktop: Desktop, task: Task, cheats: Sequence[str], co
 async def _run_cheats(
     desktop: Desktop, task: Task, cheats: Sequence[str], config: RunConfig
 ) -> rollout_pb2.EpisodeResult:
-    """Run an episode with cheats; raises Fault, DesktopError or TimeoutError."""
+    """Run an episode with cheats; raises Fault or DesktopError."""
     rollout = rollout_pb2.Rollout(
         episode_id="audit", task_id=task.id, task_json=task.data, seed=config.seed, max_steps=3
     )
     policy = CheatingPolicy(desktop, cheats, claims_of(task))
-    async with asyncio.timeout(config.desktop.start_timeout_s):
-        await desktop.reset()
+    await reset_in_time(desktop, config.desktop.start_timeout_s)
     episode = Episode(
         desktop,
         task,

@@ -12,8 +12,8 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,11 +66,15 @@ class Proof:
             and min(self.solution_rewards) == 1.0
         )
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Record the duration of the block for a phase."""
+    @asynccontextmanager
+    async def timed(self, phase: str, timeout_s: float) -> AsyncIterator[None]:
+        """Record the duration of the block for a phase; raises TimeoutError with its name if it takes too long."""
         start_s = time.monotonic()
-        yield
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError as error:
+            raise TimeoutError(str(error) or f"{phase} took longer than {timeout_s:g} s") from error
         self.durations_s[phase].append(time.monotonic() - start_s)
 
 
@@ -149,7 +153,8 @@ async def _prove_task(desktop: Desktop, task: Task, config: RunConfig, num_repea
             variant = with_noise(task, config.tasks.noise, derive_seed(config.seed, number))
             solution = variant.solve(config.seed + number - 1) if number else variant.demonstrate()
             proof.solution_rewards.append(await _run_episode(desktop, variant, config, solution, proof))
-    except (DesktopError, SetupError, EvaluatorError, UnreadableStateError, FormatError, TimeoutError) as error:
+    except (DesktopError, SetupError, EvaluatorError, UnreadableStateError, FormatError, OSError) as error:
+        # OSError includes TimeoutError and a full disk
         proof.problems.append(f"{type(error).__name__}: {error}")
     return proof
 
@@ -159,13 +164,11 @@ async def _run_episode(
 ) -> float:
     """Run one episode of a scripted solution and return its reward; with an empty solution, take no action."""
     limits = config.desktop
-    with proof.timed("reset"):
-        async with asyncio.timeout(limits.start_timeout_s):
-            await desktop.reset()
-    with proof.timed("setup"):
-        async with asyncio.timeout(limits.setup_timeout_s):
-            instruction = await setup_task(desktop, task, config.seed, limits)
-            screenshot = await desktop.settle(ScriptedPolicy.min_quiet_s)
+    async with proof.timed("reset", limits.start_timeout_s):
+        await desktop.reset()
+    async with proof.timed("setup", limits.setup_timeout_s):
+        instruction = await setup_task(desktop, task, config.seed, limits)
+        screenshot = await desktop.settle(ScriptedPolicy.min_quiet_s)
     conversation = Agent(config.agent).start_conversation(instruction)
     last = Action(ActionKind.FINISHED)
     actions: list[EpisodeAction] = []
@@ -178,14 +181,12 @@ async def _run_episode(
         actions.append(EpisodeAction(thought, last))
         if last.ends_episode:
             break
-        with proof.timed("act"):
-            async with asyncio.timeout(limits.step_timeout_s):
-                await desktop.act(last)
-                screenshot = await desktop.settle(ScriptedPolicy.min_quiet_s)
-    with proof.timed("evaluate"):
-        async with asyncio.timeout(limits.evaluate_timeout_s):
-            ended = ended_episode(desktop, task, actions, png_files, last, config.seed)
-            return (await make_task_reward(config).evaluate(desktop, ended)).reward
+        async with proof.timed("act", limits.step_timeout_s):
+            await desktop.act(last)
+            screenshot = await desktop.settle(ScriptedPolicy.min_quiet_s)
+    async with proof.timed("evaluate", limits.evaluate_timeout_s):
+        ended = ended_episode(desktop, task, actions, png_files, last, config.seed)
+        return (await make_task_reward(config).evaluate(desktop, ended)).reward
 
 
 def print_proofs(proofs: Sequence[Proof]) -> None:
