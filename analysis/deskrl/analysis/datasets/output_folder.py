@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from deskrl.core.errors import UserError
 from deskrl.core.file_io import report_write_errors
 
 _T = TypeVar("_T")
+_LOCK = ".lock"
 
 
 class OutputFolder:
@@ -45,7 +47,7 @@ def output_folder(out: Path) -> Iterator[OutputFolder]:
     """Yield a new folder that gets the name `out` at the end of the context, and is deleted if an error occurred.
 
     Raises:
-        UserError: `out` exists or cannot be created.
+        UserError: `out` exists, cannot be created, or is being written by another process.
     """
     if os.path.lexists(out):
         raise UserError(f"{out}: exists", "choose another folder, or remove this one")
@@ -53,18 +55,37 @@ def output_folder(out: Path) -> Iterator[OutputFolder]:
     if out.name in ("", ".."):
         raise UserError(f"{out}: not the name of a folder", "choose another folder")
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be created: {error.strerror}", "choose another folder") from error
+    lock = _lock_empty_folder(partial, out)
     folder = OutputFolder(partial)
     handlers = {number: signal.signal(number, folder.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield folder
         with report_write_errors(out):
+            (partial / _LOCK).unlink()
             partial.rename(out)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _lock_empty_folder(partial: Path, out: Path) -> int:
+    """Make a folder, or empty the one that a killed process left; return a descriptor that holds its lock."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for entry in set(partial.iterdir()) - {partial / _LOCK}:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        except BaseException:
+            os.close(lock)
+            raise
+    except BlockingIOError:
+        raise UserError(f"{out}: another process is writing it", "wait for it, or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created: {error.strerror}", "choose another folder") from error
+    return lock
