@@ -4,7 +4,9 @@ Both sides perform the same actions in the same editor on X servers of the same 
 settled when it has not changed for `settle_quiet_s`. OSWorld's guest server receives the requests of OSWorld's client,
 without the client's pause of 2 s per step. PyAutoGUI's pause after each call is part of an action.
 Prints one JSON line; `ratio` is the median time of OSWorld's guest server divided by that of the embedded desktop, and
-`ratio_without_pyautogui_pause` the same without PyAutoGUI's pause.
+`ratio_without_pyautogui_pause` the same without PyAutoGUI's pause. `processor_ms` is the processor time of a step of
+the embedded desktop, with its X server, its editor and the part of this program; `theirs_processor_ms` the same of
+OSWorld's side, and `processor_ratio` the second divided by the first.
 
     python tests/bench/desktop.py [--osworld FOLDER] [--rounds N] [--desktops N]
 
@@ -32,6 +34,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import psutil
 from PIL import Image
 
 from deskrl.core.config import DesktopConfig
@@ -122,6 +125,13 @@ async def _timed(operation) -> float:  # type: ignore[no-untyped-def]
     return time.perf_counter() - started
 
 
+def _processor_s(process: psutil.Process, excluded: int = 0) -> float:
+    """Return the processor time of a process and of all below it, apart from the tree of the process `excluded`."""
+    times = process.cpu_times()
+    own_s = times.user + times.system + times.children_user + times.children_system
+    return own_s + sum(_processor_s(child, excluded) for child in process.children() if child.pid != excluded)
+
+
 def _available_mb() -> float:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
@@ -132,6 +142,7 @@ class OsworldSide:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None and process.stdout is not None
+        self.pid = process.pid
         self._stdin: IO[str] = process.stdin
         self._stdout: IO[str] = process.stdout
         self._read()
@@ -287,12 +298,15 @@ def get_png() -> bytes:
 
 async def compare(folder: Path, rounds: int, num_desktops: int) -> dict[str, object]:
     """Measure everything and return the result; a round is every action once on each side, in alternation."""
+    me = psutil.Process()
     times: dict[str, list[float]] = {"ours": [], "theirs": [], "theirs_without_pause": []}
     with tempfile.TemporaryDirectory(prefix="deskrl-bench-") as scratch, osworld(folder) as theirs:
         ours = EmbeddedSide(Path(scratch) / "desktops")
         try:
             await ours.start()
             for number in range(len(ACTIONS) * (rounds + WARM_UP_ROUNDS)):
+                if number == len(ACTIONS) * WARM_UP_ROUNDS:
+                    before = _processor_s(me, theirs.pid), _processor_s(psutil.Process(theirs.pid))
                 step = {
                     "ours": await ours.step(number),
                     "theirs": theirs.step(number, with_pause=True),
@@ -301,16 +315,26 @@ async def compare(folder: Path, rounds: int, num_desktops: int) -> dict[str, obj
                 if number >= len(ACTIONS) * WARM_UP_ROUNDS:
                     for side, seconds in step.items():
                         times[side].append(seconds)
+            ours_s, theirs_s = (
+                after - start
+                for after, start in zip(
+                    (_processor_s(me, theirs.pid), _processor_s(psutil.Process(theirs.pid))), before, strict=True
+                )
+            )
             reset_s = await ours.reset_s(rounds)
             many = await ours.run_at_once(num_desktops)
         finally:
             await ours.desktop.close()
+    num_steps = len(ACTIONS) * rounds
     median = {side: statistics.median(seconds) for side, seconds in times.items()}
     return {
         "bench": "desktop",
         "ratio": round(median["theirs"] / median["ours"], 2),
         "ratio_without_pyautogui_pause": round(median["theirs_without_pause"] / median["ours"], 2),
         **{f"{side}_ms": round(1000 * seconds, 1) for side, seconds in median.items()},
+        "processor_ms": round(1000 * ours_s / num_steps, 1),
+        "theirs_processor_ms": round(1000 * theirs_s / (2 * num_steps), 1),
+        "processor_ratio": round(theirs_s / 2 / ours_s, 2),
         "of_which_quiet_ms": 1000 * QUIET_S,
         "reset_ms": round(1000 * reset_s),
         **many,

@@ -104,6 +104,8 @@ INVALID_FORMS: dict[str, Form] = {
 }
 """Responses that are valid for no operation of a desktop."""
 
+_SCREEN = ("X-Width: 320", "X-Height: 200")
+
 BODY_FORMS: dict[str, Form] = {
     "web page": reply(b"<!doctype html><title>Sign in</title>", "200 OK", "Content-Type: text/html"),
     "empty body": reply(b""),
@@ -119,6 +121,9 @@ BODY_FORMS: dict[str, Form] = {
     "many arrays": reply(b'{"x": [' + b"[]," * 2_000_000 + b"[]]}"),
     "wrong screen size": reply(bytes(4 * 9), "200 OK", "X-Width: 3", "X-Height: 3"),
     "huge screen size": reply(bytes(16), "200 OK", "X-Width: 1000000", "X-Height: 1000000"),
+    "rows of a frame that was not sent": reply(b"", "200 OK", *_SCREEN, "X-Rows: "),
+    "rows that are not numbers": reply(b"", "200 OK", *_SCREEN, "X-Rows: \xb2-3"),
+    "frame id that is not one": reply(bytes(4 * 320 * 200), "200 OK", *_SCREEN, "X-Frame: a b"),
     "screen size that is not a number": reply(bytes(16), "200 OK", "X-Width: \xb2", "X-Height: -1"),
 }
 """Complete responses whose body is invalid for the operations that use it."""

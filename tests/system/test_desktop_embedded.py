@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 from desktop_kit import DEADLINE_S, running_desktop
+from PIL import Image
 
 from deskrl.actor.actions import Action, ActionKind
 from deskrl.actor.agent.action_language import PolicyResponse
@@ -15,6 +16,7 @@ from deskrl.actor.agent.ui_tars import UiTars10
 from deskrl.actor.agent.ui_tars_parser import parse_response
 from deskrl.actor.desktops.debian_packages import missing_packages
 from deskrl.actor.desktops.embedded import EmbeddedDesktop
+from deskrl.actor.desktops.http_client import GuestResponse, send_request
 from deskrl.core.config import DesktopConfig, EmbeddedConfig
 
 pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"packages missing: {missing_packages()}")
@@ -40,6 +42,29 @@ def test_a_screenshot_shows_opened_windows(run_root: Path) -> None:
             await desktop.launch("xterm")
             await desktop.wait_for_window("xterm")
             assert (await desktop.settle()).tobytes() != empty.tobytes()
+
+    asyncio.run(scenario())
+
+
+def test_a_screenshot_that_is_sent_as_changed_rows_is_the_screen(run_root: Path) -> None:
+    async def get_screen(desktop: EmbeddedDesktop, known_frame: str = "") -> GuestResponse:
+        target = f"/deskrl/screenshot?known_frame={known_frame}"
+        return await send_request(desktop.address, "GET", target, max_bytes=4 * 1024 * 640, timeout_s=DEADLINE_S)
+
+    async def scenario() -> None:
+        async with running_desktop(CONFIG, run_root) as desktop:
+            await desktop.launch(["mousepad"])
+            await desktop.wait_for_window("mousepad")
+            for number in range(6):
+                await desktop.settle()
+                await desktop.act(Action(ActionKind.TYPE, text=f"line {number}\n"))
+                await desktop.act(Action(ActionKind.MOVE, x=100 * number, y=90 * number))
+                screenshot = await desktop.settle()
+                whole = await get_screen(desktop)
+                expected = Image.frombytes("RGB", (1024, 640), whole.body, "raw", "BGRX")
+                assert screenshot.tobytes() == expected.tobytes()
+            unchanged = await get_screen(desktop, whole.headers["x-frame"])
+            assert unchanged.body == b"" and unchanged.headers["x-rows"] == ""
 
     asyncio.run(scenario())
 

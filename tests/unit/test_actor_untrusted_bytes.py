@@ -599,7 +599,14 @@ def test_a_slow_evaluation_does_not_delay_that_of_another_desktop(
 def test_fuzzed_responses_raise_only_desktop_errors(protocol: Any, data: st.DataObject, guest: HostileGuest) -> None:
     body = data.draw(st.binary(max_size=40) | st.sampled_from([b"{}", b"[]", b'{"returncode": 0}', picture("PNG")]))
     headers = st.sampled_from(
-        [b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked", b"X-Width: 320", b"X-Height: 200", b"\xff"]
+        [
+            b"Content-Length: %d" % len(body),
+            b"Transfer-Encoding: chunked",
+            b"X-Width: 320",
+            b"X-Height: 200",
+            b"X-Rows: 0-1",
+            b"\xff",
+        ]
     )
     lines = [data.draw(st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.0 404", b"HTTP/1.1 500 \xff"]))]
     lines += data.draw(st.lists(headers | st.binary(max_size=20), max_size=4))

@@ -6,10 +6,11 @@ each operation limits the time and the size of its response, and checks its cont
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from PIL import Image
@@ -24,6 +25,7 @@ from deskrl.actor.desktops.http_client import (
     check_response,
     send_request,
 )
+from deskrl.actor.guest.frame_changes import parse_rows, replace_rows
 from deskrl.actor.guest.limits import COMMAND_REPLY_BYTES
 from deskrl.actor.image_decoding import ImageError, decode_off_loop
 from deskrl.core.config import DesktopConfig
@@ -33,8 +35,20 @@ OPEN_TIMEOUT_S = 20.0
 MARGIN_S = 5.0
 """Time in seconds that the host waits beyond a timeout which the guest itself observes."""
 _WINDOWS_BYTES = _BROWSER_BYTES = 1024**2
+_FRAME_ID = re.compile(r"[0-9a-z-]{0,64}")
 _STOP_TIMEOUT_S = 30.0
 """Time in seconds for the guest to kill processes, which a fork bomb can delay."""
+
+
+class _Frame(NamedTuple):
+    """Frame that was received last."""
+
+    id: str
+    """Its id in the guest; empty if the guest cannot send the rows that change."""
+    pixels: bytearray
+
+
+_NO_FRAME = _Frame("", bytearray())
 
 
 class GuestDesktop(Desktop):
@@ -46,6 +60,7 @@ class GuestDesktop(Desktop):
 
     def __init__(self, config: DesktopConfig) -> None:
         self._config = config
+        self._frame = _NO_FRAME
 
     @property
     @abstractmethod
@@ -66,12 +81,13 @@ class GuestDesktop(Desktop):
 
     async def screenshot(self) -> Image.Image:
         """Return the current screen."""
-        return await self._screen("GET", "screenshot")
+        return await self._screen(lambda known: self._call_screen("GET", f"screenshot?known_frame={known}"))
 
     async def settle(self, min_quiet_s: float = 0.0) -> Image.Image:
         """Wait until the screen has stopped changing and return a screenshot."""
         quiet_s = max(self._config.settle_quiet_s, min_quiet_s)
-        return await self._screen("POST", "settle", {"quiet_s": quiet_s, "limit_s": self._config.settle_timeout_s})
+        limits = {"quiet_s": quiet_s, "limit_s": self._config.settle_timeout_s}
+        return await self._screen(lambda known: self._call_screen("POST", "settle", limits | {"known_frame": known}))
 
     async def act(self, action: Action) -> None:
         """Execute one action."""
@@ -178,22 +194,25 @@ class GuestDesktop(Desktop):
         timeout_s = self._config.setup_timeout_s
         check_response(await self._request("POST", f"/setup/{operation}", arguments, STATUS_BYTES, timeout_s))
 
-    async def _screen(self, method: str, operation: str, arguments: dict[str, Any] | None = None) -> Image.Image:
-        """Return the image of an operation that responds with the raw pixels of the whole screen."""
+    async def _screen(self, request: Callable[[str], Awaitable[GuestResponse]]) -> Image.Image:
+        """Return the image of a request, which responds with the raw pixels of the screen, or of its changed rows.
+
+        Args:
+            request: function of the id of the frame that was received last.
+        """
         size = (self._config.width, self._config.height)
-        num_bytes = 4 * size[0] * size[1]
-        timeout_s = self._config.settle_timeout_s + self._config.step_timeout_s + MARGIN_S
-        response = await self._call(method, operation, arguments or b"", num_bytes, timeout_s)
-        reported = (response.headers.get("x-width", "?"), response.headers.get("x-height", "?"))
-        if reported != (str(size[0]), str(size[1])) or len(response.body) != num_bytes:
-            raise DesktopError(
-                f"the guest's screenshot has {reported[0]:.20} x {reported[1]:.20} pixels in {len(response.body)} "
-                f"bytes, not {size[0]} x {size[1]} in {num_bytes}"
-            )
+        before, self._frame = self._frame, _NO_FRAME  # a failed or concurrent request must not leave half a frame
+        frame = _received_frame(await request(before.id), before, size)
         try:
-            return await decode_off_loop(partial(Image.frombytes, "RGB", size, response.body, "raw", "BGRX"))
+            image = await decode_off_loop(partial(Image.frombytes, "RGB", size, frame.pixels, "raw", "BGRX"))
         except ImageError as error:
             raise DesktopError(f"the guest's screenshot: {error}") from error
+        self._frame = frame
+        return image
+
+    async def _call_screen(self, method: str, operation: str, body: bytes | dict[str, Any] = b"") -> GuestResponse:
+        timeout_s = self._config.settle_timeout_s + self._config.step_timeout_s + MARGIN_S
+        return await self._call(method, operation, body, 4 * self._config.width * self._config.height, timeout_s)
 
     async def _operate(
         self, method: str, operation: str, body: bytes | dict[str, Any] = b"", *, timeout_s: float
@@ -210,6 +229,30 @@ class GuestDesktop(Desktop):
         self, method: str, target: str, body: bytes | dict[str, Any], max_bytes: int, timeout_s: float
     ) -> GuestResponse:
         return await send_request(self.address, method, target, body, max_bytes=max_bytes, timeout_s=timeout_s)
+
+
+def _received_frame(response: GuestResponse, before: _Frame, size: tuple[int, int]) -> _Frame:
+    """Return the frame of a response, which has all its rows or those that differ from `before`."""
+    num_bytes = 4 * size[0] * size[1]
+    reported = (response.headers.get("x-width", "?"), response.headers.get("x-height", "?"))
+    rows = response.headers.get("x-rows")
+    if reported != (str(size[0]), str(size[1])) or (rows is None and len(response.body) != num_bytes):
+        raise DesktopError(
+            f"the guest's screenshot has {reported[0]:.20} x {reported[1]:.20} pixels in {len(response.body)} "
+            f"bytes, not {size[0]} x {size[1]} in {num_bytes}"
+        )
+    frame_id = response.headers.get("x-frame", "")
+    if not _FRAME_ID.fullmatch(frame_id):
+        raise DesktopError(f"the guest's screenshot has the frame id {frame_id[:40]!r}")
+    if rows is None:
+        return _Frame(frame_id, bytearray(response.body))
+    if not before.id:
+        raise DesktopError("the guest's screenshot has changed rows of a frame that it has not sent")
+    try:
+        replace_rows(before.pixels, parse_rows(rows), response.body, 4 * size[0])
+    except ValueError as error:
+        raise DesktopError(f"the guest's screenshot: {error}") from error
+    return _Frame(frame_id, before.pixels)
 
 
 def _as_json(command: str | Sequence[str]) -> str | list[str]:

@@ -27,8 +27,8 @@ class Framebuffer:
 
     def __init__(self, path: Path) -> None:
         with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        header = _HEADER.unpack_from(self._map)
+            content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        header = _HEADER.unpack_from(content)
         header_bytes, num_colours = header[0], header[19]
         self.width, self.height = header[4], header[5]
         bits_per_pixel, bytes_per_line = header[11], header[12]
@@ -36,12 +36,12 @@ class Framebuffer:
             raise RuntimeError(
                 f"unsupported framebuffer: {bits_per_pixel} bits per pixel, {bytes_per_line} bytes per line"
             )
-        self._start = header_bytes + num_colours * _COLOUR_BYTES
-        self._end = self._start + bytes_per_line * self.height
+        start = header_bytes + num_colours * _COLOUR_BYTES
+        self._pixels = content[start : start + bytes_per_line * self.height]
 
     def grab(self) -> bytes:
         """Return the current pixels as BGRX, row by row from the top."""
-        return self._map[self._start : self._end]
+        return self._pixels.tobytes()
 
     def settle(self, quiet_s: float, limit_s: float) -> bytes:
         """Wait until the screen has settled and return its pixels.
@@ -50,7 +50,7 @@ class Framebuffer:
             quiet_s: time in seconds during which no pixel changes and no process is active.
             limit_s: maximum time to wait in seconds.
         """
-        poll_s = max(_MIN_POLL_S, quiet_s / 8)
+        poll_s = max(_MIN_POLL_S, quiet_s / 4)
         started = quiet_since = time.monotonic()
         last: bytes | None = self.grab()
         while True:
@@ -62,5 +62,5 @@ class Framebuffer:
             time.sleep(min(poll_s, limit_s - (now - started)))
             if is_any_process_active():
                 last = None  # pixels are copied and compared only when nothing draws: that costs more than this check
-            elif (current := self.grab()) != last:
-                last, quiet_since = current, time.monotonic()
+            elif last is None or not last.startswith(self._pixels):  # which compares without a copy
+                last, quiet_since = self.grab(), time.monotonic()

@@ -1,6 +1,8 @@
 """Native routes of the guest server: deskrl's own protocol, in which every desktop operation is one request.
 
-Screenshots are raw pixels (BGRX, row by row); the headers X-Width and X-Height give the size.
+Screenshots are raw pixels (BGRX, row by row); the headers X-Width and X-Height give the size, and X-Frame the id of the
+frame. A client that sends the id of the frame that it has gets the changed rows only, if that frame is the last one
+that was sent: then X-Rows gives their ranges.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from deskrl.actor.guest.command_runner import CommandRunner, NoDefaultApplication
 from deskrl.actor.guest.controlled_browser import BrowserError, ControlledBrowser
 from deskrl.actor.guest.desktop_facade import BACKGROUND_COLOUR, DesktopFacade
+from deskrl.actor.guest.frame_changes import FrameSender, format_rows
 from deskrl.actor.guest.guest_http import Handler, Request, Response, Routes, json_response
 
 
@@ -49,20 +52,29 @@ def _episode_routes(desktop: DesktopFacade) -> Routes:
 def _screen_routes(desktop: DesktopFacade) -> Routes:
     """Return the routes of screen and input."""
 
-    def pixels(data: bytes) -> Response:
-        size = {"X-Width": str(desktop.framebuffer.width), "X-Height": str(desktop.framebuffer.height)}
-        return Response(data, headers=size)
+    screen = desktop.framebuffer
+    sender = FrameSender(4 * screen.width)
+
+    def reply(pixels: bytes, known_frame_id: str) -> Response:
+        frame = sender.reply(pixels, known_frame_id)
+        headers = {"X-Width": str(screen.width), "X-Height": str(screen.height), "X-Frame": frame.frame_id}
+        if frame.rows is not None:
+            headers["X-Rows"] = format_rows(frame.rows)
+        return Response(frame.data, headers=headers)
+
+    def screenshot(request: Request) -> Response:
+        return reply(screen.grab(), request.query.get("known_frame", ""))
 
     def settle(request: Request) -> Response:
         data = request.json()
-        return pixels(desktop.framebuffer.settle(float(data["quiet_s"]), float(data["limit_s"])))
+        return reply(screen.settle(float(data["quiet_s"]), float(data["limit_s"])), str(data.get("known_frame", "")))
 
     def act(request: Request) -> Response:
         desktop.input_device.act(request.json())
         return json_response({})
 
     return {
-        ("GET", "/deskrl/screenshot"): lambda _: pixels(desktop.framebuffer.grab()),
+        ("GET", "/deskrl/screenshot"): screenshot,
         ("POST", "/deskrl/settle"): settle,
         ("POST", "/deskrl/act"): act,
     }
