@@ -143,4 +143,7 @@ echo "installing deskrl and its engines"
 if [ $engine = inference-cpu ]; then
     .venv/bin/python deploy/cpu/install_shim.py
 fi
+# Each start of a role and of a guest server would compile the modules anew where PYTHONDONTWRITEBYTECODE is set, as in
+# many container images.
+.venv/bin/python -m compileall -q proto core models actor inference replay learner launch env analysis cli testing
 echo "$state $extras" >"$stamp"

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +23,14 @@ Registered = TypeVar("Registered")
 
 _MAX_REASON_CHARACTERS = 300
 _IMPORT_HINT = "install its package, or put its folder on PYTHONPATH; the form is package.module:object"
+
+
+@cache
+def _installed_entry_points(search_path: tuple[str, ...]) -> Any:  # its type depends on the version of Python
+    """Return the entry points on a search path, read once: the metadata of all installed packages is searched."""
+    from importlib.metadata import entry_points  # slow to import
+
+    return entry_points()
 
 
 @dataclass(frozen=True)
@@ -132,11 +140,9 @@ class Registry(Generic[T]):
 
     @cached_property
     def _entry_points(self) -> dict[str, list[str]]:
-        """Import paths by name, read once: the metadata of all installed packages is searched."""
-        from importlib.metadata import entry_points  # slow to import
-
+        """Import paths by name."""
         found: dict[str, list[str]] = {}
-        for entry in entry_points(group=self.group):
+        for entry in _installed_entry_points(tuple(sys.path)).select(group=self.group):
             values = found.setdefault(entry.name, [])
             if entry.value not in values:  # an editable installation lists its entry points twice
                 values.append(entry.value)
