@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_kit import SHOTS, Episode, load, make_rows, run_in_ranks, take_step
-from learner_kit import SIZE, ToyPolicy, build_model, demonstrate, run_episode
+from learner_kit import SIZE, ToyPolicy, build_model, demonstrate, run_conversation, run_episode
 from torch import Tensor
 
-from deskrl.core.config import GrpoConfig, LearnerConfig
+from deskrl.core.config import AgentConfig, GrpoConfig, LearnerConfig
 from deskrl.core.ids import image_hash
 from deskrl.core.prompt_rendering import read_image_sizing
 from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
@@ -116,6 +116,25 @@ def test_the_learner_reproduces_the_logprobs_of_sampled_tokens(folder: Path, epi
         logprobs_N, entropy_N = policy(micro, 1.0)
     torch.testing.assert_close(logprobs_N, micro.behaviour_logprobs_N, rtol=0, atol=1e-5)
     assert bool((entropy_N > 0).all())
+
+
+@pytest.mark.parametrize(("context", "num_rows"), [("window", 6), ("segment", 3), ("episode", 1)])
+def test_the_learner_reproduces_the_logprobs_of_every_context_from_the_images_of_the_rollout(
+    folder: Path, toy: ToyPolicy, context: str, num_rows: int
+) -> None:
+    agent = {"context": context, "window_images": 3, "segment_images": (2, 4), "prompt": "brief"}
+    episode = run_conversation(toy, AgentConfig.model_validate(agent), num_steps=8)
+    rows = make_rows([episode])
+    assert len(rows) == num_rows
+    steps = {step.index: step for step in episode[0]}
+    for row in rows:
+        last = steps[row.first_step + len(row.turn_lengths) - 1]
+        assert row.images == last.images and row.token_ids == (*last.prompt_ids, *last.action_ids)
+    policy, collator = load(folder)
+    micro = collator.collate(rows)
+    with torch.no_grad():
+        logprobs_N = policy(micro, 1.0).logprobs_N
+    torch.testing.assert_close(logprobs_N, micro.behaviour_logprobs_N, rtol=0, atol=1e-5)
 
 
 def test_suppressed_tokens_have_zero_probability_and_temperature_divides_the_logits(

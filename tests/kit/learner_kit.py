@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from deskrl.actor.agent.conversation import Agent
 from deskrl.core import ids
+from deskrl.core.config import AgentConfig
 from deskrl.core.prompt_rendering import (
     end_of_turn_id,
     expand_images,
@@ -196,6 +198,39 @@ def run_episode(
         if "finished" in text:
             break
     return steps, shots, float(solved and len(steps) == 2)
+
+
+def run_conversation(policy: ToyPolicy, config: AgentConfig, num_steps: int) -> tuple[list[Step], list[bytes], float]:
+    """Sample one episode in a conversation of the actor, with a new screenshot in each step.
+
+    Returns:
+        Steps, screenshots and reward.
+    """
+    generator = torch.Generator().manual_seed(0)
+    conversation = Agent(config).start_conversation("press the red button")
+    steps: list[Step] = []
+    shots: dict[str, bytes] = {}
+    for index in range(num_steps):
+        image = conversation.observe(Image.new("RGB", SIZE, (20 * index, 255 - 20 * index, 90)))
+        shots[image.hash] = image.data
+        prompt = conversation.prompt()
+        ids_of_prompt, action, logprobs = policy.act(
+            prompt.messages, [shots[name] for name in prompt.images], generator
+        )
+        steps.append(
+            Step(
+                index=index,
+                screenshot=image.hash,
+                images=prompt.images,
+                text="",
+                prompt_ids=tuple(ids_of_prompt),
+                action_ids=tuple(action),
+                logprobs=tuple(logprobs),
+                processor_hash=policy.processor_hash,
+            )
+        )
+        conversation.respond(action)
+    return steps, list(shots.values()), 0.0
 
 
 def demonstrate(task_id: str) -> tuple[list[Step], list[bytes], float]:

@@ -143,6 +143,19 @@ def test_an_openenv_server_that_does_not_answer_is_rejected_before_the_run(
         ("[model]\npath = 'm'\nbuild = 'tiny'\n", "set exactly one of model.path and model.build"),
         ("[agent]\nimage_width = 56\n", "agent.image_width and agent.image_height must be set together"),
         ("[inference]\nmax_images = 2\n", "agent.window_images = 5 allows more screenshots"),
+        (
+            '[agent]\ncontext = "segment"\nsegment_images = [5, 3]\n',
+            "agent: segment_images = [5, 3]: the first bound must be less than the second",
+        ),
+        (
+            '[agent]\ncontext = "segment"\nsegment_images = [4, 4]\n',
+            "for a constant number of screenshots set context = window",
+        ),
+        ('[agent]\ncontext = "segment"\nsegment_images = [3]\n', "agent.segment_images"),
+        (
+            '[agent]\ncontext = "segment"\n[inference]\nmax_images = 4\n',
+            "agent.segment_images = [3, 5] allows more screenshots in one prompt (agent.context = segment) than",
+        ),
         ("[inference]\nmax_model_len = 100\n", "inference.max_action_tokens = 512 leaves no room for a prompt"),
         (
             "[inference]\nmetrics_port = 9100\n[replay]\nmetrics_port = 9100\n",
@@ -181,6 +194,10 @@ def test_an_invalid_configuration_is_rejected_with_its_keys(
         (
             ("up", SMOKE, "--inference.max_model_len=260"),
             "6 screenshots of 45 tokens have 270 tokens, more than",
+        ),
+        (
+            ("up", SMOKE, "--agent.context=segment", "--inference.max_model_len=220"),
+            "5 screenshots of 45 tokens have 225 tokens, more than inference.max_model_len = 220 (hint: ",
         ),
         (("explain", SMOKE, "--inference.max_model_len=260"), "6 screenshots of 45 tokens have 270 tokens"),
         (

@@ -117,6 +117,48 @@ def test_the_context_window_keeps_all_responses_and_the_last_screenshots() -> No
     assert kinds(prompt.messages) == ["text", "text", *["token_ids"] * 3, "image_hash", "token_ids", "image_hash"]
 
 
+@pytest.mark.parametrize(
+    ("bounds", "shown"),
+    [
+        ((3, 5), ["0", "01", "012", "0123", "01234", "345", "3456", "34567", "678", "6789"]),
+        ((1, 2), ["0", "01", "2", "23", "4", "45", "6", "67", "8", "89"]),
+        ((1, 4), ["0", "01", "012", "0123", "4", "45", "456", "4567", "8", "89"]),
+        ((2, 3), ["0", "01", "012", "23", "234", "45", "456", "67", "678", "89"]),
+        ((9, 12), ["0", "01", "012", "0123", "01234", "012345", "0123456", "01234567", "012345678", "0123456789"]),
+    ],
+)
+def test_the_context_segment_grows_to_one_bound_and_falls_back_to_the_other(
+    bounds: tuple[int, int], shown: list[str]
+) -> None:
+    conversation = Agent(AgentConfig(context="segment", segment_images=bounds)).start_conversation("Press it.")
+    names: dict[str, str] = {}
+    before: list[inference_pb2.ChatMessage] = []
+    for index, expected in enumerate(shown):
+        names[conversation.observe(screen(index)).hash] = str(index)
+        prompt = conversation.prompt()
+        assert "".join(names[image] for image in prompt.images) == expected
+        in_messages = [content.image_hash for message in prompt.messages for content in message.contents]
+        assert tuple(filter(None, in_messages)) == prompt.images
+        assert kinds(prompt.messages).count("token_ids") == index, "all responses are kept"
+        is_extended = index > 0 and expected.startswith(shown[index - 1])
+        assert (prompt.messages[: len(before)] == before) == (is_extended or index == 0)
+        before = prompt.messages
+        conversation.respond([index])
+
+
+def test_a_screenshot_that_replaces_another_does_not_drop_any() -> None:
+    conversation, hashes = converse(AgentConfig(context="segment", segment_images=(2, 3)), 2)
+    assert list(conversation.prompt().images) == hashes
+    newer = conversation.observe(screen(99)).hash
+    assert list(conversation.prompt().images) == [*hashes[:2], newer]
+
+
+@pytest.mark.parametrize("bounds", [(5, 3), (4, 4)])
+def test_segment_bounds_that_cross_or_are_equal_are_rejected(bounds: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="the first bound must be less than the second"):
+        AgentConfig(segment_images=bounds)
+
+
 def test_a_scripted_response_is_kept_as_text() -> None:
     conversation = Agent(AgentConfig()).start_conversation("Press it.")
     conversation.observe(screen(0))

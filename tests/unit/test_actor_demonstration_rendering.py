@@ -109,6 +109,17 @@ def test_a_step_has_the_conversation_up_to_the_demonstrated_response(source: Pat
     assert data(config).read_images([*shots, "0" * 64]) == {name: picture(n) for n, name in enumerate(shots)}
 
 
+def test_a_step_has_the_screenshots_of_the_context(source: Path, config: RunConfig) -> None:
+    agent = config.agent.model_copy(update={"context": "segment", "segment_images": (1, 2)})
+    config = config.model_copy(update={"agent": agent})
+    write(source, "fold", [CLICK, CLICK, FINISHED])
+    render_demonstrations(config, source)
+    shots = [image_hash(picture(number)) for number in range(3)]
+    steps = data(config).read(0).steps
+    assert [step.images for step in steps] == [(shots[0],), (shots[0], shots[1]), (shots[2],)]
+    assert [text for text in texts(steps[2].messages) if text in shots] == [shots[2]]
+
+
 def test_screenshots_are_scaled_as_for_the_policy(source: Path, config: RunConfig) -> None:
     agent = config.agent.model_copy(update={"image_width": 100, "image_height": 50})
     config = config.model_copy(update={"agent": agent})

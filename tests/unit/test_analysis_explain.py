@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from deskrl.actor.agent.conversation import Agent
 from deskrl.analysis.explain.arpo_diff import diff_from_arpo
 from deskrl.analysis.explain.cost import estimate_run_cost
 from deskrl.analysis.explain.explanation import Explanation, build_explanation
@@ -20,15 +22,16 @@ from deskrl.analysis.explain.update_time import (
     update_flops,
     zero3_traffic_bytes,
 )
-from deskrl.core.config import LearnerConfig, RunConfig, load_config
+from deskrl.core.config import AgentConfig, LearnerConfig, RunConfig, load_config
 from deskrl.core.errors import UserError
 from deskrl.core.run_dir import RunDir
 from deskrl.launch.gpu_assignment import num_gpus
 from deskrl.launch.preflight import check_disk_space
 from deskrl.launch.sizing.batch_sizes import (
+    RowContent,
     TrajectorySize,
     batch_sizes,
-    row_image_counts,
+    row_contents,
     trajectory_mix,
     trajectory_size,
 )
@@ -141,30 +144,51 @@ def test_batch_sizes_of_arpos_full_run() -> None:
     assert batches.num_evaluation_episodes == 256, "each task is evaluated at least twice"
 
 
-def test_an_episode_context_makes_one_row_and_a_window_makes_one_row_per_dropped_screenshot() -> None:
+def test_a_row_ends_when_the_context_drops_a_screenshot() -> None:
     """Prompt of 10 tokens, screenshots of 1, answers of 3 plus 12 of the chat format: 4 steps take 10 + 4 + 60."""
-    assert row_image_counts(4, 4) == [4] and row_image_counts(4, 2) == [2, 2, 2]
     full = longest_trajectory(config_of(tasks={"max_steps": 4}, agent={"context": "episode"}))
     assert (full.rows_per_trajectory, full.tokens_per_row, full.images_per_row) == (1, 74, 4)
     # Rows of two screenshots after 2, 3 and 4 answers: 10 + 2 + 30, + 45, + 60.
     window = longest_trajectory(config_of(tasks={"max_steps": 4}, agent={"context": "window", "window_images": 2}))
     assert (window.rows_per_trajectory, window.tokens_per_row, window.images_per_trajectory) == (3, 72, 6)
     assert window.tokens_per_trajectory == 42 + 57 + 72
+    # Rows of three screenshots after 3 and 5 answers, and one of two after 6: 10 + 3 + 45, 10 + 3 + 75, 10 + 2 + 90.
+    bounds = {"context": "segment", "segment_images": [2, 3]}
+    segment = longest_trajectory(config_of(tasks={"max_steps": 6}, agent=bounds))
+    assert (segment.rows_per_trajectory, segment.tokens_per_row, segment.images_per_row) == (3, 102, 3)
+    assert (segment.images_per_trajectory, segment.tokens_per_trajectory) == (8, 58 + 88 + 102)
 
 
-def test_row_image_counts_agree_with_the_rows_that_the_learner_packs() -> None:
-    """The steps have the prompts of a conversation with a window of two screenshots."""
+@pytest.mark.parametrize(
+    ("agent", "num_rows"),
+    [
+        ({"context": "window", "window_images": 2}, 8),
+        ({"context": "segment", "segment_images": (2, 3)}, 4),
+        ({"context": "segment", "segment_images": (1, 4)}, 3),
+        ({"context": "episode"}, 1),
+    ],
+)
+def test_the_predicted_rows_are_those_that_the_learner_packs(agent: dict[str, Any], num_rows: int) -> None:
     from deskrl.core.step_codec import Step
     from deskrl.learner.batches.packing import pack
 
+    image_token = 100
+    config = AgentConfig(**agent)
+    conversation = Agent(config).start_conversation("Press it.")
     steps = []
-    for index in range(4):
-        first = max(0, index - 1)
-        ids = [token for turn in range(index + 1) for token in ([100 + turn] if turn >= first else []) + [turn] * 2]
-        shown = tuple(str(turn) for turn in range(first, index + 1))
-        steps.append(Step(index, str(index), shown, "", (1, *ids[:-2]), (index, index), (0.0, 0.0)))
-    packed = pack(0, steps, [[0, 0]] * 4)
-    assert [len(row.images) for row in packed] == row_image_counts(4, 2)
+    for index in range(9):
+        conversation.observe(Image.new("RGB", (28, 28), (index, 0, 0)))
+        prompt = conversation.prompt()
+        contents = [content for message in prompt.messages for content in message.contents]
+        ids = tuple(
+            token for content in contents if not content.text for token in content.token_ids.ids or (image_token,)
+        )
+        steps.append(Step(index, prompt.images[-1], prompt.images, "", ids, (index, index), (0.0, 0.0)))
+        conversation.respond([index, index])
+    packed = pack(0, steps, [[0, 0]] * 9)
+    contents = [RowContent(len(row.images), (len(row.token_ids) - len(row.images)) // 2) for row in packed]
+    assert contents == row_contents(config, 9)
+    assert len(packed) == num_rows
 
 
 @pytest.mark.parametrize(

@@ -242,15 +242,15 @@ def _contradictions(config: RunConfig) -> Iterator[str]:
             yield f"{endpoint.key} counts up to port {endpoint.port}, above the maximum of 65535"
     if (config.agent.image_width is None) != (config.agent.image_height is None):
         yield "agent.image_width and agent.image_height must be set together"
-    keeps_all = config.agent.context == "episode"
-    shown, key = (
-        (config.tasks.max_steps, "tasks.max_steps")
-        if keeps_all
-        else (config.agent.window_images, "agent.window_images")
-    )
-    if shown > config.inference.max_images:
+    agent = config.agent
+    if (agent.max_context_images or config.tasks.max_steps) > config.inference.max_images:
+        limit = {
+            "window": f"agent.window_images = {agent.window_images}",
+            "segment": f"agent.segment_images = {list(agent.segment_images)}",
+            "episode": f"tasks.max_steps = {config.tasks.max_steps}",
+        }[agent.context]
         yield (
-            f"{key} = {shown} allows more screenshots in one prompt (agent.context = {config.agent.context}) "
+            f"{limit} allows more screenshots in one prompt (agent.context = {agent.context}) "
             f"than inference.max_images = {config.inference.max_images}"
         )
     if config.inference.max_action_tokens >= config.inference.max_model_len:

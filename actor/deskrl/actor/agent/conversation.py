@@ -114,9 +114,8 @@ class _LanguageConversation(Conversation):
         return image
 
     def prompt(self) -> ChatPrompt:
-        """Return all responses, each after its screenshot; the context `window` keeps only the last screenshots."""
-        num_images = len(self._images)
-        first = max(0, num_images - self._config.window_images) if self._config.context == "window" else 0
+        """Return all responses, each after its screenshot if `agent.context` keeps it."""
+        first = self._config.num_dropped_images(len(self._images))
         messages = list(self._initial)
         for index, name in enumerate(self._images):
             if index >= first:

@@ -159,6 +159,9 @@ def _staleness(config: RunConfig) -> str:
 def _context(config: RunConfig) -> str:
     if config.agent.context == "episode":
         return f"all screenshots, up to {config.tasks.max_steps}"
+    if config.agent.context == "segment":
+        fewest, most = config.agent.segment_images
+        return f"the last {fewest} to {most} screenshots"
     return f"the last {config.agent.window_images} screenshots"
 
 

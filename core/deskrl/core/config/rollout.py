@@ -92,10 +92,15 @@ class AgentConfig(Section):
     prompt_file: Path | None = None
     """Text file with a prompt template that replaces that of the action language; {instruction} and {language} are
     replaced. Models perform best with the exact prompt they were trained on."""
-    context: Literal["window", "episode"] = "window"
-    """Screenshots in the context. `window`: the last `window_images`; `episode`: all of the episode."""
+    context: Literal["window", "segment", "episode"] = "window"
+    """Screenshots in the context. `window`: the last `window_images`; `segment`: the last ones, within the bounds
+    `segment_images`; `episode`: all of the episode."""
     window_images: PositiveInt = 5
     """Number of screenshots kept if `context` is `window`."""
+    segment_images: tuple[PositiveInt, PositiveInt] = (3, 5)
+    """Fewest and most screenshots kept if `context` is `segment`. When there is one more than the second number, the
+    oldest are dropped together, so that the first number remains. Until the next drop each prompt extends the previous
+    one: replicas compute only what is new, and the steps share a row of the learner."""
     image_width: Pixels | None = None
     """Width in pixels to which screenshots are resized for the policy; unset: not resized."""
     image_height: Pixels | None = None
@@ -111,6 +116,31 @@ class AgentConfig(Section):
         if self.prompt == "brief" and self.prompt_file is not None:
             raise ValueError("prompt = brief and prompt_file exclude each other; set only one")
         return self
+
+    @model_validator(mode="after")
+    def _check_segment_bounds(self) -> AgentConfig:
+        fewest, most = self.segment_images
+        if fewest >= most:
+            raise ValueError(
+                f"segment_images = [{fewest}, {most}]: the first bound must be less than the second; for a constant "
+                "number of screenshots set context = window"
+            )
+        return self
+
+    def num_dropped_images(self, num_images: int) -> int:
+        """Return how many of the episode's oldest screenshots its context lacks after `num_images` screenshots."""
+        if self.context == "episode":
+            return 0
+        fewest, most = self.segment_images if self.context == "segment" else (self.window_images,) * 2
+        num_dropped_together = most - fewest + 1
+        num_drops = -(-max(0, num_images - most) // num_dropped_together)
+        return num_drops * num_dropped_together
+
+    @property
+    def max_context_images(self) -> int | None:
+        """Maximum number of screenshots in the context, or None if all screenshots of the episode are kept."""
+        limits = {"window": self.window_images, "segment": self.segment_images[1], "episode": None}
+        return limits[self.context]
 
 
 class ActorConfig(Section):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deskrl.core.config import RunConfig
+from deskrl.core.config import AgentConfig, RunConfig
 from deskrl.core.errors import UserError
 
 _STEP_TOKENS = 12
@@ -55,6 +55,15 @@ class TrajectorySize:
     """Screenshots in all rows; one that is part of two rows counts twice."""
 
 
+@dataclass(frozen=True)
+class RowContent:
+    """Number of screenshots and of answers in a row of the learner."""
+
+    num_images: int
+    num_answers: int
+    """All answers up to the last step of the row, because each prompt has all earlier answers."""
+
+
 def batch_sizes(config: RunConfig, num_tasks: int | None) -> BatchSizes:
     """Return the batch sizes of a run; `num_tasks` is None if the task list is missing."""
     grpo, rollouts = config.learner.grpo, config.tasks.num_rollouts
@@ -101,14 +110,11 @@ def trajectory_size(
         steps: number of steps; None for `tasks.max_steps`.
     """
     steps = config.tasks.max_steps if steps is None else steps
-    window = config.agent.window_images if config.agent.context == "window" else steps
-    image_counts = row_image_counts(steps, window)
-    lengths = []
-    num_answers = 0
-    for index, num_images in enumerate(image_counts):
-        # The first row ends with the last step whose prompt has all screenshots; each later row is one step longer.
-        num_answers = min(steps, window) if index == 0 else num_answers + 1
-        lengths.append(prompt_tokens + num_images * tokens_per_image + num_answers * (action_tokens + _STEP_TOKENS))
+    rows = row_contents(config.agent, steps)
+    lengths = [
+        prompt_tokens + row.num_images * tokens_per_image + row.num_answers * (action_tokens + _STEP_TOKENS)
+        for row in rows
+    ]
     return TrajectorySize(
         image_size=image_size,
         tokens_per_image=tokens_per_image,
@@ -116,11 +122,11 @@ def trajectory_size(
         prompt_tokens=prompt_tokens,
         action_tokens=action_tokens,
         steps=steps,
-        rows_per_trajectory=len(image_counts),
-        images_per_row=max(image_counts),
+        rows_per_trajectory=len(rows),
+        images_per_row=max(row.num_images for row in rows),
         tokens_per_row=max(lengths),
         tokens_per_trajectory=sum(lengths),
-        images_per_trajectory=sum(image_counts),
+        images_per_trajectory=sum(row.num_images for row in rows),
     )
 
 
@@ -136,9 +142,13 @@ def trajectory_mix(size_of: Callable[[int], TrajectorySize], mean_steps: float) 
     return [(1 - longer_share, size_of(shorter)), *([(longer_share, size_of(shorter + 1))] if longer_share else [])]
 
 
-def row_image_counts(steps: int, window: int) -> Sequence[int]:
-    """Return the number of screenshots in each row: steps share a row until their context window drops a screenshot."""
-    return [min(steps, window), *[window] * max(0, steps - window)]
+def row_contents(agent: AgentConfig, steps: int) -> Sequence[RowContent]:
+    """Return the rows of a trajectory: steps share a row until their context drops a screenshot."""
+    by_first_image: dict[int, RowContent] = {}
+    for num_images in range(1, steps + 1):
+        first = agent.num_dropped_images(num_images)
+        by_first_image[first] = RowContent(num_images - first, num_images)
+    return list(by_first_image.values())
 
 
 def check_limits(config: RunConfig, tokens_per_image: int) -> None:
@@ -148,15 +158,13 @@ def check_limits(config: RunConfig, tokens_per_image: int) -> None:
         UserError: one of them is not the case.
     """
     limit, episodes = config.inference.max_model_len, config.learner.grpo.groups_per_batch * config.tasks.num_rollouts
-    num_images = config.tasks.max_steps
-    if config.agent.context == "window":
-        num_images = min(num_images, config.agent.window_images)
+    num_images = min(config.tasks.max_steps, config.agent.max_context_images or config.tasks.max_steps)
     if num_images * tokens_per_image > limit:
         raise UserError(
             f"{num_images} screenshots of {tokens_per_image} tokens have {num_images * tokens_per_image} tokens, "
             f"more than inference.max_model_len = {limit}",
-            "raise it, or use fewer screenshots (agent.context, agent.window_images, tasks.max_steps) or smaller ones "
-            "(agent.image_width, agent.image_height)",
+            "raise it, or use fewer screenshots (agent.context, agent.window_images, agent.segment_images, "
+            "tasks.max_steps) or smaller ones (agent.image_width, agent.image_height)",
         )
     if (num_minibatches := config.learner.grpo.num_minibatches) > episodes:
         raise UserError(
