@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import json
 import stat
 import urllib.request
@@ -35,15 +36,17 @@ from inference_kit import (
     update_events,
     user,
 )
+from PIL import Image
 from ports_kit import free_port
 from processor_kit import int4_problem
 from safetensors.torch import load_file, save_file
 
 from deskrl.actor.agent import external_server
+from deskrl.actor.agent.conversation import Agent, ChatPrompt
 from deskrl.actor.agent.external_policy import ExternalClient, chat_messages
 from deskrl.actor.agent.inference_client import InferenceError
 from deskrl.core import rpc
-from deskrl.core.config import InferenceConfig
+from deskrl.core.config import AgentConfig, InferenceConfig
 from deskrl.core.errors import UserError
 from deskrl.core.weights.gpu_transfer import host_id
 from deskrl.inference.main import temporary_dir
@@ -134,6 +137,36 @@ def test_the_prompt_of_a_step_extends_prompt_and_action_of_the_previous_step(run
         assert list(second.prompt_ids[: len(so_far)]) == so_far
 
     run(scenario)
+
+
+@pytest.mark.parametrize("context", ["window", "segment", "episode"])
+def test_every_step_of_an_episode_has_the_token_ids_and_logprobs_of_its_context(
+    run: Any, reference: Reference, context: str
+) -> None:
+    """The prefix cache holds earlier steps, of which some prompts are no extension."""
+    agent = {"context": context, "window_images": 2, "segment_images": (1, 3), "prompt": "brief"}
+    conversation = Agent(AgentConfig.model_validate(agent)).start_conversation("Open it.")
+    images = {}
+
+    async def scenario(client: Client) -> list[tuple[ChatPrompt, pb.SampledAction]]:
+        await send(client.weights, update_events(reference.original, step=1))
+        steps = []
+        for index in range(4):
+            image = conversation.observe(Image.open(io.BytesIO(screenshot(60 + index).data)))
+            images[image.hash] = image
+            prompt = conversation.prompt()
+            steps.append((prompt, await client.act(act_request(prompt.messages, [image], seed=index))))
+            conversation.respond(steps[-1][1].action_ids)
+        return steps
+
+    steps = run(scenario)
+    expected_counts = {"window": [1, 2, 2, 2], "segment": [1, 2, 3, 1], "episode": [1, 2, 3, 4]}[context]
+    assert [len(prompt.images) for prompt, _ in steps] == expected_counts
+    for prompt, action in steps:
+        assert list(action.prompt_ids) == reference.prompt_ids(prompt.messages)
+        seen = [images[name] for name in prompt.images]
+        expected = reference.logprobs(action.prompt_ids, action.action_ids, seen, reference.original)
+        assert list(action.logprobs) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_the_seed_determines_the_action(run: Any) -> None:
