@@ -1,4 +1,4 @@
-"""Commands for a whole run: start, explain, sweep, diagnose, monitor, report and reproduce it."""
+"""Commands for a whole run: pretrain, start, explain, sweep, diagnose, monitor, report and reproduce it."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def add_commands(commands: Commands) -> None:
         help="directory of all runs, which contains that of the sweep; unset: `runs` of the configuration",
     )
     sweep.add_argument("--dry-run", action="store_true", help="print the runs of the sweep without starting them")
+    pretrain = commands.add(
+        "pretrain",
+        "pretrain a small policy on synthetic screens, or continue a pretraining that was interrupted",
+        _pretrain,
+        role="learner",
+        takes_overrides=False,
+    )
+    pretrain.add_argument("config", type=Path, help="pretraining configuration (TOML)")
     doctor = commands.add(
         "doctor",
         "check this machine, and the connection to the servers of a run; exit status 0 if there is nothing to fix",
@@ -131,6 +139,14 @@ def _sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from deskrl.analysis.sweep.main import sweep
 
     return sweep(options.file, overrides, options.runs, dry=options.dry_run)
+
+
+def _pretrain(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from deskrl.core import console
+    from deskrl.learner.pretraining.main import pretrain
+
+    console.set_up_logging("pretrain")
+    return pretrain(options.config)
 
 
 def _configure(

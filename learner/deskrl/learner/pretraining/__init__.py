@@ -1,0 +1,1 @@
+"""Pretraining of a small vision-language policy from random weights on synthetic screens."""
