@@ -145,7 +145,7 @@ def point_targets(low: Tensor, high: Tensor, size: int) -> Tensor:
     """
     value = torch.arange(0, size + 1, STEP, device=low.device)
     middle, half = (low + high)[:, None] / 2, (high - low)[:, None] / 2
-    weight = (1.02 - (value - middle).abs() / half).clamp(min=0) ** 2
+    weight = (1.02 - (value - middle).abs() / half).clamp(min=0).square()
     weight = torch.where((value >= low[:, None]) & (value < high[:, None]), weight, torch.zeros_like(weight))
     return weight / weight.sum(1, keepdim=True).clamp(min=1e-9)
 
@@ -163,7 +163,7 @@ def target_cells(boxes: Tensor, width: int, height: int) -> Tensor:
     """
     x = torch.arange(0, width, MERGED, device=boxes.device)
     y = torch.arange(0, height, MERGED, device=boxes.device)
-    left, top, right, bottom = boxes.T[..., None]
+    left, top, right, bottom = boxes[..., None].unbind(1)
     overlap_x = (torch.minimum(x + MERGED, right) - torch.maximum(x, left)).clamp(min=0)
     overlap_y = (torch.minimum(y + MERGED, bottom) - torch.maximum(y, top)).clamp(min=0)
     is_large = overlap_y[:, :, None] * overlap_x[:, None] >= _MIN_OVERLAP * MERGED**2

@@ -110,7 +110,7 @@ def answer_loss(
 
 def hits(x: Tensor, y: Tensor, boxes: Tensor) -> Tensor:
     """Return whether points lie inside boxes."""
-    left, top, right, bottom = boxes.T
+    left, top, right, bottom = boxes.unbind(-1)
     return (x >= left) & (x < right) & (y >= top) & (y < bottom)
 
 
