@@ -107,6 +107,14 @@ def test_a_directory_of_another_configuration_is_kept(trained: Path, tmp_path: P
         pretrain(other)
 
 
+def test_a_font_that_is_not_found_leaves_no_directory_behind(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, 1)
+    recipe.write_text(recipe.read_text().replace("DejaVuSans.ttf", "Unknown.ttf"))
+    with pytest.raises(UserError, match=r"font Unknown\.ttf not found"):
+        pretrain(recipe)
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
 def test_a_loaded_checkpoint_continues_with_the_same_weights_and_screens(tmp_path: Path) -> None:
     config: PretrainConfig = read_pretrain_config(write_recipe(tmp_path, 1))
     first, second = Trainer(config), Trainer(config)

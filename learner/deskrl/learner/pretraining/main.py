@@ -39,13 +39,14 @@ def pretrain(path: Path) -> int:
     config = read_pretrain_config(path)
     run_dir = config.run_dir
     _check_device(config)
-    with report_write_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    _claim(run_dir, config)
+    _check_recorded(run_dir, config)
     if (run_dir / RESULT).exists():
         _log.info("%s is complete; its policy is %s", run_dir, run_dir / MODEL)
         return 0
-    trainer = Trainer(config)
+    trainer = Trainer(config)  # before the directory, which an invalid font must not leave behind
+    with report_write_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / CONFIG, config.model_dump(mode="json"))
     if (run_dir / CHECKPOINT).exists():
         trainer.load(run_dir / CHECKPOINT)
         drop_points_after(run_dir / CURVES, trainer.step)
@@ -84,11 +85,10 @@ def _check_device(config: PretrainConfig) -> None:
         raise UserError("device: no GPU is available", "set device to cpu, for a small model and a short duration_s")
 
 
-def _claim(run_dir: Path, config: PretrainConfig) -> None:
-    """Record the configuration of a new directory; raise UserError if the directory has another one."""
+def _check_recorded(run_dir: Path, config: PretrainConfig) -> None:
+    """Raise UserError if the directory has another configuration."""
     path, values = run_dir / CONFIG, config.model_dump(mode="json")
     if not path.exists():
-        write_json(path, values)
         return
     recorded = read_json_object(path, "choose another name")
     if changed := sorted(key for key in values.keys() | recorded.keys() if values.get(key) != recorded.get(key)):
