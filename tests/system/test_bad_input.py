@@ -415,10 +415,11 @@ def test_an_invalid_task_file_is_reported(
         (("--tasks.suite=/nonexistent",), "/nonexistent: no task files examples/<domain>/<id>.json found"),
         (("--tasks.ids=[]", "--tasks.list=/nonexistent"), "/nonexistent: not found"),
         (("--model.build=null", "--model.path=/nonexistent"), "/nonexistent: not found (hint: correct model.path"),
+        (("--learner.num_nodes=2",), "learner.num_nodes = 2, but `deskrl up` starts the roles of one machine"),
         (("--agent.image_width=500",), "the tiny model cannot process screenshots of 500 x 280 pixels"),
     ],
 )
-def test_missing_or_unsuitable_tasks_and_models_are_reported(
+def test_missing_or_unsuitable_tasks_models_and_nodes_are_reported(
     rejected: Rejected, run_dir: Path, options: tuple[str, ...], expected: str
 ) -> None:
     assert expected in rejected("up", SMOKE, *options)

@@ -197,7 +197,7 @@ def test_the_predicted_rows_are_those_that_the_learner_packs(agent: dict[str, An
 )
 def test_each_zero_stage_shards_one_more_part(stage: int, weights: float, gradients: float, optimizer: float) -> None:
     """Bytes per parameter on one of four ranks; the model is so small that all of it is gathered and in the bucket."""
-    learner = {"zero_stage": stage, "num_processes": 4}
+    learner = {"zero_stage": stage, "num_nodes": 2, "num_processes": 2}
     config = config_of(tasks={"max_steps": 4}, learner=learner)
     memory = learner_memory(config, SMALL_SHAPE, longest_trajectory(config))
     per_parameter = [part / SMALL_SHAPE.num_parameters for part in (memory.weights, memory.gradients, memory.optimizer)]
@@ -365,6 +365,7 @@ def test_named_gpus_are_counted_once_and_unnamed_ones_per_process() -> None:
     assert num_gpus(config_of(**named, **shared)) == 2
     assert num_gpus(config_of(**named, inference={"devices": [2, 3], "num_replicas": 2})) == 4
     assert num_gpus(config_of(**named, inference={"num_replicas": 3})) == 5
+    assert num_gpus(config_of(learner={"num_nodes": 2, "num_processes": 4}, inference={"num_replicas": 3})) == 11
     assert num_gpus(config_of(learner={"dtype": "float32"}, inference={"dtype": "float32"})) == 0
 
 

@@ -12,7 +12,7 @@ import pytest
 ROLE = Path(__file__).parents[2] / "deploy" / "slurm" / "role.sh"
 DESKRL = """
 if [ "$1" = size ]; then
-    printf '%s\\n' "folder=$FOLDER" name=mine replay_port=7411 inference_port=7421
+    printf '%s\\n' "folder=$FOLDER" name=mine num_nodes=1 replay_port=7411 inference_port=7421
     exit
 fi
 """

@@ -26,6 +26,13 @@ def add_commands(commands: Commands) -> None:
     ):
         command = commands.add(role, help_text, _run_role)
         add_config(command)
+        if role == "learner":
+            command.add_argument(
+                "--node-rank",
+                type=number(NonNegativeInt),
+                default=None,
+                help="rank of this node, from 0; required if learner.num_nodes is above 1",
+            )
         if role in ("inference", "actor"):
             command.add_argument(
                 "--index", type=number(NonNegativeInt), default=0, help="index of this process, from 0"
@@ -99,9 +106,21 @@ def _run_role(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     role, index = options.command, getattr(options, "index", None)
     config = with_identity(read_config(options.config, overrides), role)
     console.set_up_logging(role if index is None else f"{role}-{index}")
-    if role == "learner" and _needs_ranks(config):
-        return _run_ranks(config, ["learner", str(options.config), *overrides])
+    if role == "learner":
+        return _run_learner(config, options, overrides)
     return _role_runner(role, index)(config)
+
+
+def _run_learner(config: RunConfig, options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if not _is_rank():
+        from deskrl.learner.nodes.node_rank import checked_rank
+
+        node_rank = checked_rank(config.learner, options.node_rank)
+        if config.learner.num_ranks > 1:
+            return _run_ranks(config, node_rank, ["learner", str(options.config), *overrides])
+    from deskrl.learner import main
+
+    return int(main.run(config))
 
 
 def _role_runner(role: str, index: int | None) -> Callable[[RunConfig], int]:
@@ -110,10 +129,6 @@ def _role_runner(role: str, index: int | None) -> Callable[[RunConfig], int]:
         from deskrl.replay import main as replay
 
         return replay.run
-    if role == "learner":
-        from deskrl.learner import main as learner
-
-        return learner.run
     if role == "inference":
         from deskrl.inference import main as inference
 
@@ -127,29 +142,23 @@ def _role_runner(role: str, index: int | None) -> Callable[[RunConfig], int]:
 def _reproduce_updates(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = with_identity(read_config(options.config, overrides), "learner")
     console.set_up_logging("learner")
-    if _needs_ranks(config):
-        return _run_ranks(config, ["reproduce-updates", str(options.config), str(options.outcome), *overrides])
+    if config.learner.num_ranks > 1 and not _is_rank():
+        return _run_ranks(config, 0, ["reproduce-updates", str(options.config), str(options.outcome), *overrides])
     from deskrl.learner import reproduce_updates
 
     return int(reproduce_updates.main(config, options.outcome))
 
 
-def _needs_ranks(config: RunConfig) -> bool:
-    return config.learner.num_processes > 1 and "RANK" not in os.environ
+def _is_rank() -> bool:
+    """Return whether torchrun has started this process."""
+    return "RANK" in os.environ
 
 
-def _run_ranks(config: RunConfig, command: Sequence[str]) -> int:
-    """Start the ranks with torchrun, each with the same command."""
-    port = config.learner.master_port
-    rendezvous = [f"--master-port={port}"] if port else ["--standalone"]
-    # By default, torchrun kills ranks 30 s after SIGTERM, possibly while they write a checkpoint. The supervisor has
-    # its own timeout, after which it kills the ranks too.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
-    # Without a log directory, torchrun creates a temporary one and does not remove it.
-    world = [f"--nproc-per-node={config.learner.num_processes}", *rendezvous, f"--log-dir={os.devnull}"]
+def _run_ranks(config: RunConfig, node_rank: int, command: Sequence[str]) -> int:
+    """Start the ranks of this node with torchrun, each with the same command."""
     from deskrl.learner import torchrun_launch
 
-    return int(torchrun_launch.main([*world, "-m", "deskrl.cli.main", *command]))
+    return int(torchrun_launch.main(config, node_rank, command))
 
 
 def _build_model(options: argparse.Namespace, overrides: Sequence[str]) -> int:

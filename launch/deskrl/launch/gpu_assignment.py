@@ -82,14 +82,15 @@ def check_gpus_exist(config: RunConfig, num_gpus: int) -> None:
 
 
 def num_gpus(config: RunConfig) -> int:
-    """Return the number of GPUs that a run uses: those that it names, else one per process of learner and inference.
+    """Return the number of GPUs that a run uses on all machines: one per process of learner and inference.
 
-    A role with dtype float32 is assumed to run on the CPU.
+    On one machine, the two may share GPUs that the configuration names. A role with dtype float32 is assumed to run on
+    the CPU.
     """
     learner, inference = config.learner, config.inference
-    if learner.devices and inference.devices:
+    if learner.devices and inference.devices and learner.num_nodes == 1:
         return len({*learner.devices, *inference.devices})
-    learning = learner.num_processes if learner.dtype != "float32" else 0
+    learning = learner.num_ranks if learner.dtype != "float32" else 0
     acting = inference.num_replicas * inference.num_workers if inference.dtype != "float32" else 0
     return learning + acting
 

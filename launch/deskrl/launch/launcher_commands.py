@@ -49,6 +49,7 @@ def size(config: RunConfig) -> int:
         "replay_folder": shlex.quote(str(config.replay.folder or "")),
         "num_actors": config.num_actors,
         "num_replicas": config.inference.num_replicas,
+        "num_nodes": config.learner.num_nodes,
     }
     for service, address in (("replay", config.replay.address), ("inference", config.inference.address)):
         values |= {f"{service}_host": shlex.quote(address.host), f"{service}_port": address.port}

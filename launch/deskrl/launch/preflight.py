@@ -48,6 +48,7 @@ def check_run(config: RunConfig) -> None:
         UserError: a check failed.
     """
     check_learner(config)
+    _check_one_node(config)
     check_packages("learner")
     if config.learner.has_lora:
         _check_package("peft", "learner")
@@ -66,6 +67,15 @@ def check_run(config: RunConfig) -> None:
 
     checkpoint_files.check_can_resume(config)
     reference_record.check_reference(config)
+
+
+def _check_one_node(config: RunConfig) -> None:
+    """Check that the learner runs on this machine only, where `deskrl up` starts all roles; raises UserError."""
+    if config.learner.num_nodes > 1:
+        raise UserError(
+            f"learner.num_nodes = {config.learner.num_nodes}, but `deskrl up` starts the roles of one machine",
+            "use another launcher (docs/launching.md), or set learner.num_nodes = 1",
+        )
 
 
 def check_tasks(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from deskrl.core import rpc
-from deskrl.core.config import dump_config, read_resolved
+from deskrl.core.config import RunConfig, dump_config, read_resolved
 from deskrl.core.console import table_console
 from deskrl.core.errors import UserError
 from deskrl.core.run_dir import RunDir
@@ -48,7 +48,8 @@ def reproduce(root: Path) -> int:
     temporary = Path(tempfile.mkdtemp(prefix="deskrl-reproduce-"))
     reservation = PortReservation()
     try:
-        config = assign_ports(config, (), reservation)  # its own ports may be in use by another run
+        # Its own ports may be in use by another run.
+        config = assign_ports(_on_one_node(config), (), reservation)
         resolved, outcome = temporary / "config.json", temporary / "outcome.json"
         dump_config(config, resolved)
         start_replay(config, resolved, supervisor)
@@ -63,6 +64,15 @@ def reproduce(root: Path) -> int:
         reservation.close()
         shutil.rmtree(temporary, ignore_errors=True)
     return _print_outcome(compared, config.name)
+
+
+def _on_one_node(config: RunConfig) -> RunConfig:
+    """Return the configuration with the ranks of all nodes on this machine: their number decides the rounding."""
+    learner = config.learner
+    if learner.num_nodes == 1:
+        return config
+    here = {"num_nodes": 1, "num_processes": learner.num_ranks, "devices": (), "master_port": 0}
+    return config.model_copy(update={"learner": learner.model_copy(update=here)})
 
 
 def _print_outcome(compared: Mapping[str, Any], name: str) -> int:

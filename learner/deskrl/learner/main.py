@@ -28,6 +28,7 @@ from deskrl.learner.evaluation import Evaluator
 from deskrl.learner.grpo import train_on_groups
 from deskrl.learner.metrics.metric_records import update_record
 from deskrl.learner.metrics.update_stats import UpdateReport
+from deskrl.learner.nodes.node_watch import watch_nodes
 from deskrl.learner.train_state import PendingCommit, TrainState
 from deskrl.learner.warm_start import run_warm_start
 from deskrl.learner.weights.manifest import WeightManifest, tensor_specs
@@ -44,6 +45,7 @@ def run(config: RunConfig) -> int:
     """
     die_with_parent()
     stop = stop_event()
+    watch_nodes(config.learner.node_timeout_s, stop)
     components = build_components(config, stop)
     try:
         Learner(config, components).run()

@@ -91,7 +91,8 @@ def _learner_memory(explanation: Explanation, config: RunConfig) -> Iterable[tup
         yield "total", _UNKNOWN
         return
     yield "model", f"{_parameters(explanation.num_parameters or 0)} parameters in {learner.dtype}"
-    yield "ranks", f"{learner.num_processes}, ZeRO stage {learner.zero_stage}"
+    nodes = f" on {learner.num_nodes} nodes" if learner.num_nodes > 1 else ""
+    yield "ranks", f"{learner.num_ranks}{nodes}, ZeRO stage {learner.zero_stage}"
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         yield name, format_size(getattr(memory, name))
     if learner.grpo.kl_coefficient:

@@ -164,7 +164,7 @@ def compute_seconds(
     """Estimate the compute time of one update at the assumed utilisation of the learner's devices."""
     device = _FLOAT32_TFLOPS if config.learner.dtype == "float32" else _BFLOAT16_TFLOPS
     tflops = device if assumed.gpu_tflops is None else assumed.gpu_tflops
-    rate = tflops * 1e12 * assumed.utilisation * config.learner.num_processes
+    rate = tflops * 1e12 * assumed.utilisation * config.learner.num_ranks
     return sum(share * update_flops(config, batches, rows, shape) for share, rows in mix) / rate
 
 
@@ -176,7 +176,7 @@ def zero3_traffic_bytes(
     Each micro-batch gathers the weights for its forward and backward pass, and once more if activations are
     recomputed, and scatters gradients in float32. Larger micro-batches therefore move less.
     """
-    learner, ranks = config.learner, config.learner.num_processes
+    learner, ranks = config.learner, config.learner.num_ranks
     if learner.zero_stage < 3 or ranks == 1:
         return 0.0
     rows_each = sum(share * rows.rows_per_trajectory for share, rows in mix)

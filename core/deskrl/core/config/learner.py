@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from deskrl.core.config.value_types import (
     Device,
     Fraction,
+    Host,
     LearningRate,
     NonNegativeBytes,
     NonNegativeFactor,
@@ -17,6 +18,7 @@ from deskrl.core.config.value_types import (
     Port,
     PositiveFactor,
     PositiveInt,
+    PositiveSeconds,
     Section,
 )
 from deskrl.core.group_outcome import FailureRule
@@ -205,12 +207,22 @@ class EvalConfig(Section):
 class LearnerConfig(Section):
     """The learner."""
 
+    num_nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Number of machines on which the learner runs. A launcher starts `deskrl learner CONFIG --node-rank N` on each."""
     num_processes: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Number of ranks, started by torchrun."""
+    """Number of ranks on each node, started by torchrun."""
+    master_addr: Host | None = None
+    """Host name or address of node 0, at which the nodes meet; required with several nodes. Ranks communicate over the
+    network interfaces that lead to it."""
     master_port: Port = 0
-    """Rendezvous port of the ranks; 0: a free port."""
+    """Rendezvous port on node 0; required with several nodes. 0: a free port, with one node."""
+    rendezvous_timeout_s: PositiveSeconds = 900.0
+    """Longest time that a node waits for all others to join, in seconds."""
+    node_timeout_s: Annotated[float, Field(ge=10, le=86400)] = 120.0
+    """Time after which a node that is not heard of counts as dead, in seconds; the ranks on all other nodes then end. A
+    network that is interrupted for a shorter time ends nothing. TCP may take as long again as the interruption took."""
     devices: tuple[Device, ...] = ()
-    """Numbers of the ranks' GPUs, one per rank. Empty: those that `CUDA_VISIBLE_DEVICES` allows."""
+    """Numbers of the GPUs of a node's ranks, one per rank. Empty: those that `CUDA_VISIBLE_DEVICES` allows."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO stage. Stages 0 and 1 accumulate whole gradients in `dtype` on each rank; stages 2 and 3
     accumulate sharded gradients in float32."""
@@ -252,6 +264,11 @@ class LearnerConfig(Section):
     """Evaluation before and after training."""
     metrics_port: Port = 0
     """Port of the Prometheus metrics; 0 disables them. Unset: `deskrl up` chooses a free port."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks on all nodes."""
+        return self.num_nodes * self.num_processes
 
     @property
     def has_lora(self) -> bool:

@@ -84,7 +84,7 @@ def longest_micro_batch(learner: LearnerConfig, trajectory: TrajectorySize) -> M
 def learner_memory(config: RunConfig, shape: ModelShape, trajectory: TrajectorySize) -> LearnerMemory:
     """Estimate the memory of one learner rank in the backward pass of the longest micro-batch."""
     learner = config.learner
-    ranks, stage = learner.num_processes, learner.zero_stage
+    ranks, stage = learner.num_ranks, learner.zero_stage
     width = bytes_per_element(learner.dtype)
     trained = num_trained_parameters(learner, shape)
     micro = longest_micro_batch(learner, trajectory)
@@ -122,7 +122,7 @@ def _reference_bytes(learner: LearnerConfig, shape: ModelShape, room: int) -> in
         return 0
     num_bytes = bytes_per_element(learner.dtype) * shape.num_parameters
     if learner.zero_stage == 3:
-        return 0 if learner.offload_reference else num_bytes // learner.num_processes
+        return 0 if learner.offload_reference else num_bytes // learner.num_ranks
     return max(0, num_bytes - room) if learner.offload_reference else num_bytes
 
 

@@ -185,7 +185,7 @@ def check_can_resume(config: RunConfig) -> None:
     """Raise UserError if a run cannot resume from its newest checkpoint; imports neither torch nor DeepSpeed."""
     folder = RunDir(config.run_dir).checkpoints
     if any(folder.glob("epoch_*")):
-        layout = layout_of(config, config.learner.num_processes)
+        layout = layout_of(config, config.learner.num_ranks)
         CheckpointStore(folder, config.model_folder, layout).newest()
 
 
