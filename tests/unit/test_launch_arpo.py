@@ -111,6 +111,13 @@ def test_several_gpus_are_divided_between_learner_and_inference(folder: Path) ->
     assert load(folder, "trainer.n_gpus_per_node=1").learner.devices == ()
 
 
+def test_gpus_of_several_nodes_are_counted_and_their_numbers_left_to_the_launcher(folder: Path) -> None:
+    config = load(folder, "trainer.nnodes=2", "trainer.n_gpus_per_node=8")
+    assert (config.learner.num_nodes, config.learner.num_processes, config.learner.num_ranks) == (2, 4, 8)
+    assert config.inference.num_replicas == 8
+    assert config.learner.devices == config.inference.devices == ()
+
+
 def test_notes_state_the_outcome_and_the_value_of_each_key(folder: Path) -> None:
     arguments = ["--desktop.num_envs", "3", "env.num_envs=2", "worker.rollout.name=vllm", "worker.ref.strategy=fsdp"]
     outcome = {note.key: note.outcome for note in load_arpo(folder / "configs" / "small.yaml", arguments)[1]}
@@ -167,7 +174,7 @@ def test_a_kl_penalty_that_cannot_be_translated_is_rejected_only_if_it_has_an_ef
         ("data.rollout_batch_size=64", "more than the 32 tasks of the list"),
         ("worker.actor.global_batch_size=3", "does not divide data.rollout_batch_size = 2"),
         ("worker.actor.model.model_path=null", "no model is set"),
-        ("trainer.nnodes=2", "(hint: set trainer.nnodes=1)"),
+        ("trainer.nnodes=0", "trainer.nnodes = 0: Input should be greater"),
         ("worker.actor.clip_ratio_high=-1", "worker.actor.clip_ratio_high = -1: Input should be greater"),
     ],
 )

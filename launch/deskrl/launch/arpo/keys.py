@@ -177,7 +177,7 @@ KEYS: Mapping[str, Rule] = {
     "trainer.project_name": Unused(_RUN_DIR),
     "trainer.experiment_name": Copied("name", str, "demo"),
     "trainer.logger": Derived(list, ["console", "wandb"], target="tracker"),
-    "trainer.nnodes": Fixed((1,), "`deskrl up` starts the roles of one machine; on several machines, use a launcher"),
+    "trainer.nnodes": Copied("learner.num_nodes", int, 1),
     "trainer.n_gpus_per_node": Derived(int, 8, target="learner.num_processes", bounds=(0, 1024)),
     "trainer.use_cpu": Derived(bool, False, target="learner.dtype"),
     "trainer.critic_warmup": Unused(_NO_CRITIC),

@@ -300,7 +300,7 @@ def _machine(values: ArpoValues, result: Translation) -> None:
     provider = values["env.provider"]
     result.values["desktop.provider"] = _PROVIDERS.get(provider, provider)
     num_gpus = 0 if values["trainer.use_cpu"] else values["trainer.n_gpus_per_node"]
-    _devices(num_gpus, values["worker.rollout.tensor_parallel_size"], result)
+    _devices(num_gpus, values["trainer.nnodes"], values["worker.rollout.tensor_parallel_size"], result)
     # FSDP shards parameters, gradients and optimizer states, or only the latter two.
     result.values["learner.zero_stage"] = 3 if values["worker.actor.fsdp.enable_full_shard"] else 2
     if values["worker.actor.model.enable_gradient_checkpointing"]:
@@ -318,8 +318,11 @@ def _machine(values: ArpoValues, result: Translation) -> None:
         result.values["learner.keep_checkpoints"] = limit if limit > 0 else _ALL_CHECKPOINTS
 
 
-def _devices(num_gpus: int, workers: int | None, result: Translation) -> None:
-    """Divide the GPUs, which ARPO uses alternately: one half trains and the other serves; a single GPU does both."""
+def _devices(num_gpus: int, num_nodes: int, workers: int | None, result: Translation) -> None:
+    """Divide each node's GPUs, which ARPO uses alternately: half train and the others serve; a single GPU does both.
+
+    On several nodes, the launcher assigns GPUs to learner and replicas.
+    """
     workers = workers or 1
     if workers > 1:
         result.values["inference.engine_args.tensor_parallel_size"] = workers
@@ -328,9 +331,10 @@ def _devices(num_gpus: int, workers: int | None, result: Translation) -> None:
     num_replicas = max(1, num_gpus // 2 // workers)
     num_ranks = max(1, num_gpus - num_replicas * workers)
     result.values["learner.num_processes"] = num_ranks
-    result.values["learner.devices"] = tuple(range(num_ranks))
-    result.values["inference.num_replicas"] = num_replicas
-    result.values["inference.devices"] = tuple(range(num_ranks, num_ranks + num_replicas * workers))
+    result.values["inference.num_replicas"] = num_nodes * num_replicas
+    if num_nodes == 1:
+        result.values["learner.devices"] = tuple(range(num_ranks))
+        result.values["inference.devices"] = tuple(range(num_ranks, num_ranks + num_replicas * workers))
 
 
 def _same(value: Any, accepted: Any) -> bool:
