@@ -40,7 +40,10 @@ submit() { # ROLE [sbatch option ...]
     shift
     case $role in
     actor | inference) log=$role-%a ;;
-    learner) warning_s=300 ;; # it completes a checkpoint that it is writing
+    learner)
+        warning_s=300 # it completes a checkpoint that it is writing
+        ((num_nodes == 1)) || set -- --nodes="$num_nodes" --ntasks-per-node=1 "$@"
+        ;;
     esac
     # A store in replay.folder is on the disk of one node, to which the run directory has a link.
     if [ "$role" = replay ] && [ -n "$replay_folder" ] && [ -L "$folder/replay" ] && [ -s "$folder/replay_node" ]; then

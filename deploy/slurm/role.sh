@@ -16,7 +16,11 @@ readonly INVALID_INPUT=2 STOPPED=143 MAX_RESTARTS=20 RESTART_PAUSE_S=2
 stop() { # end the role, or this script if the role has not started
     stopping=1
     [ -n "$child" ] || exit $STOPPED
-    kill -TERM "$child" 2>/dev/null || true
+    if [ "$role" = learner ] && ((num_nodes > 1)); then
+        scancel --signal=TERM "$job" || true # srun would kill its tasks KillWait (30 seconds) after SIGTERM
+    else
+        kill -TERM "$child" 2>/dev/null || true
+    fi
 }
 
 await_replay() { # wait for the address of the replay service, and print it
@@ -24,8 +28,8 @@ await_replay() { # wait for the address of the replay service, and print it
     cat "$addresses/replay"
 }
 
-run() { # ARGUMENTS: run deskrl to its end, whatever signals arrive, and return its status
-    deskrl "$@" &
+run() { # COMMAND: run it to its end, whatever signals arrive, and return its status
+    "$@" &
     child=$!
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal interrupts wait
     wait "$child"
@@ -47,18 +51,30 @@ run_replay() { # publish the address of the service, and run it
     export DESKRL_REPLAY__ADDRESS=$here:$replay_port
     printf '%s\n' "$DESKRL_REPLAY__ADDRESS" >"$addresses/.$SLURM_JOB_ID"
     mv "$addresses/.$SLURM_JOB_ID" "$addresses/replay" # atomically
-    run replay "$config"
+    run deskrl replay "$config"
+}
+
+run_learner() { # run the learner on every node of the job; srun returns the highest status
+    if ((num_nodes == 1)); then
+        run deskrl learner "$config"
+        return
+    fi
+    export DESKRL_LEARNER__MASTER_ADDR=$here # this script runs on the first node
+    # A node that fails ends the others itself, so that the statuses of all tell whether a restart helps.
+    # shellcheck disable=SC2016 # each task expands its own rank
+    run srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none --mpi=none \
+        sh -c 'exec deskrl learner "$1" --node-rank "$SLURM_NODEID"' sh "$config"
 }
 
 run_client() { # run a role that calls the replay service
     DESKRL_REPLAY__ADDRESS=$(await_replay)
     export DESKRL_REPLAY__ADDRESS DESKRL_INFERENCE__NUM_REPLICAS=0 # replicas register with the replay service instead
     case $role in
-    learner) run learner "$config" ;;
-    actor) run actor "$config" --index "$SLURM_ARRAY_TASK_ID" ;;
+    learner) run_learner ;;
+    actor) run deskrl actor "$config" --index "$SLURM_ARRAY_TASK_ID" ;;
     inference)
         export DESKRL_INFERENCE__JOIN=true DESKRL_INFERENCE__ADDRESS=$here:$((inference_port + SLURM_ARRAY_TASK_ID))
-        run inference "$config"
+        run deskrl inference "$config"
         ;;
     esac
 }

@@ -1,4 +1,4 @@
-"""Slurm cluster of one node for tests: Debian's munged, slurmctld and slurmd, with all state in one folder."""
+"""Slurm cluster on this machine for tests: Debian's munged, slurmctld and slurmd, with all state in one folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,11 +28,15 @@ def slurm_unavailable_reason() -> str:
 
 
 @contextmanager
-def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """Start a cluster whose node is configured with 64 processors; yield the environment for Slurm's commands."""
+def slurm(folder: Path, num_nodes: int = 1) -> Iterator[dict[str, str]]:
+    """Start a cluster whose nodes are configured with 64 processors each; yield the environment for Slurm's commands.
+
+    A single node has the name of this machine; several are called node-0, node-1 and so on.
+    """
     folder.mkdir(mode=0o755)
     configuration = folder / "slurm.conf"
-    configuration.write_text(_configuration(folder))
+    nodes = [socket.gethostname()] if num_nodes == 1 else [f"node-{index}" for index in range(num_nodes)]
+    configuration.write_text(_configuration(folder, nodes))
     key = folder / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(1024))
@@ -43,7 +47,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     commands = [
         ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in paths.items())],
         ["slurmctld", "-D"],
-        ["slurmd", "-D", "-N", socket.gethostname()],
+        *(["slurmd", "-D", "-N", node] for node in nodes),
     ]
     with ExitStack() as stack, open(folder / "daemons.log", "wb") as log:
         for command in commands:
@@ -52,24 +56,23 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             stack.callback(process.terminate)
             if command[0] == "munged":
                 _wait_for(paths["socket"].exists, process)
-        _wait_for(lambda: "idle" in _states(environment), process)
+        _wait_for(lambda: _states(environment) == ["idle"] * num_nodes, process)
         yield environment
 
 
-def _configuration(folder: Path) -> str:
+def _configuration(folder: Path, nodes: Sequence[str]) -> str:
     host = socket.gethostname()
     settings = {
         "ClusterName": "deskrl",
         "SlurmctldHost": f"{host}(127.0.0.1)",
         "SlurmctldPort": free_port(),
-        "SlurmdPort": free_port(),
         "SlurmUser": "root",
         "AuthType": "auth/munge",
         "AuthInfo": f"socket={folder / 'munge.socket'},cred_expire={_REQUEUE_DELAY_S}",
         "StateSaveLocation": folder / "state",
-        "SlurmdSpoolDir": folder / "spool",
+        "SlurmdSpoolDir": folder / "spool-%n",
+        "SlurmdPidFile": folder / "slurmd-%n.pid",
         "SlurmctldPidFile": folder / "slurmctld.pid",
-        "SlurmdPidFile": folder / "slurmd.pid",
         "ProctrackType": "proctrack/linuxproc",
         "TaskPlugin": "task/none",
         "MpiDefault": "none",
@@ -78,17 +81,20 @@ def _configuration(folder: Path) -> str:
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_CPU",
         "SchedulerParameters": "sched_interval=1,batch_sched_delay=0",
-        "NodeName": f"{host} CPUs=64 RealMemory=1000 State=UNKNOWN",
-        "PartitionName": f"all Nodes={host} Default=YES MaxTime=INFINITE State=UP",
+        "PartitionName": f"all Nodes={','.join(nodes)} Default=YES MaxTime=INFINITE State=UP",
     }
     (folder / "state").mkdir()
-    (folder / "spool").mkdir()
-    return "".join(f"{name}={value}\n" for name, value in settings.items())
+    lines = [f"{name}={value}\n" for name, value in settings.items()]
+    for node in nodes:
+        (folder / f"spool-{node}").mkdir()
+        lines.insert(0, f"NodeName={node} NodeHostname={host} Port={free_port()} CPUs=64 RealMemory=1000\n")
+    return "".join(lines)
 
 
-def _states(environment: dict[str, str]) -> str:
-    result = subprocess.run(["sinfo", "--noheader", "--format=%t"], capture_output=True, text=True, env=environment)
-    return result.stdout
+def _states(environment: dict[str, str]) -> list[str]:
+    """Return the state of each node."""
+    command = ["sinfo", "--noheader", "--Node", "--format=%t"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment).stdout.split()
 
 
 def _wait_for(condition, process: subprocess.Popen[bytes]) -> None:  # type: ignore[no-untyped-def]
