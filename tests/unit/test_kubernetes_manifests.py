@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from deskrl.actor.main import DRAIN_S
-from deskrl.core.config import RunConfig
+from deskrl.core.config import LearnerConfig, RunConfig
+from deskrl.learner.nodes.node_rank import check_rendezvous
 from deskrl.replay.metrics import ReplayMetrics
 
 KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
@@ -214,3 +215,32 @@ def test_the_query_of_the_autoscaler_sums_leases_and_has_no_result_without_a_sam
     )
     assert tested.returncode == 0, tested.stdout + tested.stderr
     assert trigger()["ignoreNullValues"] == "false", "no result must not count as 0"
+
+
+@needs("kubectl")
+def test_the_overlay_learner_nodes_gives_each_pod_its_rank_and_admits_only_pods_of_the_learner() -> None:
+    rendered = render("learner-nodes")
+    job, pod = rendered["Job/learner"]["spec"], rendered["Job/learner"]["spec"]["template"]["spec"]
+    assert job["completionMode"] == "Indexed"
+    assert job["completions"] == job["parallelism"] == rendered["PodDisruptionBudget/learner"]["spec"]["minAvailable"]
+    (container,) = pod["containers"]
+    assert container["args"][-2:] == ["--node-rank", "$(NODE_RANK)"]
+    for part in (container, *pod["initContainers"]):
+        values = {variable["name"]: variable.get("value") for variable in part["env"]}
+        rank = next(variable for variable in part["env"] if variable["name"] == "NODE_RANK")
+        assert "job-completion-index" in rank["valueFrom"]["fieldRef"]["fieldPath"]
+        learner = LearnerConfig(
+            num_nodes=int(values["DESKRL_LEARNER__NUM_NODES"]),
+            master_addr=values["DESKRL_LEARNER__MASTER_ADDR"],
+            master_port=int(values["DESKRL_LEARNER__MASTER_PORT"]),
+        )
+        check_rendezvous(learner)
+        assert learner.num_nodes == job["completions"]
+        assert learner.master_addr == f"learner-0.{pod['subdomain']}"
+    service = rendered[f"Service/{pod['subdomain']}"]["spec"]
+    assert service["clusterIP"] == "None" and service["publishNotReadyAddresses"]
+    labels = rendered["Job/learner"]["spec"]["template"]["metadata"]["labels"]
+    ranks, metrics = rendered["NetworkPolicy/deskrl-learner"]["spec"]["ingress"]
+    assert service["selector"] == labels
+    assert ranks == {"from": [{"podSelector": {"matchLabels": labels}}]}
+    assert [port["port"] for port in metrics["ports"]] == [9464]
