@@ -23,6 +23,7 @@ from replay_kit import ReplayClient, begin, image, result
 from safetensors.torch import save_file
 
 from deskrl.core import ids
+from deskrl.core.security.peer_identity import Identity
 from deskrl.core.step_codec import Step, encode_step
 from deskrl.proto.v1 import common_pb2, rollout_pb2, weights_pb2, weights_pb2_grpc
 
@@ -37,9 +38,10 @@ class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
         address: address to listen on, as host:port.
         model_folder: folder of the initial model.
         scratch: folder for received weights.
+        identity: identity of the replica, if the run uses certificates.
     """
 
-    def __init__(self, address: str, model_folder: Path, scratch: Path) -> None:
+    def __init__(self, address: str, model_folder: Path, scratch: Path, identity: Identity | None = None) -> None:
         self.address = address
         self._model_folder = model_folder
         self._scratch = scratch
@@ -55,7 +57,12 @@ class ToyReplica(weights_pb2_grpc.WeightServiceServicer):
         healthy = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, self._server)
         healthy.set("", health_pb2.HealthCheckResponse.SERVING)
-        self._server.add_insecure_port(address)
+        if identity is None:
+            self._server.add_insecure_port(address)
+        else:
+            pair = (identity.key, identity.certificate)
+            credentials = grpc.ssl_server_credentials([pair], identity.ca, require_client_auth=True)
+            self._server.add_secure_port(address, credentials)
         self._server.start()
 
     def UpdateWeights(
