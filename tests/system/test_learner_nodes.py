@@ -1,118 +1,36 @@
-"""Nodes of a learner on two hosts (network namespaces): one dies, or the network fails, and all start again.
+"""A node of a learner on two hosts (network namespaces) dies, and both start again.
 
 The ranks only add up numbers with gloo.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import node_program
 import pytest
-import torch
-from hosts_kit import Host, connected_hosts, hosts_unavailable_reason
-from safetensors.torch import save_file
-
-from deskrl.core.config import RunConfig, dump_config
-from deskrl.core.run_dir import RunDir
+from hosts_kit import connected_hosts, hosts_unavailable_reason
+from nodes_kit import DEADLINE_S, Nodes
 
 pytestmark = pytest.mark.skipif(bool(hosts_unavailable_reason()), reason=hosts_unavailable_reason())
-_DEADLINE_S = 240.0
-_OUTAGE_S = 30.0
 
 
-class Nodes:
-    """Nodes on two hosts, which can be started repeatedly.
-
-    Args:
-        root: folder for configurations, logs and the run directory.
-        hosts: both hosts.
-        learner: keys of the section `learner`.
-    """
-
-    def __init__(self, root: Path, hosts: list[Host], **learner: Any) -> None:
-        self._root, self.hosts = root, hosts
-        nodes = {"num_nodes": 2, "master_addr": hosts[0].address, "master_port": 29500, "rendezvous_timeout_s": 120}
-        self._config = RunConfig.model_validate({"runs": root, "learner": nodes | learner})
-        RunDir(self._config.run_dir).create()
-        self._config.model_folder.mkdir()
-        save_file({"weight": torch.zeros(1)}, self._config.model_folder / "model.safetensors")
-        self._lines = root / "lines"
-
-    def start(self, rank: int, **learner: Any) -> subprocess.Popen[str]:
-        """Start a node; keyword arguments override keys of the section `learner`."""
-        path, values = self._root / f"node-{rank}.json", self._config.model_dump(mode="json")
-        values["learner"] |= learner
-        dump_config(RunConfig.model_validate(values), path)
-        log = open(self._log_file(rank), "w")  # noqa: SIM115
-        command = [sys.executable, node_program.__file__, str(path), str(rank), str(self._lines)]
-        return self.hosts[rank].start(command, stderr=log)
-
-    def log(self, rank: int) -> str:
-        """Return what a node has logged since its last start."""
-        return self._log_file(rank).read_text()
-
-    def sums(self) -> list[str]:
-        """Return the sums that the ranks have written."""
-        return self._lines.read_text().split() if self._lines.exists() else []
-
-    def await_sums(self) -> None:
-        """Wait until the ranks have written more sums."""
-        before, deadline_s = len(self.sums()), time.monotonic() + _DEADLINE_S
-        while len(self.sums()) < before + 4:
-            assert time.monotonic() < deadline_s, self.log(0)[-2000:] + self.log(1)[-2000:]
-            time.sleep(0.1)
-
-    def finish(self, *nodes: subprocess.Popen[str]) -> list[int]:
-        """End the sums and return the exit statuses of the nodes."""
-        (self._root / "done").touch()
-        return [node.wait(_DEADLINE_S) for node in nodes]
-
-    def _log_file(self, rank: int) -> Path:
-        return self._root / f"node-{rank}.log"
-
-
-@pytest.fixture
-def start_nodes(tmp_path: Path) -> Iterator[Callable[..., Nodes]]:
-    """Function that prepares nodes with keys of the section `learner`."""
+def test_a_killed_host_ends_the_other_and_both_start_again(tmp_path: Path) -> None:
     with connected_hosts(2) as hosts:
-        yield lambda **learner: Nodes(tmp_path, hosts, **learner)
+        _check_deaths(Nodes(tmp_path, hosts))
 
 
-def test_a_killed_host_ends_the_other_and_both_start_again(start_nodes: Callable[..., Nodes]) -> None:
-    nodes = start_nodes()
+def _check_deaths(nodes: Nodes) -> None:
     first, second = nodes.start(0), nodes.start(1)
     nodes.await_sums()
     nodes.hosts[1].kill()
-    assert first.wait(_DEADLINE_S) == 1
+    assert first.wait(DEADLINE_S) == 1
     second.wait()
     first, second = nodes.start(0), nodes.start(1)
     nodes.await_sums()
     nodes.hosts[0].kill()
-    assert second.wait(_DEADLINE_S) == 1
+    assert second.wait(DEADLINE_S) == 1
     second = nodes.start(1)  # before node 0 is back
     first = nodes.start(0)
     nodes.await_sums()
     assert nodes.finish(first, second) == [0, 0], nodes.log(0) + nodes.log(1)
     assert set(nodes.sums()) == {"3"}
-
-
-def test_ranks_go_on_after_a_short_outage_of_the_network_and_end_in_a_long_one(
-    start_nodes: Callable[..., Nodes],
-) -> None:
-    nodes = start_nodes(node_timeout_s=75)
-    both = nodes.start(0), nodes.start(1)
-    nodes.await_sums()
-    nodes.hosts[1].unplug()
-    time.sleep(_OUTAGE_S)
-    nodes.hosts[1].plug()
-    nodes.await_sums()
-    nodes.hosts[1].unplug()
-    assert [node.wait(_DEADLINE_S) for node in both] == [1, 1]
-    assert "node 1 was not heard of for" in nodes.log(0)
-    assert "node 0 was not heard of for" in nodes.log(1)
