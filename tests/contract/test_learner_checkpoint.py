@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed_kit import load, make_rows, run_in_ranks, take_step
 from learner_kit import ToyPolicy, build_model, run_episode
+from torch import Tensor
 
 from deskrl.core.config import LearnerConfig
 from deskrl.learner.batches.micro_batch_loader import MicroBatchLoader
@@ -28,6 +31,8 @@ class Training:
     def __init__(self, folder: Path, settings: dict[str, Any], checkpoints: str = "checkpoints") -> None:
         policy, collator = load(folder)
         config = LearnerConfig.model_validate({"dtype": "float32", "grpo": {"learning_rate": 1e-2}} | settings)
+        if config.has_lora:
+            policy.add_adapter(config.lora, seed=0)
         self.engine = DeepSpeedEngine(policy, config)
         self.loader = MicroBatchLoader(collator, self.engine.rank, self.engine.world_size, 64, lambda: None)
         self.shard = self.loader.shard(
@@ -84,3 +89,55 @@ def checkpoint_without_memory(folder: Path) -> None:
 def test_training_waits_for_a_checkpoint_whose_copy_does_not_fit_into_memory(folder: Path) -> None:
     log = run_in_ranks(checkpoint_without_memory, 1, folder)
     assert "training waits until checkpoint epoch_1 is written: its copy needs" in log
+
+
+SHARDED = [
+    {"zero_stage": 1},
+    {"zero_stage": 2, "dtype": "bfloat16"},
+    {"zero_stage": 3},
+    {"zero_stage": 3, "lora": {"rank": 2}},
+]
+
+
+def master_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """Return the master weights of each trained parameter, which DeepSpeed gathers from all ranks."""
+    parameters = engine.policy.named_parameters()
+    return {name: safe_get_full_fp32_param(parameter) for name, parameter in parameters if parameter.requires_grad}
+
+
+def checkpoint_each(folder: Path) -> None:
+    """In each rank: take a step in each case and write a checkpoint, the master weights, and the next two norms."""
+    for number, settings in enumerate(SHARDED):
+        training = Training(folder, settings, f"checkpoints-{number}")
+        training.step()
+        training.writer.begin("epoch_1", 1, {})
+        assert training.writer.finish()
+        weights = master_weights(training.engine)
+        norms = [training.step() for _ in range(2)]  # the second one depends on the moments
+        if training.engine.rank == 0:
+            torch.save((weights, norms), folder.parent / f"expected-{number}")
+        training.writer.close()
+    training.engine.close()
+
+
+def resume_each(folder: Path) -> None:
+    """In each rank: resume in each case, and compare the master weights and the next two norms."""
+    for number, settings in enumerate(SHARDED):
+        training = Training(folder, settings, f"checkpoints-{number}")
+        checkpoint = training.store.newest()
+        assert checkpoint is not None
+        training.store.load(checkpoint, training.engine)
+        weights, norms = torch.load(folder.parent / f"expected-{number}")
+        for name, found in master_weights(training.engine).items():
+            assert found.equal(weights[name]), (settings, name)
+        tolerance = 5e-2 if settings.get("dtype") == "bfloat16" else 1e-4
+        assert [training.step() for _ in range(2)] == pytest.approx(norms, rel=tolerance), settings
+        training.engine.barrier()
+        assert [path.name for path in training.store.folder.glob(".*")] == []
+        training.writer.close()
+    training.engine.close()
+
+
+def test_another_number_of_ranks_resumes_from_a_checkpoint_with_zero_1_to_3_and_lora(folder: Path) -> None:
+    run_in_ranks(checkpoint_each, 2, folder)
+    run_in_ranks(resume_each, 1, folder)

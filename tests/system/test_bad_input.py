@@ -557,7 +557,7 @@ def test_a_run_with_damaged_files_is_rejected(rejected: Rejected, interrupted: P
         ("{", "not a valid checkpoint"),
         ({"schema": 99}, "written by another version of deskrl (schema 99)"),
         ({"files": {"model.safetensors": 10**6}}, "model.safetensors is missing or truncated"),
-        ({"layout": {"learner.num_processes": 8}}, "was written with learner.num_processes = 8, this run has 1"),
+        ({"layout": {"learner.zero_stage": 3}}, "was written with learner.zero_stage = 3, this run has 1"),
     ],
 )
 def test_an_unreadable_or_foreign_checkpoint_is_rejected_before_any_role_starts(

@@ -110,7 +110,7 @@ def build_components(config: RunConfig, stop: StopEvent) -> Components:
     metrics = MetricsWriter(folder, results, trackers, applications)
     model_card = ModelCardWriter(config, len(tasks), results)
     curriculum = Curriculum(config, {task_id: json.dumps(task).encode() for task_id, task in tasks.items()})
-    checkpoints = CheckpointStore(folder.checkpoints, model_folder, layout_of(config, engine.world_size))
+    checkpoints = CheckpointStore(folder.checkpoints, model_folder, layout_of(config))
     return Components(
         folder=folder,
         tokenizer=tokenizer,

@@ -4,7 +4,7 @@ A checkpoint is a model folder that transformers and vLLM can load, together wit
 
     checkpoints/epoch_N/              after N passes over the task list (epoch_N_update_U between two of them)
         model.safetensors, config.json, tokenizer and processor files
-        engine/                       optimizer state and master weights, as DeepSpeed writes them
+        engine/                       optimizer state and master weights, as DeepSpeed's ranks write them
         learner.json                  the learner's counters and the size of every file, written last
     checkpoints/latest                link to the newest checkpoint
     checkpoints/lineages.json         every lineage of the run (see policy_versions.py)
@@ -13,7 +13,7 @@ A checkpoint is a model folder that transformers and vLLM can load, together wit
 With LoRA, `adapter_model.safetensors` and `adapter_config.json` are in place of `model.safetensors`, in peft's format.
 
 Checkpoints are written atomically (see checkpoint_writer.py). They contain no random states because all randomness is
-derived from the run's seed and the counters.
+derived from the run's seed and the counters. Any number of ranks resumes from one (see policy/resharding.py).
 """
 
 from __future__ import annotations
@@ -148,11 +148,13 @@ class CheckpointStore:
         return UserError(f"{path}: {reason}", "restore it, or remove it to resume from the previous checkpoint")
 
 
-def layout_of(config: RunConfig, num_ranks: int) -> dict[str, Any]:
-    """Return the settings that a checkpoint's engine state depends on, by configuration key."""
+def layout_of(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that a checkpoint's engine state depends on, by configuration key.
+
+    The number of ranks is not among them: see resharding.py.
+    """
     lora = config.learner.lora
     layout: dict[str, Any] = {
-        "learner.num_processes": num_ranks,
         "learner.zero_stage": config.learner.zero_stage,
         "learner.dtype": config.learner.dtype,
         _LORA_RANK: lora.rank,
@@ -185,8 +187,7 @@ def check_can_resume(config: RunConfig) -> None:
     """Raise UserError if a run cannot resume from its newest checkpoint; imports neither torch nor DeepSpeed."""
     folder = RunDir(config.run_dir).checkpoints
     if any(folder.glob("epoch_*")):
-        layout = layout_of(config, config.learner.num_ranks)
-        CheckpointStore(folder, config.model_folder, layout).newest()
+        CheckpointStore(folder, config.model_folder, layout_of(config)).newest()
 
 
 def checkpoint_name(num_updates: int, groups_per_batch: int, num_tasks: int) -> str:

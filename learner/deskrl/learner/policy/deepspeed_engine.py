@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,11 +27,14 @@ from deskrl.learner.batches.collator import MicroBatch
 from deskrl.learner.policy.lora import Adapter
 from deskrl.learner.policy.pinned_copy import PinnedCopier
 from deskrl.learner.policy.policy_model import Policy, Scores
+from deskrl.learner.policy.resharding import Sharding, num_shards, write_resharded
 from deskrl.learner.policy.state_dict_names import checkpoint_tensors, unsharded_shape
 
 Gathered = TypeVar("Gathered")
 _GROUP_ELEMENTS = 250_000_000
 """Size of an optimizer parameter group and of a gradient reduction bucket, in elements."""
+_TAG = "engine"
+"""Name of the folder that DeepSpeed creates for its files."""
 _WRITING_TIMEOUT = timedelta(hours=2)
 """Limit on the time between the first and the last rank that finishes writing its part of a checkpoint."""
 
@@ -72,6 +76,7 @@ class DeepSpeedEngine:
             for layer in policy.adapter.layers():
                 for parameter in layer.parameters():
                     deepspeed.zero.register_external_parameter(layer, parameter)
+        self._sharding = _sharding(optimizer, config.zero_stage)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=_deepspeed_config(config)
         )
@@ -254,7 +259,7 @@ class DeepSpeedEngine:
         has_adapter = self.policy.adapter is not None
         try:
             self._engine.save_checkpoint(
-                str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=has_adapter
+                str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=has_adapter
             )
         finally:
             self._engine.checkpoint_engine = writer
@@ -267,7 +272,7 @@ class DeepSpeedEngine:
         torch.distributed.barrier(group=self._writers)
 
     def load(self, folder: Path) -> None:
-        """Restore the state written from `state_files` by a world of the same size.
+        """Restore the state written from `state_files`, by any number of ranks; a collective call.
 
         Args:
             folder: folder of the state files.
@@ -276,11 +281,30 @@ class DeepSpeedEngine:
             FileNotFoundError: the folder holds no engine state; DeepSpeed raises further errors for damaged files.
         """
         adapter = self.policy.adapter
-        path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=adapter is None)
+        with self._own_shards(folder) as own:
+            path, _ = self._engine.load_checkpoint(str(own), tag=_TAG, load_module_strict=adapter is None)
         if path is None:
             raise FileNotFoundError(f"{folder}: no engine state found")
         if adapter is not None:
             self._load_adapter(adapter, folder.parent)
+
+    @contextmanager
+    def _own_shards(self, folder: Path) -> Iterator[Path]:
+        """Yield a folder with the state of as many ranks as there are now; a collective call."""
+        if num_shards(folder / _TAG) in (0, self.world_size):
+            yield folder
+            return
+        resharded = folder.parent.with_name(f".{folder.parent.name}.resharded.partial")
+        if self.rank == 0:
+            shutil.rmtree(resharded, ignore_errors=True)  # of a learner that was killed
+            (resharded / _TAG).mkdir(parents=True)
+        self.barrier()
+        write_resharded(folder / _TAG, resharded / _TAG, self.rank, self.world_size, self._sharding)
+        self.barrier()
+        yield resharded
+        self.barrier()
+        if self.rank == 0:
+            shutil.rmtree(resharded)
 
     def close(self) -> None:
         """Destroy the process group; otherwise ranks wait for one another at exit."""
@@ -365,6 +389,12 @@ def _parameter_groups(policy: Policy) -> list[dict[str, Any]]:
             groups[-1]["params"].append(parameter)
             room -= parameter.numel()
     return groups
+
+
+def _sharding(optimizer: torch.optim.Optimizer, zero_stage: int) -> Sharding:
+    """Return how DeepSpeed will divide the optimizer's tensors; to be called before it divides the parameters."""
+    groups = [[parameter.numel() for parameter in group["params"]] for group in optimizer.param_groups]
+    return Sharding(groups, 1) if zero_stage == 3 else Sharding([[sum(sizes)] for sizes in groups], 2)
 
 
 def _deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
