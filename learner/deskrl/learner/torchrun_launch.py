@@ -14,7 +14,7 @@ from deskrl.learner.nodes.node_rank import check_rendezvous
 from deskrl.learner.nodes.node_rendezvous import NodeRendezvous, RendezvousFailed
 from deskrl.learner.nodes.node_store import Ending
 
-RANK_PROGRAM = ("-m", "deskrl.cli.main")
+RANK_PROGRAM: tuple[str, ...] = ("-m", "deskrl.cli.main")
 """Arguments of Python that run a rank."""
 _FAILED = 1
 _INVALID_INPUT = 2
