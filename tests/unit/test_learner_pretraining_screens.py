@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from deskrl.core.errors import UserError
-from deskrl.learner.pretraining.curriculum import FONT_SIZES, LEVELS
 from deskrl.learner.pretraining.glyph_atlas import GlyphAtlas, build_atlas
 from deskrl.learner.pretraining.layouts import (
     NUM_FRAMES,
@@ -29,6 +28,7 @@ from deskrl.learner.pretraining.names import (
     name_text,
 )
 from deskrl.learner.pretraining.rendering import PATCH, SLOTS, render
+from deskrl.learner.pretraining.screen_curriculum import FONT_SIZES, LEVELS
 
 LARGE = LEVELS[-1].style
 

@@ -10,15 +10,15 @@ import torch
 
 from deskrl.core.errors import UserError
 from deskrl.core.prompt_rendering import encode_action, image_token_id, render_prompt
-from deskrl.learner.pretraining.curriculum import LEVELS, learning_rate_scale, next_level
 from deskrl.learner.pretraining.episodes import STEP, SequenceBuilder, merge_order, point_targets, target_cells
 from deskrl.learner.pretraining.layouts import Random
-from deskrl.learner.pretraining.losses import Answers, answer_loss, finding_loss, hits, reading_loss
 from deskrl.learner.pretraining.main import drop_points_after
 from deskrl.learner.pretraining.names import MAX_LENGTH, NUM_CLASSES, name_codes
 from deskrl.learner.pretraining.policy_folder import SYSTEM_PROMPT, build_character_tokenizer
 from deskrl.learner.pretraining.pretrain_config import read_pretrain_config
+from deskrl.learner.pretraining.pretrain_losses import Answers, answer_loss, finding_loss, hits, reading_loss
 from deskrl.learner.pretraining.rendering import SLOTS
+from deskrl.learner.pretraining.screen_curriculum import LEVELS, learning_rate_scale, next_level
 from deskrl.proto.v1 import inference_pb2
 
 RECIPE = Path(__file__).parents[2] / "deploy/pretraining/sight.toml"

@@ -18,7 +18,7 @@ from deskrl.learner.pretraining.episodes import (
 )
 from deskrl.learner.pretraining.glyph_atlas import GlyphAtlas
 from deskrl.learner.pretraining.layouts import NUM_FRAMES, Random, ScreenStyle, draw_layout
-from deskrl.learner.pretraining.losses import Answers
+from deskrl.learner.pretraining.pretrain_losses import Answers
 from deskrl.learner.pretraining.rendering import SLOTS, render
 
 

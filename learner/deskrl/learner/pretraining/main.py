@@ -14,10 +14,10 @@ import torch
 
 from deskrl.core.errors import UserError
 from deskrl.core.file_io import read_json_object, report_write_errors, write_json
-from deskrl.learner.pretraining.curriculum import LEVELS
 from deskrl.learner.pretraining.policy_folder import weight_checksums, write_policy_folder
 from deskrl.learner.pretraining.pretrain_card import pretrain_card
 from deskrl.learner.pretraining.pretrain_config import PretrainConfig, read_pretrain_config
+from deskrl.learner.pretraining.screen_curriculum import LEVELS
 from deskrl.learner.pretraining.trainer import Trainer
 
 CONFIG = "config.json"

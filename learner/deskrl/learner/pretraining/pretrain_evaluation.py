@@ -11,7 +11,7 @@ from deskrl.learner.pretraining.batched_forward import BatchedForward
 from deskrl.learner.pretraining.batches import Batch, BatchSource
 from deskrl.learner.pretraining.episodes import SequenceBuilder
 from deskrl.learner.pretraining.layouts import ScreenStyle
-from deskrl.learner.pretraining.losses import DenseHeads, hits, reading_loss
+from deskrl.learner.pretraining.pretrain_losses import DenseHeads, hits, reading_loss
 
 _BATCH_SIZE = 128
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deskrl.learner.pretraining import losses
+from deskrl.learner.pretraining import pretrain_losses
 from deskrl.learner.pretraining.batched_forward import BatchedForward
 from deskrl.learner.pretraining.batches import Batch, BatchSource
-from deskrl.learner.pretraining.curriculum import FONT_SIZES, LEVELS, Level, learning_rate_scale, next_level
 from deskrl.learner.pretraining.episodes import STEP, SequenceBuilder
 from deskrl.learner.pretraining.glyph_atlas import GlyphAtlas, build_atlas
 from deskrl.learner.pretraining.layouts import Random
 from deskrl.learner.pretraining.policy_folder import build_character_tokenizer, policy_config, policy_shape
 from deskrl.learner.pretraining.pretrain_config import PretrainConfig
 from deskrl.learner.pretraining.pretrain_evaluation import Evaluator
+from deskrl.learner.pretraining.screen_curriculum import FONT_SIZES, LEVELS, Level, learning_rate_scale, next_level
 
 _SMOOTHING = 0.98
 """Share of the running accuracy that each step keeps."""
@@ -53,13 +53,13 @@ class Trainer:
         self.shape = policy_shape(config.text_width, config.text_layers, config.vision_width, config.vision_layers)
         self.tokenizer = build_character_tokenizer()
         self.model: Any = Qwen2_5_VLForConditionalGeneration(policy_config(self.shape, self.tokenizer)).float()
-        losses.initialise_(self.model, config.text_layers)
+        pretrain_losses.initialise_(self.model, config.text_layers)
         self.model.to(device)
-        self.heads = losses.DenseHeads(config.vision_width, config.text_width).to(device)
+        self.heads = pretrain_losses.DenseHeads(config.vision_width, config.text_width).to(device)
         self.forward = self._make_forward(is_compiled=is_cuda)
         compiled: Callable[[Any], Any] = partial(torch.compile, dynamic=False) if is_cuda else lambda function: function
-        self._reading_loss = compiled(losses.reading_loss)
-        self._finding_loss = compiled(losses.finding_loss)
+        self._reading_loss = compiled(pretrain_losses.reading_loss)
+        self._finding_loss = compiled(pretrain_losses.finding_loss)
         self._builder = SequenceBuilder(self.tokenizer, device)
         atlas = build_atlas(config.fonts, FONT_SIZES, device)
         self._generator = torch.Generator(device).manual_seed(config.seed)
@@ -205,10 +205,10 @@ class Trainer:
         places = (self._builder.x_place, self._builder.x_place + 2)
         x_ids, y_ids = (self._builder.of_number[: STEP * part.shape[1] : STEP] for part in (answers.x, answers.y))
         tokens = batch.sequences.after[:, -batch.sequences.num_answer :]
-        answer = losses.answer_loss(logits, tokens, places, (x_ids, y_ids), answers)
+        answer = pretrain_losses.answer_loss(logits, tokens, places, (x_ids, y_ids), answers)
         x = logits[:, places[0]].detach()[:, x_ids].argmax(-1) * STEP
         y = logits[:, places[1]].detach()[:, y_ids].argmax(-1) * STEP
-        hit = (losses.hits(x, y, answers.boxes) * answers.weight).sum() / answers.weight.sum().clamp(min=1)
+        hit = (pretrain_losses.hits(x, y, answers.boxes) * answers.weight).sum() / answers.weight.sum().clamp(min=1)
         self._losses = {
             "answer_loss": answer.detach(),
             "finding_loss": finding.detach(),
