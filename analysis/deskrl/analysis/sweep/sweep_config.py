@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator
 
 from deskrl.actor.extensions import check_extensions
-from deskrl.core.config import RunConfig, Section, dotted, keys_of_file, load_config
+from deskrl.core.config import RunConfig, Section, dotted, load_config
+from deskrl.core.config.toml_file import invalid_keys_error, read_toml
 from deskrl.core.errors import UserError
 from deskrl.core.run_dir import RunDir
 from deskrl.launch import preflight
@@ -135,18 +135,14 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), runs: Path | None = No
 
 
 def _read_file(path: Path) -> SweepFile:
+    values = read_toml(path, "name a sweep file, such as deploy/sweeps/replay.toml")
     try:
-        return SweepFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not found", "name a sweep file, such as deploy/sweeps/replay.toml") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not readable as TOML: {error}", "correct the file") from error
+        return SweepFile.model_validate(values)
     except ValidationError as error:
-        if {key.partition(".")[0] for key in keys_of_file(path)} <= RunConfig.model_fields.keys():
+        if values.keys() <= RunConfig.model_fields.keys():
             hint = f"start it with deskrl up {path}, or name a sweep file, such as deploy/sweeps/replay.toml"
             raise UserError(f"{path}: is a run configuration, not a sweep configuration", hint) from error
-        reasons = ("{}: {}".format(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors())
-        raise UserError(f"{path}: {'; '.join(reasons)}", "correct or remove the key") from error
+        raise invalid_keys_error(error, path) from error
 
 
 def _read_overrides(arguments: Sequence[str]) -> dict[str, Any]:

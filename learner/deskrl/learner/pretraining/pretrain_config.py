@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from deskrl.core.config import Section
+from deskrl.core.config.toml_file import invalid_keys_error, read_toml
 from deskrl.core.config.value_types import LearningRate, PositiveInt, PositiveSeconds, Seed
-from deskrl.core.errors import UserError
 
 _HEAD = 64
 """Width of an attention head."""
@@ -77,12 +76,8 @@ def read_pretrain_config(path: Path) -> PretrainConfig:
     Raises:
         UserError: the file cannot be read or parsed, or has unknown keys or invalid values.
     """
+    values = read_toml(path, "give a configuration such as deploy/pretraining/sight.toml")
     try:
-        return PretrainConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not found", "give a configuration such as deploy/pretraining/sight.toml") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: not readable as TOML: {error}", "correct the file") from error
+        return PretrainConfig.model_validate(values)
     except ValidationError as error:
-        reasons = ("{}: {}".format(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors())
-        raise UserError(f"{path}: {'; '.join(reasons)}", "correct or remove the key") from error
+        raise invalid_keys_error(error, path) from error
