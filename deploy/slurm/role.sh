@@ -60,7 +60,8 @@ run_learner() { # run the learner on every node of the job; srun returns the hig
         return
     fi
     export DESKRL_LEARNER__MASTER_ADDR=$here # this script runs on the first node
-    # A node that fails ends the others itself, so that the statuses of all tell whether a restart helps.
+    # A node that fails ends the other nodes itself. If srun killed them, their exit statuses would not tell whether a
+    # restart helps.
     # shellcheck disable=SC2016 # each task expands its own rank
     run srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none --mpi=none \
         sh -c 'exec deskrl learner "$1" --node-rank "$SLURM_NODEID"' sh "$config"

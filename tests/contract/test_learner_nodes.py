@@ -1,4 +1,4 @@
-"""The rendezvous of a learner's nodes: all join once, and what keeps them from training together is told to each."""
+"""The rendezvous of a learner's nodes: each joins once, and each gets the reason if they cannot train together."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_wait_for_other_nodes_is_bounded() -> None:
 
 def test_a_node_that_starts_again_waits_until_the_attempt_has_ended_in_which_it_died(nodes: Nodes) -> None:
     attempt = NodeStore("127.0.0.1", nodes.learner.master_port, _DEADLINE_S, is_server=True)
-    attempt.join(1, FACTS)  # it is dead: it gives no sign of life
+    attempt.join(1, FACTS)  # it is dead: it gives no heartbeat
     again = nodes.join(1)
     time.sleep(3 * HEARTBEAT_S)
     assert not again.done()

@@ -13,7 +13,7 @@ import torch
 from deskrl.core.errors import UserError
 from deskrl.core.prompt_rendering import image_token_id, read_image_sizing, read_vocab_size, suppressed_ids
 from deskrl.learner.policy.policy_model import load_policy, load_processor
-from deskrl.learner.pretraining.episodes import merge_order
+from deskrl.learner.pretraining.answer_sequences import merge_order
 from deskrl.learner.pretraining.main import pretrain
 from deskrl.learner.pretraining.pretrain_config import PretrainConfig, read_pretrain_config
 from deskrl.learner.pretraining.screen_curriculum import LEVELS

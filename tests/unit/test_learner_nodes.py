@@ -1,4 +1,4 @@
-"""Nodes of a learner: what they must agree on, when one counts as lost, and what they are told about themselves."""
+"""Nodes of a learner: the comparison of what they run, the detection of lost nodes, and the checks of their rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deskrl.core.config import LearnerConfig
 from deskrl.core.errors import UserError
 from deskrl.learner.nodes.node_facts import NodeFacts, find_disagreement
 from deskrl.learner.nodes.node_rank import check_rendezvous, checked_rank
-from deskrl.learner.nodes.node_watch import NodeSigns
+from deskrl.learner.nodes.node_watch import NodeHeartbeats
 
 FIRST = NodeFacts(
     host="alpha",
@@ -45,28 +45,28 @@ def test_a_difference_is_named_with_both_nodes_and_values(difference: dict[str, 
     assert found.message == f"node 1 of the learner (beta) {expected}"
 
 
-def test_a_node_is_lost_when_its_signs_of_life_stop_for_the_timeout() -> None:
-    signs = NodeSigns(timeout_s=60)
-    signs.add({1: "alive 1", 2: "alive 1"}, now_s=0)
-    signs.add({1: "alive 2", 2: "alive 1"}, now_s=50)
-    assert signs.find_loss(60, is_stopping=False) is None
-    assert signs.find_loss(61, is_stopping=False) == "node 2 was not heard of for 61 s"
+def test_a_node_is_lost_when_its_heartbeats_stop_for_the_timeout() -> None:
+    heartbeats = NodeHeartbeats(timeout_s=60)
+    heartbeats.add({1: "alive 1", 2: "alive 1"}, now_s=0)
+    heartbeats.add({1: "alive 2", 2: "alive 1"}, now_s=50)
+    assert heartbeats.find_loss(60, is_stopping=False) is None
+    assert heartbeats.find_loss(61, is_stopping=False) == "node 2 was not heard of for 61 s"
 
 
 def test_a_node_that_failed_is_lost_at_once_and_one_that_finished_never() -> None:
-    signs = NodeSigns(timeout_s=60)
-    signs.add({1: "finished"}, now_s=0)
-    assert signs.find_loss(1000, is_stopping=False) is None
-    signs.add({2: "failed"}, now_s=1000)
-    assert signs.find_loss(1000, is_stopping=True) == "node 2 has failed"
+    heartbeats = NodeHeartbeats(timeout_s=60)
+    heartbeats.add({1: "finished"}, now_s=0)
+    assert heartbeats.find_loss(1000, is_stopping=False) is None
+    heartbeats.add({2: "failed"}, now_s=1000)
+    assert heartbeats.find_loss(1000, is_stopping=True) == "node 2 has failed"
 
 
 def test_a_stopped_node_leaves_the_others_time_for_their_checkpoint() -> None:
-    signs = NodeSigns(timeout_s=60)
-    signs.add({1: "stopped"}, now_s=0)
-    assert signs.find_loss(60, is_stopping=False) is None
-    assert signs.find_loss(61, is_stopping=False) == "node 1 was stopped 61 s ago"
-    assert signs.find_loss(61, is_stopping=True) is None, "all nodes are stopped together"
+    heartbeats = NodeHeartbeats(timeout_s=60)
+    heartbeats.add({1: "stopped"}, now_s=0)
+    assert heartbeats.find_loss(60, is_stopping=False) is None
+    assert heartbeats.find_loss(61, is_stopping=False) == "node 1 was stopped 61 s ago"
+    assert heartbeats.find_loss(61, is_stopping=True) is None, "all nodes are stopped together"
 
 
 def test_the_only_node_needs_no_rank() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from deskrl.core.errors import UserError
 from deskrl.core.prompt_rendering import encode_action, image_token_id, render_prompt
-from deskrl.learner.pretraining.episodes import STEP, SequenceBuilder, merge_order, point_targets, target_cells
+from deskrl.learner.pretraining.answer_sequences import STEP, SequenceBuilder, merge_order, point_targets, target_cells
 from deskrl.learner.pretraining.layouts import Random
 from deskrl.learner.pretraining.main import drop_points_after
 from deskrl.learner.pretraining.names import MAX_LENGTH, NUM_CLASSES, name_codes

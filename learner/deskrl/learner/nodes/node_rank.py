@@ -1,4 +1,4 @@
-"""Checks of what a node of the learner is told about itself: its rank, and where the nodes meet."""
+"""Checks of a node's rank, and of the address at which the nodes of a learner meet."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from deskrl.core.listening import bind_error, listen_error
 from deskrl.core.timeouts import WaitFailed, run_in_background, wait_for_result
 from deskrl.learner.nodes.network_interface import set_network_interface
 from deskrl.learner.nodes.node_facts import Disagreement, NodeFacts, find_disagreement
-from deskrl.learner.nodes.node_store import HEARTBEAT_S, Ending, NodeStore, sign_of_life
+from deskrl.learner.nodes.node_store import HEARTBEAT_S, Ending, NodeStore, heartbeat_text
 
 _POLL_S = 0.2
 _CONNECT_S = 5.0
@@ -59,7 +59,7 @@ class NodeRendezvous(RendezvousHandler):
         self._rank = rank
         self._facts = facts
         self._store: NodeStore | None = None
-        self._signs: NodeStore | None = None
+        self._heartbeat_store: NodeStore | None = None
         self._has_left = threading.Event()
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -92,9 +92,9 @@ class NodeRendezvous(RendezvousHandler):
         return self._address if second is None or second.address is None else second.address
 
     def leave(self, ending: Ending) -> None:
-        """Tell the other nodes that the ranks of this node have ended."""
+        """Report to the other nodes that the ranks of this node have ended."""
         self._has_left.set()
-        store = self._signs
+        store = self._heartbeat_store
         if store is not None:
             with contextlib.suppress(RuntimeError, WaitFailed):  # node 0 has ended, or is unreachable
                 write = run_in_background(lambda: store.write_state(self._rank, ending.value))
@@ -133,8 +133,10 @@ class NodeRendezvous(RendezvousHandler):
             self._check_not_alive(store, member)
             return False
         # A connection of its own: one store answers one call at a time, and torchrun's may take minutes.
-        self._signs = NodeStore(self._address, self._port, _CALL_S)
-        threading.Thread(target=self._show_life, args=(self._signs,), name="node-heartbeat", daemon=True).start()
+        self._heartbeat_store = NodeStore(self._address, self._port, _CALL_S)
+        threading.Thread(
+            target=self._send_heartbeats, args=(self._heartbeat_store,), name="node-heartbeat", daemon=True
+        ).start()
         if self._rank == 0:
             self._judge(store, deadline_s)
         else:
@@ -151,11 +153,11 @@ class NodeRendezvous(RendezvousHandler):
                 "give each node a --node-rank of its own, from 0 on",
             )
 
-    def _show_life(self, store: NodeStore) -> None:
-        """Write signs of life until this node leaves or node 0 ends."""
+    def _send_heartbeats(self, store: NodeStore) -> None:
+        """Write heartbeats until this node leaves or node 0 ends."""
         with contextlib.suppress(RuntimeError):
             while not self._has_left.is_set():
-                store.write_state(self._rank, sign_of_life())
+                store.write_state(self._rank, heartbeat_text())
                 self._has_left.wait(HEARTBEAT_S)
 
     def _judge(self, store: NodeStore, deadline_s: float) -> None:
@@ -177,7 +179,7 @@ class NodeRendezvous(RendezvousHandler):
         store.write_verdict(self._verdict(None))
 
     def _refuse(self, store: NodeStore, joined: list[int], disagreement: Disagreement) -> None:
-        """Tell the nodes that have joined why they may not train together, and raise it."""
+        """Send the disagreement to the nodes that have joined, then raise it as UserError."""
         store.write_verdict(self._verdict(disagreement))
         until_s = time.monotonic() + _READ_S
         while time.monotonic() < until_s and not all(map(store.has_read_verdict, joined)):

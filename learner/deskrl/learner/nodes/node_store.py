@@ -1,4 +1,4 @@
-"""Records that the nodes of a learner keep in the store of their rendezvous: members, verdict and signs of life."""
+"""Records that the nodes of a learner keep in the store of their rendezvous: members, verdict and heartbeats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 from deskrl.learner.nodes.node_facts import NodeFacts
 
 HEARTBEAT_S = 2.0
-"""Time between two signs of life of a node, in seconds."""
+"""Time between two heartbeats of a node, in seconds."""
 _MEMBER, _VERDICT, _STATE, _READ = "deskrl/member/{}", "deskrl/verdict", "deskrl/state/{}", "deskrl/read/{}"
 
 
@@ -66,11 +66,11 @@ class NodeStore:
         return bool(self.store.check([_READ.format(rank)]))
 
     def write_state(self, rank: int, state: str) -> None:
-        """Write a sign of life of a node, which differs from the previous one, or its ending."""
+        """Write a heartbeat of a node, which differs from the previous one, or its ending."""
         self.store.set(_STATE.format(rank), state)
 
     def read_state(self, rank: int) -> str | None:
-        """Return the last sign of life of a node or its ending; None before the first."""
+        """Return the last heartbeat of a node or its ending; None before the first."""
         return self._read(_STATE.format(rank))
 
     def read_states(self, ranks: Sequence[int]) -> Mapping[int, str]:
@@ -82,6 +82,6 @@ class NodeStore:
         return self.store.get(key).decode() if self.store.check([key]) else None
 
 
-def sign_of_life() -> str:
+def heartbeat_text() -> str:
     """Return a text that differs from that of the previous call, and from those of other processes."""
     return f"alive {os.getpid()} {time.monotonic_ns()}"

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _LastSign:
+class _LastHeartbeat:
     """Last state of a node that was read."""
 
     state: str
@@ -31,8 +31,8 @@ class _LastSign:
     """Monotonic time at which it was first read."""
 
 
-class NodeSigns:
-    """Signs of life of the other nodes, as this rank has read them.
+class NodeHeartbeats:
+    """Heartbeats of the other nodes, as this rank has read them.
 
     Args:
         timeout_s: time after which a node counts as dead, in seconds.
@@ -40,14 +40,14 @@ class NodeSigns:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._last: dict[int, _LastSign] = {}
+        self._last: dict[int, _LastHeartbeat] = {}
 
     def add(self, states: Mapping[int, str], now_s: float) -> None:
         """Add the states of nodes, read at a monotonic time in seconds."""
         for rank, state in states.items():
             last = self._last.get(rank)
             if last is None or last.state != state:
-                self._last[rank] = _LastSign(state, now_s)
+                self._last[rank] = _LastHeartbeat(state, now_s)
 
     def find_loss(self, now_s: float, *, is_stopping: bool) -> str | None:
         """Return which node is lost, for the log; None if none is.
@@ -91,15 +91,15 @@ def _watch(others: list[int], timeout_s: float, stop: StopEvent) -> None:
 
 def _await_loss(others: list[int], timeout_s: float, stop: StopEvent) -> str:
     """Return which node is lost, once one is."""
-    signs = NodeSigns(timeout_s)
+    heartbeats = NodeHeartbeats(timeout_s)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = NodeStore(address, port, timeout_s)
         while True:
             states = wait_for_result(run_in_background(lambda: store.read_states(others)), timeout_s, "node 0")
             now_s = time.monotonic()
-            signs.add(states, now_s)
-            if (loss := signs.find_loss(now_s, is_stopping=stop.is_set())) is not None:
+            heartbeats.add(states, now_s)
+            if (loss := heartbeats.find_loss(now_s, is_stopping=stop.is_set())) is not None:
                 return loss
             time.sleep(HEARTBEAT_S)
     except WaitFailed:

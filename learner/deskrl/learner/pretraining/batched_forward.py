@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deskrl.learner.pretraining.episodes import Sequences, merge_order
+from deskrl.learner.pretraining.answer_sequences import Sequences, merge_order
 from deskrl.learner.pretraining.rendering import PATCH
 
 _EPSILON = 1e-6

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deskrl.learner.pretraining.episodes import (
+from deskrl.learner.pretraining.answer_sequences import (
     STEP,
     SequenceBuilder,
     Sequences,

@@ -63,8 +63,8 @@ def policy_shape(text_width: int, text_layers: int, vision_width: int, vision_la
             "num_key_value_heads": text_heads,
             "max_position_embeddings": _MAX_LENGTH,
             "rms_norm_eps": 1e-6,
-            # Columns have the last section of the frequencies, which at the usual base of 1e6 are too low to tell two
-            # columns of one screen apart.
+            # The positions of columns use the last section, which has the lowest frequencies. With the usual base of
+            # 1e6, neighbouring columns would have nearly equal angles.
             "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 14, 14]},
         },
         vision={

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from deskrl.learner.pretraining.answer_sequences import SequenceBuilder
 from deskrl.learner.pretraining.batched_forward import BatchedForward
 from deskrl.learner.pretraining.batches import Batch, BatchSource
-from deskrl.learner.pretraining.episodes import SequenceBuilder
 from deskrl.learner.pretraining.layouts import ScreenStyle
 from deskrl.learner.pretraining.pretrain_losses import DenseHeads, hits, reading_loss
 

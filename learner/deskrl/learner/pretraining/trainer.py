@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from deskrl.learner.pretraining import pretrain_losses
+from deskrl.learner.pretraining.answer_sequences import STEP, SequenceBuilder
 from deskrl.learner.pretraining.batched_forward import BatchedForward
 from deskrl.learner.pretraining.batches import Batch, BatchSource
-from deskrl.learner.pretraining.episodes import STEP, SequenceBuilder
 from deskrl.learner.pretraining.glyph_atlas import GlyphAtlas, build_atlas
 from deskrl.learner.pretraining.layouts import Random
 from deskrl.learner.pretraining.policy_folder import build_character_tokenizer, policy_config, policy_shape
